@@ -1,0 +1,6 @@
+"""Score an archive's greedy answers: `python examples/neva_evaluation.py neva_model_file=X.nemo data_path=questions.json`."""
+
+from nemo_vlm.experiment import evaluate, launch
+
+if __name__ == "__main__":
+    launch(evaluate, "neva_evaluation")

@@ -1,0 +1,1 @@
+"""Records to batches: reading, order, padding. Families' processors are handed in."""

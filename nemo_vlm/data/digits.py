@@ -1,0 +1,83 @@
+"""The demo's data: the 1,797 handwritten digits that ship inside scikit-learn, as LLaVA JSON with PNG images.
+
+E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_vlm.data.tokenizer import train_tokenizer
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+LETTERS = "ABCDEFGHIJ"
+NUM_TRAIN = 1500
+CHOICE_EVERY = 3  # each third training digit is also asked as multiple choice
+PIXELS = 32
+
+OPEN_QUESTION = "<image>\nWhich digit is this?"
+CHOICE_QUESTION = "\n".join(
+    (
+        OPEN_QUESTION,
+        *(f"{letter}. {name}" for letter, name in zip(LETTERS, NAMES, strict=True)),
+        "Answer with the option's letter from the given choices directly.",
+    )
+)
+
+
+def write(folder: Path) -> None:
+    """Write train.json, heldout.json, images/ and tokenizer/ into `folder`; nothing happens if it is there already."""
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name))
+    try:
+        _write(partial)
+        partial.chmod(0o755)
+        os.replace(partial, folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(folder: Path) -> None:
+    digits = _digits()
+    (folder / "images").mkdir()
+    train, heldout = [], []
+    for number, (image, target) in enumerate(digits):
+        path = f"images/{number:04d}.png"
+        image.save(folder / path)
+        held_out = number >= NUM_TRAIN
+        records = heldout if held_out else train
+        records.append(record(f"{number:04d}-open", path, OPEN_QUESTION, f"It is a {NAMES[target]}.", "open"))
+        if held_out or number % CHOICE_EVERY == 0:
+            records.append(record(f"{number:04d}-choice", path, CHOICE_QUESTION, LETTERS[target], "choice"))
+    for name, records in (("train", train), ("heldout", heldout)):
+        (folder / f"{name}.json").write_text(json.dumps(records, indent=1))
+    texts = [turn["value"] for entry in train for turn in entry["conversations"]]
+    train_tokenizer([*texts, "USER: ASSISTANT: "], vocab_size=512).save_pretrained(folder / "tokenizer")
+
+
+def _digits() -> Iterator[tuple[Any, int]]:
+    """The digits as images of PIXELS x PIXELS with their values; 8 x 8 with 17 levels in the original."""
+    import numpy
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    for pixels, target in zip(data.images, data.target, strict=True):
+        levels = (pixels * (255 / 16)).round().astype(numpy.uint8)
+        yield Image.fromarray(levels).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC), int(target)
+
+
+def record(name: str, image: str, question: str, answer: str, category: str) -> dict[str, Any]:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": name, "image": image, "category": category, "conversations": turns}

@@ -1,0 +1,68 @@
+"""The order of samples, and the loader of one data-parallel rank.
+
+The order depends on the seed alone: sample k of a run is the same under every layout and batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from nemo_vlm.batch import Batch, Sample, collate
+from nemo_vlm.layout import Layout
+
+
+class Order:
+    """Sample k of an endless run over `size` samples: each epoch a new permutation, or the file's order."""
+
+    def __init__(self, size: int, seed: int, shuffle: bool) -> None:
+        self.size, self.seed, self.shuffle = size, seed, shuffle
+        self.epoch, self.permutation = -1, torch.arange(size)
+
+    def __getitem__(self, k: int) -> int:
+        epoch, position = divmod(k, self.size)
+        if self.shuffle and epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.epoch, self.permutation = epoch, torch.randperm(self.size, generator=generator)
+        return int(self.permutation[position])
+
+
+class StepSampler(Sampler[list[int]]):
+    """For each step, the samples that one data-parallel rank reads of the global batch."""
+
+    def __init__(self, order: Order, num_steps: int, layout: Layout, data_parallel_rank: int) -> None:
+        self.order, self.num_steps = order, num_steps
+        self.per_rank, self.global_batch_size = layout.samples_per_rank, layout.samples_per_rank * layout.data
+        self.offset = data_parallel_rank * self.per_rank
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.num_steps):
+            first = step * self.global_batch_size + self.offset
+            yield [self.order[k] for k in range(first, first + self.per_rank)]
+
+
+def make_loader(dataset: Dataset, sampler: StepSampler, layout: Layout, num_workers: int) -> DataLoader:
+    """One item a step: this rank's micro-batches."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=partial(collate_step, micro_batch_size=layout.micro_batch_size, pad_multiple=pad_multiple(layout)),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def collate_step(samples: list[Sample], micro_batch_size: int, pad_multiple: int) -> list[Batch]:
+    return [collate(samples[i : i + micro_batch_size], pad_multiple) for i in range(0, len(samples), micro_batch_size)]
+
+
+def pad_multiple(layout: Layout) -> int:
+    """Sequence parallelism splits the tokens over the tensor-parallel ranks."""
+    return layout.tensor if layout.sequence_parallel else 1

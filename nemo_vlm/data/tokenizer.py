@@ -1,0 +1,54 @@
+"""Tokenizers: loaded from a directory, or trained for a demo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from nemo_vlm.config import TokenizerConfig
+from nemo_vlm.errors import ConfigError
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+
+
+def load_tokenizer(config: TokenizerConfig) -> Any:
+    """A Hugging Face tokenizer from a directory or from the local cache; nothing is downloaded.
+
+    Raises:
+        ConfigError: there is none, or it cannot report character offsets, which the label mask needs.
+    """
+    from transformers import AutoTokenizer
+
+    if config.type is None:
+        raise ConfigError("model.tokenizer.type=null: give the directory of the model's tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.type, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.tokenizer.type={config.type}: no tokenizer there ({str(error).splitlines()[0]})") from None
+    if not tokenizer.is_fast:
+        raise ConfigError(f"model.tokenizer.type={config.type}: a fast tokenizer (tokenizer.json) is needed")
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer with Llama's special tokens and <image>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = list(SPECIAL_TOKENS)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    unknown, start, end, pad, image = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        unk_token=unknown,
+        bos_token=start,
+        eos_token=end,
+        pad_token=pad,
+        additional_special_tokens=[image],
+        clean_up_tokenization_spaces=False,
+    )

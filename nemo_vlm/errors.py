@@ -1,0 +1,5 @@
+"""The one error type for a mistake of the user: it is printed as one line, without a traceback, and ends with exit code 2."""
+
+
+class ConfigError(ValueError):
+    """A setting, file or environment that cannot work; the message names it, its value and what would be right."""

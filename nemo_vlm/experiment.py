@@ -1,0 +1,193 @@
+"""The page to read first: what a run consists of, from the command line to its end.
+
+The only module that sees Hydra and OmegaConf. Everything heavy is imported inside the tasks, so that --help and
+--cfg job answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_vlm.config import ExpManagerConfig, RunConfig, TrainerConfig
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.models.base import FAMILIES, family
+from nemo_vlm.typed import defaults, model_tree, plain, plain_defaults, read_run, unknown_key
+
+Task = Callable[[dict[str, Any]], None]
+CONF = Path(__file__).resolve().parents[1] / "conf"
+log = logging.getLogger("nemo_vlm")
+
+
+def train(tree: dict[str, Any]) -> None:
+    """Train a model and write its .nemo archive."""
+    import tempfile
+
+    import pytorch_lightning as pl
+
+    from nemo_vlm.parallel.megatron import MegatronStrategy
+    from nemo_vlm.training import callbacks, exp_manager
+    from nemo_vlm.training.module import TrainingModule
+
+    plan, tokenizer = prepare(tree)
+    run, layout = plan.run, plan.layout
+    exp_manager.open_run(run.exp_manager, settings(run))
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = pl.Trainer(
+            strategy=MegatronStrategy(layout, run.step.seed),
+            **trainer_arguments(run.trainer, layout.ranks_per_node),
+            logger=exp_manager.loggers(run.exp_manager),
+            callbacks=[callbacks.Progress(), callbacks.Curves(), callbacks.SaveArchive(tokenizer, Path(scratch))],
+        )
+        trainer.fit(TrainingModule(plan))
+
+
+def evaluate(tree: dict[str, Any]) -> None:
+    """Answer the questions of a LLaVA JSON with an archive's model, greedily, and score the answers."""
+    from nemo_vlm.inference.evaluate import EvaluateConfig, evaluate_archive
+    from nemo_vlm.typed import read
+
+    evaluate_archive(read(EvaluateConfig, tree, ""))
+
+
+def prepare(tree: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Everything that can be known before a rank starts: settings read, layout resolved, machine checked, data found.
+
+    Returns:
+        the Plan of the run, and its tokenizer.
+    """
+    from nemo_vlm import layout as layouts
+    from nemo_vlm.data import digits
+    from nemo_vlm.data.records import RecordDataset, read_records
+    from nemo_vlm.data.tokenizer import load_tokenizer
+    from nemo_vlm.planning import machine
+    from nemo_vlm.training.module import Plan
+
+    model_class = family(str(tree["model"].get("family")), "config").Config
+    run = read_run(tree, model_class)
+    gpus = machine.num_gpus(run.trainer.accelerator)
+    layout = layouts.resolve(run, gpus, os.environ)
+    machine.check_interfaces(os.environ)
+    if run.data.data_path is None:
+        raise ConfigError("model.data.data_path=null: give a LLaVA JSON, or choose data=digits_vqa")
+    if run.data.prepare == "digits":
+        digits.write(Path(run.data.data_path).parent)
+    tokenizer = load_tokenizer(run.tokenizer)
+    parts = family(run.family, "processor")
+    run = replace(run, model=parts.settle(run.model, tokenizer))
+    machine.check_machine(run, layout, gpus, os.environ)
+    records = read_records(run.data.data_path, run.data.image_folder)
+    processor = parts.Processor(run.model, run.data, tokenizer)
+    log.info("%s: %s", run.exp_manager.name, layout)
+    return Plan(run, layout, RecordDataset(records, processor)), tokenizer
+
+
+def settings(run: RunConfig) -> dict[str, Any]:
+    """The settled settings of a run, in the tree they came from."""
+    return {"trainer": plain(run.trainer), "exp_manager": plain(run.exp_manager), "model": model_tree(run)}
+
+
+def trainer_arguments(trainer: TrainerConfig, devices: int) -> dict[str, Any]:
+    """Lightning's part of `trainer.*`. Steps, precision and clipping are the engine's; the loader ends after max_steps."""
+    return dict(
+        devices=devices,
+        num_nodes=trainer.num_nodes,
+        accelerator={"auto": "cuda" if cuda() else "cpu", "gpu": "cuda", "cpu": "cpu"}[trainer.accelerator],
+        max_epochs=1,
+        enable_progress_bar=trainer.enable_progress_bar,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def launch(task: Task, config_name: str) -> None:
+    """The body of every example: compose the settings by Hydra's command line, run the task, report errors in one line.
+
+    The environment variable NEMO_CONFIG chooses another recipe of conf/.
+    """
+    store_defaults()
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself
+
+    @hydra.main(config_path=str(CONF), config_name=os.environ.get("NEMO_CONFIG", config_name), version_base="1.3")
+    def main(cfg: DictConfig) -> None:
+        nonlocal show_traceback
+        tree: Any = OmegaConf.to_container(cfg, resolve=True)
+        show_traceback |= bool(tree.pop("debug"))
+        logging.basicConfig(format="%(message)s", level=logging.INFO if int(os.environ.get("LOCAL_RANK", 0)) == 0 else logging.ERROR)
+        quieten_libraries()
+        os.environ["HYDRA_FULL_ERROR"] = str(int(show_traceback))  # for the ranks that the task starts
+        try:
+            task(tree)
+        finally:
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    try:
+        main()
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        if show_traceback:
+            raise
+        stop(one_line(error), 2)
+    except Exception as error:
+        if show_traceback:
+            raise
+        stop(f"the run failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} (debug=true shows where)", 1)
+
+
+def stop(message: str, code: int) -> None:
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def one_line(error: Exception) -> str:
+    """Our own messages as they are; Hydra's and OmegaConf's in our form."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig) and cause.key not in cause.parent_node:
+        return unknown_key(str(cause.full_key), {str(key) for key in cause.parent_node})
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Could not find '") and len(lines) > 1:
+        group, _, name = lines[0].split("'")[1].rpartition("/")
+        options = [line for line in lines[1:] if not line.startswith(("Available", "Config search", "provider=")) and "/" not in line]
+        return f"{group}={name}: no such choice; there are {', '.join(options)}"
+    return " ".join(lines)
+
+
+def quieten_libraries() -> None:
+    import warnings
+
+    for name in ("pytorch_lightning", "lightning", "lightning_fabric", "torch", "megatron"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (".*configure_optimizers.*returned `None`", ".*does not have many workers", ".*training_step.*returned `None`"):
+        warnings.filterwarnings("ignore", message)
+
+
+def store_defaults() -> None:
+    """Offer the dataclasses' defaults to the composition, so that every key is there to be overridden."""
+    store = ConfigStore.instance()
+    store.store(group="trainer", name="base", node=plain_defaults(TrainerConfig))
+    store.store(group="exp_manager", name="base", node=plain_defaults(ExpManagerConfig))
+    for name in FAMILIES:
+        store.store(group="model", name=name, node={"family": name, **defaults(family(name, "config").Config)})

@@ -1,0 +1,97 @@
+"""Scores of an archive's free, greedy answers to the questions of a LLaVA JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from nemo_vlm.config import Precision
+from nemo_vlm.data.records import read_records
+from nemo_vlm.inference.generate import greedy
+from nemo_vlm.inference.restore import Restored, restore
+from nemo_vlm.models.images import load_image
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The settings of an evaluation; its defaults stand in conf/neva_evaluation.yaml."""
+
+    neva_model_file: str
+    data_path: str
+    output_folder: str
+    image_folder: str | None
+    precision: Precision
+    batch_size: int
+    tokens_to_generate: int
+
+
+def evaluate_archive(config: EvaluateConfig) -> None:
+    """Write predictions.jsonl and predictions.png, and print the accuracy of every category of records."""
+    records = read_records(config.data_path, config.image_folder)
+    with restore(config.neva_model_file, config.precision) as restored:
+        answers = answer_all(restored, records, config)
+    folder = Path(config.output_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [prediction(record, answer) for record, answer in zip(records, answers, strict=True)]
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    draw(rows, records, folder / "predictions.png")
+    for category, accuracy in accuracies(rows).items():
+        print(f"held-out accuracy{'' if category == 'open' else f' ({category})'}: {accuracy:.3f}")
+
+
+def answer_all(restored: Restored, records: list[dict[str, Any]], config: EvaluateConfig) -> list[str]:
+    answers = []
+    for first in track(range(0, len(records), config.batch_size), description="answering"):
+        prompts = [restored.processor.prompt(record) for record in records[first : first + config.batch_size]]
+        generated = greedy(restored.model, prompts, config.tokens_to_generate, restored.tokenizer.eos_token_id)
+        answers += [restored.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in generated]
+    return answers
+
+
+def prediction(record: dict[str, Any], answer: str) -> dict[str, Any]:
+    question, expected = (turn["value"] for turn in record["conversations"][:2])
+    return {
+        "id": record.get("id"),
+        "category": record.get("category", "open"),
+        "image": [str(path) for path in record["image"]],
+        "prompt": question,
+        "text": answer,
+        "expected": expected,
+        "correct": answer == expected.strip(),
+    }
+
+
+def accuracies(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Exact matches in each category, the open questions first."""
+    correct: dict[str, list[bool]] = defaultdict(list)
+    for row in rows:
+        correct[row["category"]].append(row["correct"])
+    return {name: sum(correct[name]) / len(correct[name]) for name in sorted(correct, key=lambda name: (name != "open", name))}
+
+
+def draw(rows: list[dict[str, Any]], records: list[dict[str, Any]], path: Path, columns: int = 6, lines: int = 4) -> None:
+    """Some open questions' images with their answers: mistakes first, in red, then others."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [(row, record) for row, record in zip(rows, records, strict=True) if row["category"] == "open" and record["image"]]
+    shown.sort(key=lambda pair: pair[0]["correct"])
+    figure, axes = pyplot.subplots(lines, columns, figsize=(2.1 * columns, 2.4 * lines), constrained_layout=True)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (row, record) in zip(axes.flat, shown, strict=False):
+        axis.imshow(load_image(record["image"][0]))
+        note = "" if row["correct"] else f"\n(expected: {row['expected']})"
+        axis.set_title(row["text"] + note, fontsize=9, color="black" if row["correct"] else "crimson")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,7 @@
+"""Everything that touches Megatron-Core. No other package imports it."""
+
+import warnings
+
+# Megatron tells at import, once a module, that Apex and Transformer Engine are missing; mcore.layers decides about them.
+for message in ("Apex is not installed", "transformer_engine not found", ".*Falling back to Torch", ".*cuda.*not available"):
+    warnings.filterwarnings("ignore", message)

@@ -1,0 +1,116 @@
+"""Our settings as Megatron's TransformerConfig."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from nemo_vlm.config import LanguageConfig, StepConfig
+from nemo_vlm.layout import Layout, one_process
+from nemo_vlm.mcore.layers import Kernels, kernels
+
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.bfloat16}
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """CLIP's activation. Megatron's own is compiled at its first call, which needs a C++ compiler."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+}
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What a model is built under, beside its own config; families hand it on without looking inside."""
+
+    layout: Layout
+    dtype: torch.dtype
+    step: StepConfig
+
+    @property
+    def kernels(self) -> Kernels:
+        return kernels(self.step.transformer_impl)
+
+
+def context(layout: Layout, precision: str = "32", step: StepConfig | None = None) -> BuildContext:
+    return BuildContext(layout, DTYPES[precision], step or StepConfig())
+
+
+def one_process_context(model: LanguageConfig, precision: str = "32") -> BuildContext:
+    return context(one_process(model), precision)
+
+
+def language_config(model: LanguageConfig, build: BuildContext) -> TransformerConfig:
+    """A Llama-style decoder: RMSNorm, SwiGLU, grouped-query attention."""
+    layout, step = build.layout, build.step
+    layers = "|".join("t" * count for count in layout.stage_layers)  # Megatron's notation of a pipeline
+    return TransformerConfig(
+        **shared(build),
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        layernorm_epsilon=model.layernorm_epsilon,
+        add_bias_linear=model.bias,
+        add_qkv_bias=model.qkv_bias,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        pipeline_model_parallel_layout=f"E{layers}L" if layout.pipeline > 1 else None,
+        pipeline_dtype=build.dtype,
+        sequence_parallel=layout.sequence_parallel,
+        variable_seq_lengths=layout.pipeline > 1,  # each micro-batch is padded to its own longest sample
+        moe_token_dispatcher_type="alltoall",  # the default is refused with variable_seq_lengths, even without experts
+        calculate_per_token_loss=True,
+        recompute_granularity=step.activations_checkpoint_granularity,
+        recompute_method=step.activations_checkpoint_method,
+        recompute_num_layers=step.activations_checkpoint_num_layers,
+    )
+
+
+def encoder_config(build: BuildContext, tensor_parallel: bool, **shape: Any) -> TransformerConfig:
+    """A part that stands whole on the first stage and outside sequence parallelism: a vision tower or projector.
+
+    Args:
+        tensor_parallel: split it over the tensor-parallel ranks, or hold it whole on each.
+        shape: TransformerConfig's fields for the part itself.
+    """
+    return TransformerConfig(**shared(build), **shape, tensor_model_parallel_size=build.layout.tensor if tensor_parallel else 1)
+
+
+def shared(build: BuildContext) -> dict[str, Any]:
+    """Settings that every part has: no dropout, initial values drawn elsewhere (mcore.weights), fusions where there are kernels."""
+    fused = build.kernels == "transformer_engine"
+    return dict(
+        params_dtype=build.dtype,
+        bf16=build.dtype is torch.bfloat16,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=leave,
+        output_layer_init_method=leave,
+        # On the meta device Megatron must not name a device itself.
+        use_cpu_initialization=torch.get_default_device().type == "meta",
+        bias_activation_fusion=False,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def leave(weight: torch.Tensor) -> torch.Tensor:
+    """perform_initialization=False would also drop the tensor-parallel marks of the weight."""
+    return weight

@@ -1,0 +1,81 @@
+"""Megatron-Core on a machine without CUDA.
+
+Megatron-Core 0.16 assumes CUDA in a few places: the current device, streams, literal device="cuda", type names of
+CUDA tensors, RNG state. `enable()` redirects these to the CPU. It does nothing where CUDA exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+_mode: list[TorchFunctionMode] = []  # holds the active mode for the life of the process
+
+
+def device() -> torch.device:
+    """The device that this rank computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+
+
+def enable() -> None:
+    """Let Megatron-Core run on this process's CPU; idempotent."""
+    if torch.cuda.is_available() or _mode:
+        return
+    redirect_cuda_calls()
+    redirect_rng()
+    mode = CudaLiteralsToCpu()
+    mode.__enter__()
+    _mode.append(mode)
+
+
+class CudaLiteralsToCpu(TorchFunctionMode):
+    """Literal device="cuda" arguments, Tensor.cuda(), and the type names that the optimizer and clipping compare."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs and is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": CPU}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+def is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class NoStream:
+    """Stands for torch.cuda.Stream: on a CPU everything is in order already."""
+
+    def wait_stream(self, stream: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+def redirect_cuda_calls() -> None:
+    # Megatron passes the current device on to torch.empty and friends, where a device object serves as well as a number.
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.set_device = lambda *args, **kwargs: None
+    torch.cuda.current_stream = lambda *args, **kwargs: NoStream()  # type: ignore[assignment, return-value]
+    torch.cuda.Stream = NoStream  # type: ignore[assignment, misc]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+
+
+def redirect_rng() -> None:
+    """The RNG tracker of tensor parallelism forks CUDA's generator; here it forks the CPU's."""
+    from megatron.core.tensor_parallel import random
+
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment, return-value]
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)

@@ -1,0 +1,78 @@
+"""The decoder-only language model of every family: Megatron's GPTModel."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from nemo_vlm.config import LanguageConfig
+from nemo_vlm.mcore.config import BuildContext, language_config
+from nemo_vlm.mcore.groups import Stage
+from nemo_vlm.mcore.layers import layer_spec, norm_class
+
+
+def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTModel:
+    """This stage's part of the language model; initial values are left to mcore.weights."""
+    assert model.vocab_size is not None, "the vocabulary size is settled before a model is built"
+    config = language_config(model, build)
+    layer = layer_spec(config, build.kernels, causal=True)
+    count = build.layout.stage_layers[parallel_state.get_pipeline_model_parallel_rank()]
+    gpt = GPTModel(
+        config,
+        TransformerBlockSubmodules([layer] * count, norm_class(config, build.kernels)),
+        vocab_size=padded_vocab_size(model, build.layout.tensor),
+        max_sequence_length=model.encoder_seq_length,
+        pre_process=stage.first,
+        post_process=stage.last,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        scatter_embedding_sequence_parallel=False,  # vision features are merged into the whole sequence first
+    )
+    if stage.last:
+        gpt.output_layer.register_forward_hook(HidePadding(model.vocab_size))
+    return gpt
+
+
+def padded_vocab_size(model: LanguageConfig, tensor_parallel_size: int) -> int:
+    """The vocabulary rounded up so that every rank gets an equal part of a multiple of make_vocab_size_divisible_by."""
+    multiple = model.make_vocab_size_divisible_by * tensor_parallel_size
+    return -(-model.vocab_size // multiple) * multiple  # type: ignore[operator]
+
+
+class HidePadding:
+    """Forward hook of the output layer: rows that only pad the vocabulary must not take part in the softmax."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, module: torch.nn.Module, args: tuple, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        logits, bias = output
+        width = logits.shape[-1]
+        visible = self.vocab_size - parallel_state.get_tensor_model_parallel_rank() * width
+        if visible < width:
+            columns = torch.arange(width, device=logits.device)
+            logits = logits.masked_fill(columns >= visible, torch.finfo(logits.dtype).min)
+        return logits, bias
+
+
+def embed(gpt: GPTModel, tokens: Tensor) -> Tensor:
+    """Word embeddings [s, b, h] of tokens [b, s], whole on every tensor-parallel rank."""
+    return gpt.embedding(tokens, position_ids=None)
+
+
+def decode(gpt: GPTModel, embeddings: Tensor | None, tokens: Tensor, labels: Tensor | None) -> Tensor:
+    """Run this stage's layers.
+
+    Args:
+        embeddings: [s, b, h] on the first stage; elsewhere None, the schedule has set the input.
+    Returns:
+        The losses [b, s] on the last stage where labels are given, its logits [b, s, vocab / tp] where they are not,
+        hidden states [s, b, h] on the other stages.
+    """
+    if embeddings is not None and gpt.config.sequence_parallel:
+        embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
+    return gpt(tokens, None, None, decoder_input=embeddings, labels=labels)

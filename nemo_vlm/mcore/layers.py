@@ -1,0 +1,110 @@
+"""Transformer layers from Megatron's parts, and the one place that decides between Transformer Engine and our own modules.
+
+Without Transformer Engine, Megatron's norms refuse sequence parallelism and its attention materialises the scores. The
+norms and the core attention here have neither limit. Parameter names in checkpoints are the same either way.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from nemo_vlm.errors import ConfigError
+
+Kernels = Literal["local", "transformer_engine"]
+
+
+def kernels(transformer_impl: str) -> Kernels:
+    """What model.transformer_impl means here: `auto` takes Transformer Engine on CUDA where it is installed."""
+    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if transformer_impl == "transformer_engine" and not available:
+        lacking = "it is not installed" if torch.cuda.is_available() else "it needs a CUDA device"
+        raise ConfigError(f"model.transformer_impl=transformer_engine: {lacking}; auto or local runs here")
+    return "transformer_engine" if available and transformer_impl != "local" else "local"
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose gradient is summed over the tensor-parallel ranks under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # read by Megatron's finalize_model_grads
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """LayerNorm, as RMSNorm above."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.bias.sequence_parallel = config.sequence_parallel
+
+
+def norm_class(config: TransformerConfig, chosen: Kernels) -> type:
+    if chosen == "transformer_engine":
+        return TESpecProvider().layer_norm()
+    return RMSNorm if config.normalization == "RMSNorm" else LayerNorm
+
+
+class CoreAttention(torch.nn.Module):
+    """Causal or bidirectional attention on torch's scaled_dot_product_attention."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **unused: Any) -> None:
+        super().__init__()
+        self.is_causal = attn_mask_type == AttnMaskType.causal
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **unused: Any) -> Tensor:
+        """Query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]."""
+        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=self.is_causal, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def layer_spec(config: TransformerConfig, chosen: Kernels, causal: bool) -> ModuleSpec:
+    """A pre-norm transformer layer: norm, self-attention, norm, MLP."""
+    if chosen == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec() if causal else get_vit_layer_with_transformer_engine_spec()
+    norm = norm_class(config, chosen)
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=CoreAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
+    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    return ModuleSpec(
+        TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            # Transformer Engine fuses a norm into the linear layer behind it; checkpoints use its names.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )

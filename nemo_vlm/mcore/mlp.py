@@ -1,0 +1,46 @@
+"""A stack of linear layers with GELU between them: the body of a projector."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from nemo_vlm.mcore.config import BuildContext, encoder_config
+
+
+class LinearStack(MegatronModule):
+    """Linear layers of the given sizes, GELU between them; parts are named "0", "1", ...
+
+    Two neighbours whose inner width divides are split over the tensor-parallel ranks, by columns and then by rows;
+    what is left over is held whole on each rank.
+
+    Args:
+        sizes: widths from input to output, one more than there are layers.
+    """
+
+    def __init__(self, sizes: list[int], build: BuildContext) -> None:
+        tp = build.layout.tensor
+        config = encoder_config(build, True, num_layers=1, hidden_size=sizes[-1], num_attention_heads=tp)  # heads: it has none
+        super().__init__(config)
+        self.count = len(sizes) - 1
+        make = dict(config=config, init_method=config.init_method, bias=True, skip_bias_add=False)
+        index = 0
+        while index < self.count:
+            if index + 1 < self.count and sizes[index + 1] % tp == 0:
+                self.add_module(str(index), ColumnParallelLinear(sizes[index], sizes[index + 1], gather_output=False, **make))
+                second = RowParallelLinear(sizes[index + 1], sizes[index + 2], input_is_parallel=True, is_expert=False, **make)
+                self.add_module(str(index + 1), second)
+                index += 2
+            else:
+                self.add_module(str(index), torch.nn.Linear(sizes[index], sizes[index + 1]))
+                index += 1
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., sizes[0]] -> [..., sizes[-1]]."""
+        for index in range(self.count):
+            hidden = self.get_submodule(str(index))(F.gelu(hidden) if index else hidden)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # Megatron's layers return their bias beside
+        return hidden

@@ -1,0 +1,110 @@
+"""A vision transformer from Megatron layers: CLIP, SigLIP and what else differs from them by a few switches."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor
+
+from nemo_vlm.mcore.config import ACTIVATIONS, BuildContext, encoder_config
+from nemo_vlm.mcore.groups import without_tensor_parallel
+from nemo_vlm.mcore.layers import layer_spec, norm_class
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """What distinguishes one vision transformer from another."""
+
+    image_size: int
+    patch_size: int
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    activation: str
+    layernorm_epsilon: float
+    class_token: bool  # CLIP puts a class token in front
+    pre_norm: bool  # CLIP normalises the embeddings
+    patch_bias: bool  # SigLIP's patch convolution has a bias
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+class VisionTransformer(MegatronModule):
+    """Images to the hidden states of one layer; parts are named as in Megatron's CLIPViTModel.
+
+    Args:
+        depth: layers that run. The others, and the norm behind the last, are only carried along for export.
+    """
+
+    def __init__(self, shape: VisionShape, depth: int, build: BuildContext) -> None:
+        tp = build.layout.tensor
+        split = shape.num_attention_heads % tp == 0 and shape.ffn_hidden_size % tp == 0
+        config = vision_config(shape, build, split)
+        super().__init__(config)
+        self.depth = depth
+        groups = ProcessGroupCollection.use_mpu_process_groups() if split else without_tensor_parallel()
+        self.tp_group = groups.tp
+        norm, hidden = norm_class(config, build.kernels), shape.hidden_size
+        self.conv1 = torch.nn.Conv2d(3, hidden, shape.patch_size, shape.patch_size, bias=shape.patch_bias)
+        self.position_embeddings = torch.nn.Embedding(shape.num_patches + shape.class_token, hidden)
+        self.class_token = torch.nn.Parameter(torch.empty(1, 1, hidden)) if shape.class_token else None
+        self.ln_pre = norm(config, hidden, shape.layernorm_epsilon) if shape.pre_norm else torch.nn.Identity()
+        spec = layer_spec(config, build.kernels, causal=False)
+        layers = [build_module(spec, config=config, layer_number=i + 1, pg_collection=groups) for i in range(shape.num_layers)]
+        self.layers = torch.nn.ModuleList(layers)
+        self.ln_post = norm(config, hidden, shape.layernorm_epsilon)
+        self.layers[depth:].requires_grad_(False)
+        self.ln_post.requires_grad_(False)
+        if not split:
+            log.warning("vision tower: %d heads do not divide by %d tensor-parallel ranks, each holds it whole", shape.num_attention_heads, tp)
+            for parameter in self.parameters():  # else clipping counts it once a rank
+                parameter.tensor_model_parallel = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [n, 3, H, W] -> hidden states [n, tokens, h] after `depth` layers, the class token in front where there is one."""
+        hidden = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            hidden = torch.cat([self.class_token.expand(len(hidden), -1, -1), hidden], dim=1)
+        hidden = self.ln_pre(hidden + self.position_embeddings.weight).transpose(0, 1).contiguous()
+        for layer in self.layers[: self.depth]:
+            hidden, _ = layer(hidden, attention_mask=None)
+        return hidden.transpose(0, 1)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """As MegatronModule's, which would take the list of layers for one unsharded module."""
+        layers, self.layers = self.layers, torch.nn.ModuleList()
+        try:
+            shards = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        finally:
+            self.layers = layers
+        for i, layer in enumerate(layers):
+            shards |= sharded_state_dict_default(layer, f"{prefix}layers.{i}.", sharded_offsets, metadata, self.tp_group)
+        return shards
+
+
+def vision_config(shape: VisionShape, build: BuildContext, split: bool) -> TransformerConfig:
+    return encoder_config(
+        build,
+        split,
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        layernorm_epsilon=shape.layernorm_epsilon,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+        normalization="LayerNorm",
+        activation_func=ACTIVATIONS[shape.activation],
+    )

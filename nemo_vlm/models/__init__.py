@@ -1,0 +1,1 @@
+"""Model families: a folder each. `base.family(name)` opens one."""

@@ -1,0 +1,49 @@
+"""What a family is: a folder with these modules, found by its name.
+
+    config.py     Config, a frozen dataclass on LanguageConfig; tiny() for tests
+    model.py      Model(config, build, stage), a plain torch module: forward(batch, labels) -> losses, logits or hidden states
+    processor.py  Processor(config, data, tokenizer): record -> Sample
+    mapping.py    rules(config): its weights in Hugging Face's names
+
+config, processor and mapping import neither Megatron nor a process group, so that conversion runs without them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nemo_vlm.errors import ConfigError
+
+if TYPE_CHECKING:  # torch is not imported to print a config
+    from nemo_vlm.batch import Sample
+
+FAMILIES = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/config.py")))
+
+
+class Processor(Protocol):
+    """A family's way from a record to tokens and pixels."""
+
+    tokenizer: Any
+
+    def sample(self, record: Mapping[str, Any]) -> Sample:
+        """A training sample of a LLaVA-style record, its images given as paths."""
+        ...
+
+    def prompt(self, record: Mapping[str, Any]) -> Sample:
+        """The record up to where the assistant's first answer would begin."""
+        ...
+
+
+def family(name: str, part: str) -> ModuleType:
+    """One module of a family, `family("llava", "config")`.
+
+    Raises:
+        ConfigError: there is no such family.
+    """
+    if name not in FAMILIES:
+        raise ConfigError(f"model.family={name}: must be one of {', '.join(FAMILIES)}")
+    return importlib.import_module(f"nemo_vlm.models.{name}.{part}")

@@ -1,0 +1,1 @@
+"""Text-only language models of Llama's kind."""

@@ -1,0 +1,55 @@
+"""Conversations to samples, text only: images of a record and their placeholders are left out, with a warning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from nemo_vlm.batch import Sample
+from nemo_vlm.config import DataConfig
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.models.conversation import TEMPLATES, Turn, encode, shift, turns
+from nemo_vlm.models.gpt.config import Config
+from nemo_vlm.models.vocabulary import settle_vocabulary
+
+log = logging.getLogger(__name__)
+IMAGE_TAG = "<image>"
+
+
+def settle(config: Config, tokenizer: Any) -> Config:
+    """The config with the tokenizer's vocabulary size."""
+    return settle_vocabulary(config, tokenizer)
+
+
+class Processor:
+    """Makes samples for a language model."""
+
+    def __init__(self, config: Config, data: DataConfig, tokenizer: Any) -> None:
+        self.config, self.data, self.tokenizer = config, data, tokenizer
+        self.warned = False
+
+    def sample(self, record: Mapping[str, Any]) -> Sample:
+        """Tokens and labels of a LLaVA record."""
+        return self._encode(record, turns(dict(record)))
+
+    def prompt(self, record: Mapping[str, Any]) -> Sample:
+        """The first question alone."""
+        first = turns(dict(record))[0]
+        return self._encode(record, [Turn(first.question, None)])
+
+    def _encode(self, record: Mapping[str, Any], conversation: list[Turn]) -> Sample:
+        if record["image"] and not self.warned:
+            log.warning("the gpt family reads text only: the images of %s and of all other records are left out", record.get("id"))
+            self.warned = True
+        text = [Turn(turn.question.replace(IMAGE_TAG, "").lstrip("\n"), turn.answer) for turn in conversation]
+        system = record.get("system") or self.data.system_message
+        ids, trained = encode(TEMPLATES[self.data.conv_template](text, system, self.tokenizer.eos_token), self.tokenizer)
+        if len(ids) - 1 > self.config.encoder_seq_length:
+            raise ConfigError(f"record {record.get('id')}: {len(ids) - 1} tokens, model.encoder_seq_length={self.config.encoder_seq_length}")
+        none = torch.empty(0, 3, 0, 0)
+        if text[-1].answer is None:
+            return Sample(ids, torch.empty(0, dtype=torch.int64), none)
+        return Sample(*shift(ids, trained), none)

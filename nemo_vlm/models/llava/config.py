@@ -1,0 +1,101 @@
+"""LLaVA's settings: the language model's flat under `model`, the rest under `model.mm_cfg`, as in NeMo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nemo_vlm.config import LanguageConfig, fill
+from nemo_vlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """`model.mm_cfg.vision_encoder.*`; the defaults are CLIP ViT-L/14 at 336 pixels."""
+
+    model_type: Literal["clip", "siglip"] = "clip"
+    image_size: int = 336
+    patch_dim: int = 14  # pixels along an edge of a patch
+    num_layers: int = 24
+    hidden_size: int = 1024
+    ffn_hidden_size: int = 4096
+    num_attention_heads: int = 16
+    activation: Literal["quick_gelu", "gelu", "gelu_pytorch_tanh"] | None = None  # null: the model type's own
+    layernorm_epsilon: float | None = None  # null: the model type's own
+    vision_select_layer: int = -2  # index into the hidden states, the embeddings counted as the first
+    class_token_length: int | None = None  # tokens in front of the patches: 1 in CLIP, 0 in SigLIP
+
+    def __post_init__(self) -> None:
+        clip = self.model_type == "clip"
+        fill(self, activation="quick_gelu" if clip else "gelu_pytorch_tanh", layernorm_epsilon=1e-5 if clip else 1e-6)
+        fill(self, class_token_length=int(clip))
+        if self.class_token_length != int(clip):
+            raise ConfigError(
+                f"model.mm_cfg.vision_encoder.class_token_length={self.class_token_length}: {self.model_type} has {int(clip)} class tokens"
+            )
+        if self.image_size % self.patch_dim:
+            raise ConfigError(f"model.mm_cfg.vision_encoder.image_size={self.image_size}: must divide by patch_dim={self.patch_dim}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"model.mm_cfg.vision_encoder.num_attention_heads={self.num_attention_heads}: "
+                f"hidden_size={self.hidden_size} must divide by it"
+            )
+        if not 0 <= self.depth <= self.num_layers:
+            raise ConfigError(
+                f"model.mm_cfg.vision_encoder.vision_select_layer={self.vision_select_layer}: a tower of {self.num_layers} layers has "
+                f"hidden states {-self.num_layers - 1} to {self.num_layers}"
+            )
+
+    @property
+    def depth(self) -> int:
+        """Layers that run to reach the selected hidden state."""
+        return self.vision_select_layer + (self.num_layers + 1 if self.vision_select_layer < 0 else 0)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Features of an image, without the class token."""
+        return (self.image_size // self.patch_dim) ** 2
+
+
+@dataclass(frozen=True)
+class MultimodalConfig:
+    """`model.mm_cfg.*`."""
+
+    vision_encoder: VisionConfig = field(default_factory=VisionConfig)
+    mm_mlp_adapter_type: str = "mlp2x_gelu"  # linear, identity, mlpNx_gelu
+    image_token: str = "<image>"  # placeholder in the text, one token for each feature
+    image_token_index: int | None = None  # null: as the tokenizer says
+
+
+@dataclass(frozen=True)
+class Config(LanguageConfig):
+    """A LLaVA."""
+
+    mm_cfg: MultimodalConfig = field(default_factory=MultimodalConfig)
+
+    @property
+    def image_flops(self) -> float:
+        """The layers of the tower that run, and a two-layer projector; patches and norms are too small to count."""
+        vision = self.mm_cfg.vision_encoder
+        tokens = vision.num_image_tokens + vision.class_token_length  # type: ignore[operator]
+        layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
+        tower = vision.depth * (2 * tokens * layer + 4 * tokens**2 * vision.hidden_size)
+        return tower + 2 * vision.num_image_tokens * self.hidden_size * (vision.hidden_size + self.hidden_size)
+
+
+def tiny() -> Config:
+    """A model for tests, with what a real one has: grouped queries, a padded vocabulary, a layer of the tower that is not used."""
+    return Config(
+        num_layers=4,
+        hidden_size=48,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=250,
+        make_vocab_size_divisible_by=8,
+        encoder_seq_length=128,
+        mm_cfg=MultimodalConfig(
+            vision_encoder=VisionConfig(image_size=32, patch_dim=8, num_layers=3, hidden_size=40, ffn_hidden_size=80, num_attention_heads=4),
+            image_token_index=249,
+        ),
+    )

@@ -1,0 +1,63 @@
+"""LLaVA as one forward: embed, encode, project, merge, decode."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nemo_vlm.batch import Batch
+from nemo_vlm.mcore.config import BuildContext
+from nemo_vlm.mcore.gpt import build_gpt, decode, embed
+from nemo_vlm.mcore.groups import Stage
+from nemo_vlm.mcore.vit import VisionShape, VisionTransformer
+from nemo_vlm.models.llava.config import Config, VisionConfig
+from nemo_vlm.models.merge import merge
+from nemo_vlm.models.projector import build_projector
+
+
+class Model(nn.Module):
+    """This pipeline stage of a LLaVA; vision tower and projector stand on the first.
+
+    Args:
+        config: settled (see config.settle).
+    """
+
+    def __init__(self, config: Config, build: BuildContext, stage: Stage) -> None:
+        super().__init__()
+        self.config, self.stage = config, stage
+        self.language_model = build_gpt(config, build, stage)
+        if stage.first:
+            vision = config.mm_cfg.vision_encoder
+            self.vision_model = VisionTransformer(vision_shape(vision), vision.depth, build)
+            self.vision_projection = build_projector(config.mm_cfg.mm_mlp_adapter_type, vision.hidden_size, config.hidden_size, build)
+
+    def forward(self, batch: Batch, labels: Tensor | None = None) -> Tensor:
+        """Losses [b, s] where labels are given, else logits; hidden states on all but the last stage."""
+        embeddings = self.embed(batch) if self.stage.first else None
+        return decode(self.language_model, embeddings, batch.tokens, labels)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Word embeddings [s, b, h] with the projected vision features at the image tokens."""
+        embeddings = embed(self.language_model, batch.tokens)
+        features = embeddings.new_empty(0, embeddings.shape[-1])
+        if len(batch.images):
+            hidden = self.vision_model(batch.images)[:, self.config.mm_cfg.vision_encoder.class_token_length :]
+            features = self.vision_projection(hidden).flatten(0, 1)
+        return merge(embeddings, batch.tokens, features, self.config.mm_cfg.image_token_index)
+
+
+def vision_shape(vision: VisionConfig) -> VisionShape:
+    """CLIP and SigLIP differ in the class token, the norm in front, the patch convolution's bias (HF CLIPVisionModel, SiglipVisionModel)."""
+    clip = vision.model_type == "clip"
+    return VisionShape(
+        image_size=vision.image_size,
+        patch_size=vision.patch_dim,
+        num_layers=vision.num_layers,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.ffn_hidden_size,
+        num_attention_heads=vision.num_attention_heads,
+        activation=vision.activation,
+        layernorm_epsilon=vision.layernorm_epsilon,
+        class_token=clip,
+        pre_norm=clip,
+        patch_bias=not clip,
+    )

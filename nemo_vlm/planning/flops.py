@@ -1,0 +1,30 @@
+"""Floating-point operations of a training step, for TFLOP/s and MFU.
+
+A multiply-add counts as two; the backward pass as two forwards; attention only where it is not masked; recomputation
+is not counted. Embedding look-ups cost nothing.
+"""
+
+from __future__ import annotations
+
+from nemo_vlm.config import LanguageConfig
+
+# Dense bf16 TFLOP/s by name of device, from the vendor's data sheets.
+PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "B200": 2250.0}
+
+
+def peak_tflops(device_name: str) -> float | None:
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def step_flops(model: LanguageConfig, num_tokens: float, squared_lengths: float, num_images: float) -> float:
+    """FLOPs of forward and backward over a global batch.
+
+    Args:
+        squared_lengths: the sum of the samples' squared lengths, in tokens.
+    """
+    width = model.num_attention_heads * model.kv_channels  # type: ignore[operator]
+    attention_weights = model.hidden_size * (2 * width + 2 * model.num_query_groups * model.kv_channels)  # type: ignore[operator]
+    layer = attention_weights + 3 * model.hidden_size * model.ffn_hidden_size
+    matmuls = 2 * num_tokens * (model.num_layers * layer + model.hidden_size * (model.vocab_size or 0))
+    attention = 2 * model.num_layers * width * squared_lengths  # two matmuls over half of the square
+    return 3 * (matmuls + attention + num_images * model.image_flops)

@@ -1,0 +1,170 @@
+"""Plain mappings to frozen dataclasses: every key known, every value of the declared type, or a one-line error."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from nemo_vlm.config import MODEL_BRANCHES, MODEL_SECTIONS, ExpManagerConfig, RunConfig, TrainerConfig
+from nemo_vlm.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read_run(tree: Mapping[str, Any], model_class: type) -> RunConfig:
+    """The composed tree (`trainer`, `exp_manager`, `model`) as a RunConfig.
+
+    Args:
+        tree: plain containers, as OmegaConf.to_container gives them.
+        model_class: the family's architecture dataclass.
+    Raises:
+        ConfigError: an unknown key, a wrong type or a value that is not among the choices.
+    """
+    check_keys(tree, {"trainer", "exp_manager", "model"}, "")
+    return RunConfig(
+        trainer=read(TrainerConfig, tree["trainer"], "trainer"),
+        exp_manager=read(ExpManagerConfig, tree["exp_manager"], "exp_manager"),
+        **read_model(tree["model"], model_class),
+    )
+
+
+def read_model(tree: Mapping[str, Any], model_class: type) -> dict[str, Any]:
+    """The branch `model` as RunConfig's fields: family, model, the other flat sections, the nested branches."""
+    flat = {"model": model_class, **MODEL_SECTIONS}
+    names = {section: {f.name for f in fields(cls)} for section, cls in flat.items()}
+    check_keys(tree, {"family"}.union(MODEL_BRANCHES, *names.values()), "model")
+    parts = {section: read(cls, pick(tree, names[section]), "model") for section, cls in flat.items()}
+    branches = {branch: read(cls, tree.get(branch) or {}, f"model.{branch}") for branch, cls in MODEL_BRANCHES.items()}
+    return {"family": tree["family"], **parts, **branches}
+
+
+def model_tree(run: RunConfig) -> dict[str, Any]:
+    """The branch `model` of a run as plain containers: read_model's inverse."""
+    tree: dict[str, Any] = {"family": run.family}
+    for section in ("model", *MODEL_SECTIONS):
+        tree |= plain(getattr(run, section))
+    return tree | {branch: plain(getattr(run, branch)) for branch in MODEL_BRANCHES}
+
+
+def defaults(model_class: type) -> dict[str, Any]:
+    """The branch `model` with every default of a family, as plain containers."""
+    flat = [plain_defaults(section) for section in (model_class, *MODEL_SECTIONS.values())]
+    branches = {branch: plain_defaults(cls) for branch, cls in MODEL_BRANCHES.items()}
+    return {key: value for section in flat for key, value in section.items()} | branches
+
+
+def plain_defaults(section: type) -> dict[str, Any]:
+    """A dataclass's declared defaults, before __post_init__ derives others from them."""
+    out = {}
+    for f in fields(section):
+        value = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+        out[f.name] = plain_defaults(type(value)) if is_dataclass(value) else value
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in out.items()}
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and tuples as plain containers, fit for YAML or JSON."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read(section: type[T], tree: Mapping[str, Any], path: str) -> T:
+    """One dataclass from a mapping; `path` is the key that leads to it, for messages."""
+    hints = get_type_hints(section)
+    check_keys(tree, set(hints), path)
+    return section(**{key: convert(value, hints[key], f"{path}.{key}") for key, value in tree.items()})
+
+
+def pick(tree: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if key in names}
+
+
+def check_keys(tree: Any, known: set[str], path: str) -> None:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{path}={tree!r}: a group of settings is expected here, with the keys {', '.join(sorted(known))}")
+    for key in tree:
+        if key not in known:
+            raise ConfigError(unknown_key(f"{path}.{key}".lstrip("."), known))
+
+
+def unknown_key(path: str, known: set[str]) -> str:
+    """The message for a key that does not exist, with the nearest that does."""
+    key = path.rpartition(".")[2]
+    nearest = difflib.get_close_matches(key, sorted(known), 1, cutoff=0.5)
+    return f"{path}: unknown key '{key}'; " + (f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(sorted(known))}")
+
+
+def convert(value: Any, hint: Any, path: str) -> Any:
+    """`value` as the declared type. YAML's 1e-3 (text) and whole floats count as numbers; a bool never does."""
+    if is_dataclass(hint):
+        return read(hint, value, path)  # type: ignore[arg-type]
+    if get_origin(hint) in (Union, types.UnionType):
+        return convert_union(value, get_args(hint), path)
+    if get_origin(hint) is tuple:
+        return convert_tuple(value, get_args(hint), path)
+    if get_origin(hint) is Literal:
+        return convert_choice(value, get_args(hint), path)
+    if hint is type(None) and value is None:
+        return None
+    if hint is float:
+        number = as_float(value)
+        if number is not None:
+            return number
+    elif type(value) is hint or hint is Any:
+        return value
+    elif hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    raise ConfigError(f"{path}={show(value)}: must be {name(hint)}")
+
+
+def convert_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
+    for option in options:
+        try:
+            return convert(value, option, path)
+        except ConfigError as error:
+            if is_dataclass(option) and isinstance(value, Mapping):
+                raise error
+    raise ConfigError(f"{path}={show(value)}: must be {' or '.join(name(option) for option in options)}")
+
+
+def convert_tuple(value: Any, items: tuple[Any, ...], path: str) -> tuple[Any, ...]:
+    if isinstance(value, list | tuple):
+        if items[-1] is Ellipsis:
+            return tuple(convert(item, items[0], f"{path}[{i}]") for i, item in enumerate(value))
+        if len(items) == len(value):
+            return tuple(convert(item, hint, f"{path}[{i}]") for i, (item, hint) in enumerate(zip(value, items, strict=True)))
+    count = "" if items[-1] is Ellipsis else f"{len(items)} "
+    raise ConfigError(f"{path}={show(value)}: must be a list of {count}values of type {name(items[0])}")
+
+
+def convert_choice(value: Any, choices: tuple[str, ...], path: str) -> str:
+    text = str(value) if isinstance(value, str) or type(value) is int else None  # YAML reads precision: 32 as a number
+    if text in choices:
+        return text
+    raise ConfigError(f"{path}={show(value)}: must be one of {', '.join(choices)}")
+
+
+def as_float(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def show(value: Any) -> str:
+    return {True: "true", False: "false", None: "null"}.get(value, value) if isinstance(value, bool | None) else str(value)
+
+
+def name(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(get_args(hint))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return names.get(hint, "a list" if get_origin(hint) is tuple else str(hint))
