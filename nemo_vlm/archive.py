@@ -65,7 +65,7 @@ def write_archive(
                 for name, folder in folders.items():
                     for source in sorted(p for p in folder.rglob("*") if p.is_file()):
                         add_bytes(tar, f"{name}/{source.relative_to(folder).as_posix()}", source.read_bytes())
-                add_weights(tar, specs, iter(tensors))
+                add_weights(tar, specs, ((name, tensor) for name, tensor in tensors if tensor.numel()))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -114,7 +114,8 @@ class TensorStream(io.RawIOBase):
     """A safetensors file as a stream that tarfile can copy, made tensor by tensor."""
 
     def __init__(self, header: bytes, specs: list[TensorSpec], tensors: Iterator[tuple[str, Tensor]]) -> None:
-        self.pending, self.specs, self.tensors = memoryview(header), iter(specs), tensors
+        self.pending, self.tensors = memoryview(header), tensors
+        self.specs = iter([spec for spec in specs if spec.num_bytes])
 
     def read(self, size: int = -1) -> bytes:
         chunks = []
@@ -168,7 +169,7 @@ class Archive:
         with open(self.path, "rb") as file:
             # A private mapping is writable, as torch wants it; nothing is ever written to it.
             self.memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self.config: dict[str, Any] = yaml.safe_load(self.file(CONFIG))
+        self.config = self._config()
         self.entries: dict[str, Entry] = {}
         for name in self.members:
             if name.endswith(".safetensors"):
@@ -204,20 +205,34 @@ class Archive:
     def read(self, name: str, slices: tuple[slice, ...] = ()) -> Tensor:
         """A tensor or a part of it, in place."""
         entry = self.entries[name]
+        if 0 in entry.shape:
+            return torch.empty(entry.shape, dtype=entry.dtype)[slices]
         flat = torch.frombuffer(self.memory, dtype=entry.dtype, count=math.prod(entry.shape), offset=entry.offset)
         return flat.view(entry.shape)[slices]
 
+    def _config(self) -> dict[str, Any]:
+        try:
+            config = yaml.safe_load(self.file(CONFIG))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{self.path}: {CONFIG} is not plain YAML ({' '.join(str(error).split())})") from None
+        if not isinstance(config, dict):
+            raise ConfigError(f"{self.path}: {CONFIG} holds no settings")
+        return config
+
     def _entries(self, name: str) -> dict[str, Entry]:
         start, size = self.members[name]
-        length = int.from_bytes(self.memory[start : start + 8], "little")
-        data = start + 8 + length
+        data = start + 8 + int.from_bytes(self.memory[start : start + 8], "little")
         if start + size > len(self.memory) or data > start + size:
             raise ConfigError(f"{self.path}: cut short in {name}")
         header = json.loads(self.memory[start + 8 : data])
         header.pop("__metadata__", None)
-        return {
-            tensor: Entry(tuple(info["shape"]), DTYPES[info["dtype"]], data + info["data_offsets"][0]) for tensor, info in header.items()
-        }
+        entries = {}
+        for tensor, info in header.items():
+            entry = Entry(tuple(info["shape"]), DTYPES[info["dtype"]], data + info["data_offsets"][0])
+            if entry.offset + math.prod(entry.shape) * entry.dtype.itemsize > start + size:
+                raise ConfigError(f"{self.path}: cut short in {name}, tensor {tensor}")
+            entries[tensor] = entry
+        return entries
 
 
 def safe_name(member: tarfile.TarInfo, path: Path) -> str:

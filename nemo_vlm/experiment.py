@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,6 +28,15 @@ from nemo_vlm.typed import defaults, model_tree, plain, plain_defaults, read_run
 
 Task = Callable[[dict[str, Any]], None]
 CONF = Path(__file__).resolve().parents[1] / "conf"
+UNHELPFUL_WARNINGS = (  # true of every run here, and of no use to its user
+    ".*`LightningModule.configure_optimizers` returned `None`",
+    ".*does not have many workers",
+    ".*`training_step` returned `None`",
+    ".*smaller than the logging interval",
+    ".*isinstance.treespec, LeafSpec",
+    ".*full scope is deprecated",
+    ".*Falling back to local implementations",
+)
 log = logging.getLogger("nemo_vlm")
 
 
@@ -48,7 +58,8 @@ def train(tree: dict[str, Any]) -> None:
             strategy=MegatronStrategy(layout, run.step.seed),
             **trainer_arguments(run.trainer, layout.ranks_per_node),
             logger=exp_manager.loggers(run.exp_manager),
-            callbacks=[callbacks.Progress(), callbacks.Curves(), callbacks.SaveArchive(tokenizer, Path(scratch))],
+            callbacks=[callbacks.Curves(), callbacks.SaveArchive(tokenizer, Path(scratch))]
+            + [callbacks.Progress()] * run.trainer.enable_progress_bar,
         )
         trainer.fit(TrainingModule(plan))
 
@@ -125,32 +136,31 @@ def launch(task: Task, config_name: str) -> None:
     The environment variable NEMO_CONFIG chooses another recipe of conf/.
     """
     store_defaults()
-    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits by itself
+    asked = os.environ.get("HYDRA_FULL_ERROR", "0")
+    show_traceback, failures = asked == "1", []
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own errors and exits
 
     @hydra.main(config_path=str(CONF), config_name=os.environ.get("NEMO_CONFIG", config_name), version_base="1.3")
     def main(cfg: DictConfig) -> None:
         nonlocal show_traceback
-        tree: Any = OmegaConf.to_container(cfg, resolve=True)
-        show_traceback |= bool(tree.pop("debug"))
-        logging.basicConfig(format="%(message)s", level=logging.INFO if int(os.environ.get("LOCAL_RANK", 0)) == 0 else logging.ERROR)
-        quieten_libraries()
-        os.environ["HYDRA_FULL_ERROR"] = str(int(show_traceback))  # for the ranks that the task starts
+        os.environ["HYDRA_FULL_ERROR"] = asked  # for the ranks that the task starts
         try:
+            tree: Any = OmegaConf.to_container(cfg, resolve=True)
+            show_traceback |= bool(tree.pop("debug"))
+            set_up_logging()
             task(tree)
-        finally:
-            os.environ["HYDRA_FULL_ERROR"] = "1"
+        except Exception as error:  # raised below: Hydra would print about it
+            failures.append(error)
 
     try:
         main()
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException) as error:
+        failures.append(error)
+    for error in failures:
         if show_traceback:
-            raise
-        stop(one_line(error), 2)
-    except Exception as error:
-        if show_traceback:
-            raise
-        stop(f"the run failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} (debug=true shows where)", 1)
+            raise error
+        mistake = isinstance(error, ConfigError | HydraException | OmegaConfBaseException)
+        stop(one_line(error) if mistake else f"the run failed: {type(error).__name__}: {error} (debug=true shows where)", 2 if mistake else 1)
 
 
 def stop(message: str, code: int) -> None:
@@ -166,21 +176,23 @@ def one_line(error: Exception) -> str:
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig) and cause.key not in cause.parent_node:
         return unknown_key(str(cause.full_key), {str(key) for key in cause.parent_node})
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and lines[0].startswith("Could not find '") and len(lines) > 1:
-        group, _, name = lines[0].split("'")[1].rpartition("/")
-        options = [line for line in lines[1:] if not line.startswith(("Available", "Config search", "provider=")) and "/" not in line]
-        return f"{group}={name}: no such choice; there are {', '.join(options)}"
-    return " ".join(lines)
+    text = " ".join(str(error).split("Config search path")[0].split())
+    missing = re.search(r"Could not find '(.*)/([^']+)'(?: Available options in '.*': (.*))?", text)
+    if missing:
+        group, name, options = missing.groups()
+        return f"{group}={name}: no such choice; there are {', '.join((options or '').split())}"
+    return text.replace("Check that it's in your config search path.", "").strip()
 
 
-def quieten_libraries() -> None:
+def set_up_logging() -> None:
+    """Our own lines, from the first rank of each node, and of the libraries only warnings."""
     import warnings
 
-    for name in ("pytorch_lightning", "lightning", "lightning_fabric", "torch", "megatron"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    for message in (".*configure_optimizers.*returned `None`", ".*does not have many workers", ".*training_step.*returned `None`"):
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.INFO if first else logging.ERROR)
+    for name in ("pytorch_lightning", "lightning", "lightning_fabric", "torch", "megatron", "pytorch_lightning.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING if first else logging.ERROR)
+    for message in UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message)
 
 

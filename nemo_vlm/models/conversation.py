@@ -17,6 +17,7 @@ from nemo_vlm.batch import IGNORE_INDEX
 from nemo_vlm.errors import ConfigError
 
 Segment = tuple[str, bool]  # text, trained
+IMAGE_TAG = "<image>"  # where an image stands in a record's text
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -33,8 +34,10 @@ class Turn:
 
 
 def plain(turns: Sequence[Turn], system: str | None, end: str) -> list[Segment]:
-    """LLaVA's pretraining: the image, then its caption."""
-    return [segment for turn in turns for segment in ((turn.question, False), (answer(turn, "", "\n"), True))]
+    """LLaVA's pretraining: the image, then its caption; the question's text is left out."""
+    if len(turns) != 1:
+        raise ConfigError(f"model.data.conv_template=plain: for one caption, a record has {len(turns)} turns")
+    return [(IMAGE_TAG * turns[0].question.count(IMAGE_TAG), False), (answer(turns[0], "", "\n"), True)]
 
 
 def v1(turns: Sequence[Turn], system: str | None, end: str) -> list[Segment]:

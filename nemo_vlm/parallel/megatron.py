@@ -27,8 +27,8 @@ class MegatronStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        if self.root_device.type == "cpu":
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.layout.ranks_per_node))
+        if self.root_device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.layout.ranks_per_node))
         groups.initialize(self.layout, self.seed)
 
     @override

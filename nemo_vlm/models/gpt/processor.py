@@ -11,12 +11,11 @@ import torch
 from nemo_vlm.batch import Sample
 from nemo_vlm.config import DataConfig
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.models.conversation import TEMPLATES, Turn, encode, shift, turns
+from nemo_vlm.models.conversation import IMAGE_TAG, TEMPLATES, Turn, encode, shift, turns
 from nemo_vlm.models.gpt.config import Config
 from nemo_vlm.models.vocabulary import settle_vocabulary
 
 log = logging.getLogger(__name__)
-IMAGE_TAG = "<image>"
 
 
 def settle(config: Config, tokenizer: Any) -> Config:

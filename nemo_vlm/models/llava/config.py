@@ -81,21 +81,3 @@ class Config(LanguageConfig):
         layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
         tower = vision.depth * (2 * tokens * layer + 4 * tokens**2 * vision.hidden_size)
         return tower + 2 * vision.num_image_tokens * self.hidden_size * (vision.hidden_size + self.hidden_size)
-
-
-def tiny() -> Config:
-    """A model for tests, with what a real one has: grouped queries, a padded vocabulary, a layer of the tower that is not used."""
-    return Config(
-        num_layers=4,
-        hidden_size=48,
-        ffn_hidden_size=96,
-        num_attention_heads=4,
-        num_query_groups=2,
-        vocab_size=250,
-        make_vocab_size_divisible_by=8,
-        encoder_seq_length=128,
-        mm_cfg=MultimodalConfig(
-            vision_encoder=VisionConfig(image_size=32, patch_dim=8, num_layers=3, hidden_size=40, ffn_hidden_size=80, num_attention_heads=4),
-            image_token_index=249,
-        ),
-    )

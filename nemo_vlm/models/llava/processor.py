@@ -11,7 +11,7 @@ import torch
 from nemo_vlm.batch import Sample
 from nemo_vlm.config import DataConfig
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.models.conversation import TEMPLATES, Turn, encode, expand, shift, turns
+from nemo_vlm.models.conversation import IMAGE_TAG, TEMPLATES, Turn, encode, expand, shift, turns
 from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform, load_image
 from nemo_vlm.models.llava.config import Config, VisionConfig
 from nemo_vlm.models.vocabulary import settle_vocabulary, token_id
@@ -50,11 +50,12 @@ class Processor:
     def _encode(self, record: Mapping[str, Any], conversation: list[Turn]) -> Sample:
         system = record.get("system") or self.data.system_message
         segments = TEMPLATES[self.data.conv_template](conversation, system, self.tokenizer.eos_token)
-        ids, trained = encode(segments, self.tokenizer)
+        token = self.config.mm_cfg.image_token
+        ids, trained = encode([(text.replace(IMAGE_TAG, token), is_trained) for text, is_trained in segments], self.tokenizer)
         paths, placeholder = record["image"], self.config.mm_cfg.image_token_index
         count = int((ids == placeholder).sum())
         if count != len(paths):
-            raise ConfigError(f"record {record.get('id')}: {count} {self.config.mm_cfg.image_token} in the text, {len(paths)} images")
+            raise ConfigError(f"record {record.get('id')}: {count} {IMAGE_TAG} in the text, {len(paths)} images")
         repeats = expand(ids, placeholder, self.vision.num_image_tokens)
         ids, trained = ids.repeat_interleave(repeats), trained.repeat_interleave(repeats)
         if len(ids) - 1 > self.config.encoder_seq_length:

@@ -1,0 +1,149 @@
+"""The command line as a user types it: the demo's command under every layout, mistakes, and the archive it leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "examples" / "neva_finetune.py"
+
+
+def run(*command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key not in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")}
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=environment | env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+def metrics(folder: Path, name: str) -> list[dict[str, float]]:
+    with open(folder / "nemo_experiments" / name / "metrics.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path):
+    """Train a few steps of the demo under a layout, once."""
+    done: dict[str, list[dict[str, float]]] = {}
+
+    def train(parallel: str, *overrides: str, launcher: tuple[str, ...] = ()) -> list[dict[str, float]]:
+        name = "_".join((parallel, *(o.replace("=", "") for o in overrides), *launcher[1:2])).replace(".", "")
+        if name not in done:
+            steps = ("trainer.max_steps=4", "trainer.precision=32", f"exp_manager.name={name}", f"parallel={parallel}")
+            result = run(*launcher, str(TRAIN), *steps, *overrides, cwd=folder)
+            assert result.returncode == 0, result.stderr
+            done[name] = metrics(folder, name)
+        return done[name]
+
+    return train
+
+
+def assert_same(got: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert len(got) == len(expected)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine["reduced_train_loss"] == pytest.approx(theirs["reduced_train_loss"], rel=1e-5)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert (mine["lr"], mine["consumed_samples"]) == (theirs["lr"], theirs["consumed_samples"])
+
+
+@pytest.mark.parametrize(("parallel", "world_size"), [("ddp", 2), ("tp2", 2), ("tp2_sp", 2), ("pp2", 2), ("tp2_pp2", 4)])
+def test_every_layout_trains_as_one_process(trained, parallel: str, world_size: int) -> None:
+    rows = trained(parallel)
+    assert [row["world_size"] for row in rows] == [world_size] * 4
+    assert [row["world_size"] for row in trained("single")] == [1] * 4
+    assert_same(rows, trained("single"))
+
+
+ODD = ("model.num_layers=3", "model.mm_cfg.vision_encoder.num_attention_heads=5")
+
+
+@pytest.mark.parametrize("parallel", ["tp2", "pp2"])
+def test_odd_shapes_train_as_one_process(trained, parallel: str) -> None:
+    assert_same(trained(parallel, *ODD), trained("single", *ODD))
+
+
+def test_torchrun_starts_the_ranks_too(trained) -> None:
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29713")
+    assert_same(trained("tp2", launcher=launcher), trained("tp2"))
+
+
+def test_text_only_family_on_the_same_data(trained) -> None:
+    assert_same(trained("pp2", "model=gpt_tiny"), trained("single", "model=gpt_tiny"))
+
+
+def test_what_a_run_leaves(trained, folder: Path) -> None:
+    trained("tp2_pp2")
+    left = folder / "nemo_experiments" / "tp2_pp2"
+    for name in ("config.yaml", "cmd-args.log", "loss.png", "tensorboard", "checkpoints/tp2_pp2.nemo"):
+        assert (left / name).exists(), name
+    header = (left / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"val_loss", "mfu", "tokens_per_sec", "tflops_per_gpu", "padding_fraction", "train_step_timing in s"} <= set(header)
+
+
+def test_archives_of_every_layout_hold_the_same_model_and_answer(trained, folder: Path) -> None:
+    import torch
+
+    from nemo_vlm.archive import Archive
+
+    trained("single"), trained("tp2_pp2")
+    one, four = (Archive(folder / f"nemo_experiments/{name}/checkpoints/{name}.nemo") for name in ("single", "tp2_pp2"))
+    assert one.names() == four.names()
+    for name in one.names():
+        torch.testing.assert_close(one.read(name), four.read(name), rtol=0, atol=5e-4)
+    moved = folder / "moved.nemo"
+    four.path.rename(moved)  # self-contained: nothing beside it is needed
+    questions = json.loads((folder / "datasets/digits_vqa/heldout.json").read_text())[:6]
+    (folder / "datasets/digits_vqa/few.json").write_text(json.dumps(questions))
+    script = str(ROOT / "examples/neva_evaluation.py")
+    result = run(script, f"neva_model_file={moved}", "data_path=datasets/digits_vqa/few.json", "output_folder=out", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "held-out accuracy: 0." in result.stdout
+    rows = [json.loads(line) for line in (folder / "out/predictions.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [record["id"] for record in questions]
+    assert (folder / "out/predictions.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("model.optm.lr=1", "model.optm: unknown key 'optm'; did you mean 'optim'?"),
+        ("parallel=tp2 model.num_query_groups=3", "model.num_query_groups=3: model.num_attention_heads=4 must divide by it"),
+        ("model.micro_batch_size=7 model.global_batch_size=16", "model.global_batch_size=16: does not divide by model.micro_batch_size=7"),
+        ("parallel=tp3000", "parallel=tp3000: no such choice; there are ddp, pp2, single, tp2, tp2_pp2"),
+        ("trainer.precision=bf17", "trainer.precision=bf17: must be one of 32, bf16, bf16-mixed"),
+        ("model.activations_checkpoint_granularity=true", "model.activations_checkpoint_granularity=true: must be full or selective"),
+        ("+model.foo=1", "model.foo: unknown key 'foo'"),
+        ("--config-name=nothing", "Cannot find primary config 'nothing'"),
+        ("model.data.prepare=null model.data.data_path=nowhere.json model.tokenizer.type=nowhere", "model.tokenizer.type=nowhere: no tokenizer"),
+        ("trainer.max_steps=0", "trainer.max_steps=0: must be 1 or more"),
+        ("model=llava_7b trainer.num_nodes=2", "this machine cannot run it: trainer.num_nodes=2 needs MASTER_ADDR, MASTER_PORT, NODE_RANK"),
+        ("model.transformer_impl=transformer_engine trainer.accelerator=cpu", "model.transformer_impl=transformer_engine: it needs a CUDA"),
+    ],
+)
+def test_mistakes_are_one_line(folder: Path, arguments: str, message: str) -> None:
+    result = run(str(TRAIN), *arguments.split(), cwd=folder)
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(message)
+
+
+def test_a_network_interface_must_exist(folder: Path) -> None:
+    result = run(str(TRAIN), cwd=folder, GLOO_SOCKET_IFNAME="nothing0")
+    assert result.returncode == 2
+    assert result.stderr.startswith("GLOO_SOCKET_IFNAME=nothing0: this machine has no network interface nothing0")
+
+
+def test_printing_the_settings_imports_no_torch(folder: Path) -> None:
+    result = run("-X", "importtime", str(TRAIN), "--cfg", "job", cwd=folder)
+    assert result.returncode == 0
+    assert "tensor_model_parallel_size: 1" in result.stdout
+    assert " torch" not in result.stderr

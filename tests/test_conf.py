@@ -1,0 +1,110 @@
+"""Every file of conf/ composes, reads, and its model builds on the meta device under several layouts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import transformers
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nemo_vlm.experiment import CONF, store_defaults
+from nemo_vlm.layout import Layout, stage_layers
+from nemo_vlm.mcore import groups
+from nemo_vlm.mcore.config import context
+from nemo_vlm.mcore.weights import parts
+from nemo_vlm.models.base import family
+from nemo_vlm.planning.memory import rank_memory
+from nemo_vlm.typed import read_run
+
+GROUPS = ("model", "data", "parallel", "optim", "trainer", "exp_manager")
+CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+BILLIONS = {"llava_7b": 7.06, "llava_13b": 13.35, "llava_llama3_8b": 8.36}
+
+
+def run_of(*overrides: str):
+    store_defaults()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        tree = OmegaConf.to_container(compose("neva_finetune", list(overrides)), resolve=True)
+    tree.pop("debug")
+    return read_run(tree, family(tree["model"]["family"], "config").Config)
+
+
+def settled(run):
+    """As after the demo's tokenizer was read."""
+    model = replace(run.model, vocab_size=run.model.vocab_size or 400)
+    if run.family == "llava":
+        model = replace(model, mm_cfg=replace(model.mm_cfg, image_token_index=4))
+    return replace(run, model=model)
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES, ids=["/".join(choice) for choice in CHOICES])
+def test_every_choice_composes(group: str, name: str) -> None:
+    run_of(f"{group}={name}")
+
+
+def test_every_recipe_composes() -> None:
+    store_defaults()
+    for path in CONF.glob("*.yaml"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            compose(path.stem)
+
+
+def layout(run, tp: int, pp: int) -> Layout:
+    parallel = replace(run.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    return Layout(1, tp * pp, tp, pp, tp > 1, stage_layers(run.model.num_layers, parallel), 1, 1)
+
+
+@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "model"])
+def test_every_model_builds_in_parts_that_add_up(name: str) -> None:
+    run = settled(run_of(f"model={name}"))
+    model = family(run.family, "model").Model
+    shapes = {}
+    for tp, pp in ((1, 1), (2, 1), (1, 2), (4, 4) if run.model.num_layers > 8 else (2, 2)):
+        found, count = {}, {}
+        for rank in range(tp * pp):
+            with groups.pretend(layout(run, tp, pp), rank):
+                for part in parts(model(run.model, context(layout(run, tp, pp)), groups.stage()), run.model.vocab_size):
+                    found[part.name] = part.shape
+                    count.setdefault(part.name, {})[tuple((s.start, s.stop) for s in part.slices)] = part.inner.numel()
+        shapes[tp, pp] = found
+        for part_name, shape in found.items():  # the parts of all ranks cover the whole, none twice
+            size = 1
+            for n in shape:
+                size *= n
+            assert sum(count[part_name].values()) == size, (part_name, tp, pp)
+    assert all(found == shapes[1, 1] for found in shapes.values())
+    if name in BILLIONS:
+        total = rank_memory(run, layout(run, 1, 1), 0).num_parameters
+        assert total / 1e9 == pytest.approx(BILLIONS[name], abs=0.01)
+
+
+@pytest.mark.parametrize("name", [name for group, name in CHOICES if group == "model"])
+def test_every_model_has_hugging_faces_tensors(name: str) -> None:
+    """Our table's names on their side are theirs, for the full sizes, without weights."""
+    run = settled(run_of(f"model={name}"))
+    mapping = family(run.family, "mapping")
+    config = dict(mapping.hf_config(run.model))
+    cls = getattr(transformers, config.pop("architectures")[0])
+    import torch
+
+    with torch.device("meta"):
+        theirs = cls(transformers.AutoConfig.for_model(**config))
+    count = sum(parameter.numel() for parameter in theirs.parameters())
+    assert count == rank_memory(run, layout(run, 1, 1), 0).num_parameters - padding(run)
+    assert len(list(theirs.parameters())) == len({name for rule in mapping.rules(run.model) for name in rule.theirs})
+
+
+def padding(run) -> int:
+    from nemo_vlm.mcore.gpt import padded_vocab_size
+
+    rows = padded_vocab_size(run.model, 1) - run.model.vocab_size
+    return rows * run.model.hidden_size * (1 if run.model.share_embeddings_and_output_weights else 2)
+
+
+def test_no_file_names_this_machine() -> None:
+    for path in Path(CONF).rglob("*.yaml"):
+        assert os.path.expanduser("~") not in path.read_text()

@@ -1,0 +1,170 @@
+"""Records to batches: order, masks, pixels, merging."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
+
+from nemo_vlm.batch import IGNORE_INDEX, Sample, collate
+from nemo_vlm.config import DataConfig, TokenizerConfig
+from nemo_vlm.data import digits
+from nemo_vlm.data.loader import Order, StepSampler
+from nemo_vlm.data.records import RecordDataset, read_records
+from nemo_vlm.data.tokenizer import load_tokenizer, train_tokenizer
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.layout import Layout
+from nemo_vlm.models.base import FAMILIES, family
+from nemo_vlm.models.conversation import TEMPLATES, Turn, encode
+from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform
+from nemo_vlm.models.merge import merge
+
+
+@pytest.fixture(scope="module")
+def digits_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    digits.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(digits_folder: Path):
+    return load_tokenizer(TokenizerConfig(str(digits_folder / "tokenizer")))
+
+
+def test_digits_are_the_ones_of_scikit_learn(digits_folder: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    train, heldout = (json.loads((digits_folder / f"{name}.json").read_text()) for name in ("train", "heldout"))
+    kinds = [[record["category"] for record in records] for records in (train, heldout)]
+    assert [kind.count("open") for kind in kinds] == [1500, 297]
+    assert [kind.count("choice") for kind in kinds] == [500, 297]
+    assert not {record["image"] for record in train} & {record["image"] for record in heldout}
+    target = int(load_digits().target[1500])
+    first_open, first_choice = heldout[:2]
+    assert first_open["conversations"][1]["value"] == f"It is a {digits.NAMES[target]}."
+    question, answer = (turn["value"] for turn in first_choice["conversations"])
+    assert f"\n{answer}. {digits.NAMES[target]}\n" in question
+    assert question.endswith("Answer with the option's letter from the given choices directly.")
+    with Image.open(digits_folder / first_open["image"]) as image:
+        small = numpy.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float) / 255 * 16
+    assert numpy.abs(small - load_digits().images[1500]).mean() < 1.5  # through a bicubic enlargement and back
+
+
+def test_digits_are_written_once(digits_folder: Path) -> None:
+    before = (digits_folder / "train.json").stat().st_mtime_ns
+    digits.write(digits_folder)
+    assert (digits_folder / "train.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_makes_samples_of_any_data(name: str, digits_folder: Path, tokenizer) -> None:
+    config = replace(family(name, "tiny").config(), vocab_size=None)
+    if name == "llava":
+        config = replace(config, mm_cfg=replace(config.mm_cfg, image_token_index=None))
+    parts = family(name, "processor")
+    processor = parts.Processor(parts.settle(config, tokenizer), DataConfig(system_message=""), tokenizer)
+    dataset = RecordDataset(read_records(str(digits_folder / "heldout.json"), None), processor)
+    sample = dataset[0]
+    answer = dataset.records[0]["conversations"][1]["value"]
+    assert tokenizer.decode(sample.labels[sample.labels != IGNORE_INDEX]) == f" {answer}</s>"
+    prompt = processor.prompt(dataset.records[0])
+    assert torch.equal(prompt.tokens, sample.tokens[: len(prompt.tokens)])
+    assert sample.labels[len(prompt.tokens) - 1] != IGNORE_INDEX  # the prompt ends where the first trained token is predicted
+    assert sample.labels[: len(prompt.tokens) - 1].eq(IGNORE_INDEX).all()
+
+
+TEXTS = ["What is this?", "两只猫 and a 🐈", "  spaces  ", "a\nb", "USER: no", "It is a seven."]
+
+
+@pytest.mark.parametrize(("template", "num_turns"), [("plain", 1), ("v1", 1), ("v1", 2), ("v1", 5)])
+def test_trained_tokens_decode_to_the_answers(template: str, num_turns: int) -> None:
+    tokenizer = train_tokenizer(TEXTS, vocab_size=400)
+    generator = torch.Generator().manual_seed(num_turns)
+    for _ in range(20):
+        picks = [TEXTS[i] for i in torch.randint(0, len(TEXTS), (2 * num_turns,), generator=generator).tolist()]
+        turns = [Turn(question, answer) for question, answer in zip(picks[::2], picks[1::2], strict=True)]
+        segments = TEMPLATES[template](turns, None, "</s>")
+        ids, trained = encode(segments, tokenizer)
+        assert tokenizer.decode(ids[trained]) == "".join(text for text, is_trained in segments if is_trained)
+        assert tokenizer.decode(ids) == tokenizer.bos_token + "".join(text for text, _ in segments)
+
+
+def test_images_and_placeholders_must_match(digits_folder: Path, tokenizer) -> None:
+    parts = family("llava", "processor")
+    config = replace(family("llava", "tiny").config(), vocab_size=None)
+    config = replace(config, mm_cfg=replace(config.mm_cfg, image_token_index=None))
+    processor = parts.Processor(parts.settle(config, tokenizer), DataConfig(system_message=""), tokenizer)
+    record = read_records(str(digits_folder / "heldout.json"), None)[0]
+    with pytest.raises(ConfigError, match="1 <image> in the text, 2 images"):
+        processor.sample({**record, "image": record["image"] * 2})
+    with pytest.raises(ConfigError, match="does not exist"):
+        processor.sample({**record, "image": [Path("/nowhere.png")]})
+
+
+@pytest.mark.parametrize("size", [(50, 80), (80, 50), (33, 33), (20, 27), (336, 101)])
+def test_pixels_equal_hugging_face(size: tuple[int, int]) -> None:
+    image = Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=numpy.uint8))
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+    siglip = SiglipImageProcessorPil(size={"height": 48, "width": 48}, resample=3)
+    for ours, theirs in ((ImageTransform(48, **CLIP, mode="crop"), clip), (ImageTransform(48, **SIGLIP, mode="stretch"), siglip)):
+        expected = theirs(image, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(ours(image), expected, rtol=0, atol=1e-5)
+
+
+def test_padding_to_a_square_keeps_the_whole_image() -> None:
+    image = Image.new("RGB", (40, 20), (255, 0, 0))
+    pixels = ImageTransform(40, mean=(0.5, 0.25, 0.0), std=(1, 1, 1), mode="pad")(image)
+    inside, outside = pixels[:, 20, 20] + torch.tensor([0.5, 0.25, 0]), pixels[:, 2, 20] + torch.tensor([0.5, 0.25, 0])
+    torch.testing.assert_close(inside, torch.tensor([1.0, 0, 0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(outside, torch.tensor([127 / 255, 63 / 255, 0]), atol=1e-6, rtol=0)
+
+
+def layout(data: int, micro_batch_size: int, num_micro_batches: int) -> Layout:
+    return Layout(1, data, 1, 1, False, (1,), micro_batch_size, num_micro_batches)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_order_does_not_depend_on_the_layout(shuffle: bool) -> None:
+    def run(data: int, micro_batch_size: int, num_micro_batches: int) -> list[list[int]]:
+        shape = layout(data, micro_batch_size, num_micro_batches)
+        ranks = [list(StepSampler(Order(10, 3, shuffle), 6, shape, rank)) for rank in range(data)]
+        return [sum(step, []) for step in zip(*ranks, strict=True)]
+
+    expected = run(1, 1, 8)
+    assert expected == run(1, 4, 2) == run(2, 2, 2) == run(4, 2, 1)
+    seen = sum(expected, [])
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))  # whole epochs
+    assert (seen[:10] != seen[10:20]) == shuffle
+
+
+def test_collate_pads_on_the_right() -> None:
+    samples = [Sample(torch.arange(1, n + 1), torch.arange(2, n + 2), torch.ones(i, 3, 2, 2)) for i, n in enumerate((3, 5))]
+    batch = collate(samples, pad_multiple=4)
+    assert batch.tokens.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 0, 0, 0]]
+    assert batch.labels[0].tolist() == [2, 3, 4] + [IGNORE_INDEX] * 5
+    assert batch.lengths.tolist() == [3, 5]
+    assert batch.images.shape == (1, 3, 2, 2)
+    assert batch.counts().tolist() == [8, 16, 34, 1]
+
+
+def test_merge_puts_features_in_order_and_counts_them() -> None:
+    tokens = torch.tensor([[5, 9, 9, 1], [9, 2, 3, 9]])
+    embeddings, features = torch.zeros(4, 2, 3), torch.arange(1.0, 5).unsqueeze(1).expand(4, 3)
+    merged = merge(embeddings, tokens, features, placeholder_id=9)
+    assert merged[:, :, 0].T.tolist() == [[0, 1, 2, 0], [3, 0, 0, 4]]
+    with pytest.raises(ValueError, match="4 image placeholders in the tokens, 3 vision features"):
+        merge(embeddings, tokens, features[:3], placeholder_id=9)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "[1]", "not json", '[{"id": 1}]'])
+def test_broken_files_are_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ConfigError, match="x.json"):
+        read_records(str(tmp_path / "x.json"), None)

@@ -1,0 +1,263 @@
+"""The contract of every family found under nemo_vlm/models: parity with Hugging Face, and with itself under every layout."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from distributed import run_ranks
+from safetensors.torch import load_file, save_file
+
+from nemo_vlm.batch import IGNORE_INDEX, collate
+from nemo_vlm.config import LanguageConfig, OptimConfig, ParallelConfig, StepConfig
+from nemo_vlm.layout import Layout, one_process, stage_layers
+from nemo_vlm.mapping import to_ours, to_theirs
+from nemo_vlm.mcore import groups, weights
+from nemo_vlm.mcore.config import context
+from nemo_vlm.mcore.engine import Engine, materialize
+from nemo_vlm.models.base import FAMILIES, family
+from nemo_vlm.models.llava.config import Config as LlavaConfig
+from nemo_vlm.training.loss import REDUCTIONS
+
+NUM_STEPS, GLOBAL_BATCH = 4, 8
+
+
+def siglip(config: LlavaConfig) -> LlavaConfig:
+    vision = replace(
+        config.mm_cfg.vision_encoder, model_type="siglip", activation=None, layernorm_epsilon=None, class_token_length=None
+    )
+    return replace(config, mm_cfg=replace(config.mm_cfg, vision_encoder=vision))
+
+
+def odd(config: LlavaConfig) -> LlavaConfig:
+    """Five vision heads and three layers: neither divides by two."""
+    vision = replace(config.mm_cfg.vision_encoder, num_attention_heads=5)
+    return replace(config, num_layers=3, mm_cfg=replace(config.mm_cfg, vision_encoder=vision))
+
+
+def tied(config: LanguageConfig) -> LanguageConfig:
+    return replace(config, share_embeddings_and_output_weights=True)
+
+
+def biased(config: LanguageConfig) -> LanguageConfig:
+    return replace(config, bias=True, qkv_bias=True)
+
+
+def projector(kind: str, config: LlavaConfig) -> LlavaConfig:
+    return replace(config, mm_cfg=replace(config.mm_cfg, mm_mlp_adapter_type=kind))
+
+
+TINY = {name: family(name, "tiny").config() for name in FAMILIES}
+VARIANTS = {name: (name, config) for name, config in TINY.items()} | {
+    "llava_siglip": ("llava", siglip(TINY["llava"])),
+    "llava_odd": ("llava", odd(TINY["llava"])),
+    "gpt_tied": ("gpt", tied(TINY["gpt"])),
+    "gpt_biased": ("gpt", biased(TINY["gpt"])),
+}
+
+
+def build(name: str, config: LanguageConfig, layout: Layout, step: StepConfig | None = None, precision: str = "32"):
+    """A model of this rank with drawn weights, and its parts."""
+    ctx = context(layout, precision, step)
+    model = materialize(family(name, "model").Model(config, ctx, groups.stage()), ctx.dtype)
+    parts = weights.parts(model, config.vocab_size)
+    weights.draw(parts, seed=7, std=0.05, num_layers=config.num_layers)
+    with torch.no_grad():  # drawn biases and norms are 0 and 1: parity should not rest on that
+        for part in parts:
+            if len(part.shape) == 1:
+                noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(len(part.name)))
+                part.inner.add_(0.1 * noise[part.slices])
+    return model, parts
+
+
+@contextmanager
+def one_rank(config: LanguageConfig):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        groups.initialize(one_process(config), seed=0)
+        yield
+    finally:
+        groups.shut_down()
+        torch.distributed.destroy_process_group()
+
+
+def to_hugging_face(name: str, config: LanguageConfig, ours: dict, folder: Path):
+    """The Hugging Face model of our weights, read by transformers from hub names."""
+    mapping = family(name, "mapping")
+    theirs = {key: value.clone() for key, value in to_theirs(mapping.rules(config), ours).items()}
+    save_file(theirs, folder / "model.safetensors", {"format": "pt"})
+    hf_config = mapping.hf_config(config)
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    cls = getattr(transformers, hf_config["architectures"][0])
+    model, info = cls.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager")
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model
+
+
+def whole(parts: list[weights.Part]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in weights.gather(parts, weights.placements(parts))}
+
+
+def saved(model, folder: Path) -> dict[str, torch.Tensor]:
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_gradients_and_weights_equal_hugging_face(variant: str, tmp_path: Path) -> None:
+    name, config = VARIANTS[variant]
+    tiny, rules = family(name, "tiny"), family(name, "mapping").rules(config)
+    batch = collate(tiny.samples(config, 6, torch.Generator().manual_seed(0)))
+    with one_rank(config):
+        model, parts = build(name, config, one_process(config))
+        ours = whole(parts)
+        theirs = to_hugging_face(name, config, ours, tmp_path)
+
+        logits = model(batch)[..., : config.vocab_size]
+        expected = theirs(**tiny.hf_inputs(batch)).logits
+        visible = torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+        assert (logits - expected)[visible].abs().max() <= 1e-4
+        assert torch.equal(logits.argmax(-1)[visible], expected.argmax(-1)[visible])
+
+        mask = batch.labels != IGNORE_INDEX
+        loss = model(batch, batch.labels)[mask].mean()
+        expected_loss = torch.nn.functional.cross_entropy(expected[mask], batch.labels[mask])
+        assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+        loss.backward()
+        expected_loss.backward()
+
+        back = to_ours(rules, saved(theirs, tmp_path / "again"))
+        assert all(torch.equal(back[key], ours[key]) for key in ours)
+
+        for parameter in theirs.parameters():
+            parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        gradients = to_ours(rules, saved(theirs, tmp_path / "gradients"))
+        for parameter in model.parameters():
+            parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for key, gradient in whole(weights.parts(model, config.vocab_size)).items():
+            torch.testing.assert_close(gradient, gradients[key], rtol=1e-3, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+LAYOUTS = {
+    "ddp": (2, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tensor_model_parallel_size=2)),
+    "tp2_sp": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "pp2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
+    "pp2_empty_first": (2, ParallelConfig(pipeline_model_parallel_size=2, first_pipeline_num_layers=0)),
+    "tp2_pp2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+    "tp4": (4, ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True)),  # more ranks than query groups
+    "tp2_dp2": (4, ParallelConfig(tensor_model_parallel_size=2)),
+}
+
+
+def make_layout(config: LanguageConfig, world_size: int, parallel: ParallelConfig, micro_batch_size: int) -> Layout:
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    count = GLOBAL_BATCH // (world_size // tp // pp) // micro_batch_size
+    return Layout(1, world_size, tp, pp, parallel.sequence_parallel, stage_layers(config.num_layers, parallel), micro_batch_size, count)
+
+
+def train(name: str, config: LanguageConfig, layout: Layout, step: StepConfig, optim: OptimConfig, precision: str = "32"):
+    """Losses and gradient norms of a few steps, and the whole weights after them (on rank 0)."""
+    groups.initialize(layout, seed=1)
+    model, parts = build(name, config, layout, step, precision)
+    engine = Engine(model, optim, REDUCTIONS[step.loss_reduction], max_grad_norm=1.0)
+    results = []
+    for number in range(NUM_STEPS):
+        samples = family(name, "tiny").samples(config, GLOBAL_BATCH, torch.Generator().manual_seed(number))
+        first = groups.data_parallel_rank() * layout.samples_per_rank
+        mine, size = samples[first : first + layout.samples_per_rank], layout.micro_batch_size
+        pad = layout.tensor if layout.sequence_parallel else 1
+        results.append(engine.step([collate(mine[i : i + size], pad) for i in range(0, len(mine), size)], lr=optim.lr))
+    final = whole(parts)
+    groups.shut_down()
+    return [(result.loss, result.grad_norm, result.counts[0]) for result in results], final
+
+
+def single(name: str, config: LanguageConfig, step: StepConfig = StepConfig(), optim: OptimConfig = OptimConfig(lr=1e-2)):
+    return run_ranks(train, 1, name, config, make_layout(config, 1, ParallelConfig(), 2), step, optim)[0]
+
+
+def assert_same_run(got, expected, loss: float = 1e-5, norm: float = 1e-4) -> None:
+    for (a_loss, a_norm, a_tokens), (b_loss, b_norm, b_tokens) in zip(got, expected, strict=True):
+        assert a_loss == pytest.approx(b_loss, rel=loss)
+        assert a_norm == pytest.approx(b_norm, rel=norm)
+        assert a_tokens == b_tokens
+
+
+@pytest.fixture(scope="module")
+def reference():
+    known = {}
+
+    def get(variant: str):
+        if variant not in known:
+            known[variant] = single(*VARIANTS[variant])
+        return known[variant]
+
+    return get
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_layout_trains_as_one_process(name: str, layout: str, reference) -> None:
+    config = TINY[name]
+    sharded = make_layout(config, *LAYOUTS[layout], micro_batch_size=1)
+    results = run_ranks(train, sharded.world_size, name, config, sharded, StepConfig(), OptimConfig(lr=1e-2))
+    expected, expected_weights = reference(name)
+    for steps, _ in results:  # every rank reports the same
+        assert_same_run(steps, expected)
+    assert results[0][1].keys() == expected_weights.keys()
+    for key, value in results[0][1].items():
+        torch.testing.assert_close(value, expected_weights[key], rtol=0, atol=2e-3, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2_sp"])
+@pytest.mark.parametrize("variant", ["llava_odd", "gpt_tied", "gpt_biased"])
+def test_odd_shapes_train_as_one_process(variant: str, layout: str, reference) -> None:
+    name, config = VARIANTS[variant]
+    sharded = make_layout(config, *LAYOUTS[layout], micro_batch_size=2)
+    results = run_ranks(train, sharded.world_size, name, config, sharded, StepConfig(), OptimConfig(lr=1e-2))
+    assert_same_run(results[0][0], reference(variant)[0])
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp3x_gelu", "mlp4x_gelu"])
+def test_projectors_train_split_as_whole(kind: str) -> None:
+    config = projector(kind, TINY["llava"])
+    sharded = make_layout(config, *LAYOUTS["tp2"], micro_batch_size=4)
+    results = run_ranks(train, 2, "llava", config, sharded, StepConfig(), OptimConfig(lr=1e-2))
+    assert_same_run(results[0][0], single("llava", config)[0])
+
+
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+def test_recomputation_changes_nothing(granularity: str, reference) -> None:
+    method = {"activations_checkpoint_method": "uniform", "activations_checkpoint_num_layers": 1} if granularity == "full" else {}
+    step = StepConfig(activations_checkpoint_granularity=granularity, **method)
+    sharded = make_layout(TINY["llava"], *LAYOUTS["tp2"], micro_batch_size=2)
+    results = run_ranks(train, 2, "llava", TINY["llava"], sharded, step, OptimConfig(lr=1e-2))
+    assert_same_run(results[0][0], reference("llava")[0])
+
+
+def test_distributed_optimizer_trains_as_one_process(reference) -> None:
+    sharded = make_layout(TINY["llava"], *LAYOUTS["ddp"], micro_batch_size=2)
+    optim = OptimConfig(name="distributed_fused_adam", lr=1e-2)
+    results = run_ranks(train, 2, "llava", TINY["llava"], sharded, StepConfig(), optim)
+    assert_same_run(results[0][0], reference("llava")[0])
+
+
+@pytest.mark.parametrize("reduction", ["sample", "token"])
+def test_reductions_do_not_depend_on_the_micro_batch(reduction: str) -> None:
+    step, config = StepConfig(loss_reduction=reduction), TINY["llava"]
+    expected = single("llava", config, step)[0]
+    sharded = make_layout(config, *LAYOUTS["ddp"], micro_batch_size=4)
+    results = run_ranks(train, 2, "llava", config, sharded, step, OptimConfig(lr=1e-2))
+    assert_same_run(results[0][0], expected)
+
+
+def test_bf16_follows_fp32(reference) -> None:
+    layout = make_layout(TINY["llava"], *LAYOUTS["tp2"], micro_batch_size=2)
+    results = run_ranks(train, 2, "llava", TINY["llava"], layout, StepConfig(), OptimConfig(lr=1e-2), "bf16-mixed")
+    assert_same_run(results[0][0], reference("llava")[0], loss=2e-2, norm=2e-1)

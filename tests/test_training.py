@@ -1,0 +1,58 @@
+"""Losses, schedules, FLOPs and memory against counts by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nemo_vlm.batch import IGNORE_INDEX
+from nemo_vlm.config import OptimConfig, SchedConfig
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.models.base import family
+from nemo_vlm.planning.flops import step_flops
+from nemo_vlm.training.loss import REDUCTIONS
+from nemo_vlm.training.schedules import learning_rate
+
+LOSSES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 8.0, 16.0], [5.0, 5.0, 5.0]])
+LABELS = torch.tensor([[7, IGNORE_INDEX, 7], [IGNORE_INDEX, 7, IGNORE_INDEX], [IGNORE_INDEX] * 3])
+
+
+@pytest.mark.parametrize(("name", "total", "weight"), [("token", 12.0, 3), ("sample", 2.0 + 8.0, 2), ("micro_batch", 4.0, 1)])
+def test_reductions(name: str, total: float, weight: int) -> None:
+    got = REDUCTIONS[name](LOSSES, LABELS)
+    assert (got[0].item(), got[1].item()) == (total, weight)
+
+
+def test_cosine_is_nemos() -> None:
+    optim = OptimConfig(lr=2.0, sched=SchedConfig(warmup_steps=4, min_lr=0.5))
+    rates = [learning_rate(step, optim, 20) for step in range(23)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert rates[12] == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert rates[20:] == pytest.approx([0.5, 0.5, 0.5])
+
+
+def test_cosine_without_warmup_starts_at_the_top() -> None:
+    assert learning_rate(0, OptimConfig(lr=2.0), 20) == 2.0
+
+
+def test_warmup_annealing_and_constant() -> None:
+    annealing = OptimConfig(lr=1.0, sched=SchedConfig(name="WarmupAnnealing", warmup_ratio=0.2))
+    assert [learning_rate(step, annealing, 10) for step in (0, 2, 6, 10)] == pytest.approx([1 / 3, 1.0, 0.5, 0.0])
+    constant = OptimConfig(lr=1.0, sched=SchedConfig(name="constant", warmup_steps=1))
+    assert [learning_rate(step, constant, 10) for step in (0, 1, 9, 99)] == pytest.approx([0.5, 1.0, 1.0, 1.0])
+
+
+def test_a_warmup_given_twice_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="give one"):
+        learning_rate(0, OptimConfig(sched=SchedConfig(warmup_steps=1, warmup_ratio=0.1)), 10)
+
+
+def test_flops_of_llama_7b_are_six_per_parameter_and_token() -> None:
+    llama = replace(family("gpt", "config").Config(), vocab_size=32000)
+    parameters = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000
+    assert step_flops(llama, 1000, 0, 0) == pytest.approx(6 * parameters * 1000)
+    one_sample = step_flops(llama, 2048, 2048**2, 0) - step_flops(llama, 2048, 0, 0)
+    assert one_sample == pytest.approx(3 * 32 * 2 * (2 * 4096 * 2048**2) / 2)  # QK^T and AV, half of each masked
