@@ -1,4 +1,4 @@
-"""Score an archive's greedy answers: `python examples/neva_evaluation.py neva_model_file=X.nemo data_path=questions.json`."""
+"""Score an archive: `python examples/neva_evaluation.py neva_model_file=X.nemo data_path=questions.json`."""
 
 from nemo_vlm.experiment import evaluate, launch
 

@@ -27,7 +27,11 @@ from torch import Tensor
 
 from nemo_vlm.errors import ConfigError
 
-CONFIG, WEIGHTS, INDEX = "model_config.yaml", "model_weights", "model_weights/model.safetensors.index.json"
+CONFIG, WEIGHTS, INDEX = (
+    "model_config.yaml",
+    "model_weights",
+    "model_weights/model.safetensors.index.json",
+)
 MAX_SHARD_BYTES = 5 * 10**9
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -47,7 +51,11 @@ class TensorSpec:
 
 
 def write_archive(
-    path: Path, config: dict[str, Any], folders: dict[str, Path], specs: list[TensorSpec], tensors: Iterable[tuple[str, Tensor]]
+    path: Path,
+    config: dict[str, Any],
+    folders: dict[str, Path],
+    specs: list[TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
 ) -> None:
     """Write an archive, holding one tensor at a time.
 
@@ -64,7 +72,11 @@ def write_archive(
                 add_bytes(tar, CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
                 for name, folder in folders.items():
                     for source in sorted(p for p in folder.rglob("*") if p.is_file()):
-                        add_bytes(tar, f"{name}/{source.relative_to(folder).as_posix()}", source.read_bytes())
+                        add_bytes(
+                            tar,
+                            f"{name}/{source.relative_to(folder).as_posix()}",
+                            source.read_bytes(),
+                        )
                 add_weights(tar, specs, ((name, tensor) for name, tensor in tensors if tensor.numel()))
             file.flush()
             os.fsync(file.fileno())
@@ -78,7 +90,11 @@ def add_weights(tar: tarfile.TarFile, specs: list[TensorSpec], tensors: Iterator
     names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     index = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
     total = sum(spec.num_bytes for spec in specs)
-    add_bytes(tar, INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1).encode())
+    add_bytes(
+        tar,
+        INDEX,
+        json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1).encode(),
+    )
     for name, shard in zip(names, shards, strict=True):
         header = safetensors_header(shard)
         stream = TensorStream(header, shard, tensors)
@@ -104,7 +120,11 @@ def safetensors_header(specs: list[TensorSpec]) -> bytes:
     end = 0
     for spec in specs:
         start, end = end, end + spec.num_bytes
-        entries[spec.name] = {"dtype": NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+        entries[spec.name] = {
+            "dtype": NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -129,8 +149,12 @@ class TensorStream(io.RawIOBase):
 
     def _next(self) -> memoryview:
         spec, (name, tensor) = next(self.specs), next(self.tensors)
-        assert (name, tuple(tensor.shape), tensor.dtype) == (spec.name, spec.shape, spec.dtype), (name, spec)
-        return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        assert (name, tuple(tensor.shape), tensor.dtype) == (spec.name, spec.shape, spec.dtype), (
+            name,
+            spec,
+        )
+        content: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        return memoryview(content)
 
 
 def add_bytes(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -163,7 +187,11 @@ class Archive:
         self.path = Path(path)
         try:
             with tarfile.open(self.path, "r:") as tar:
-                self.members = {safe_name(member, self.path): (member.offset_data, member.size) for member in tar if not member.isdir()}
+                self.members = {
+                    safe_name(member, self.path): (member.offset_data, member.size)
+                    for member in tar
+                    if not member.isdir()
+                }
         except (OSError, tarfile.TarError) as error:
             raise ConfigError(f"{path}: not a .nemo archive ({error})") from None
         with open(self.path, "rb") as file:
@@ -236,7 +264,7 @@ class Archive:
 
 
 def safe_name(member: tarfile.TarInfo, path: Path) -> str:
-    """The member's name, without the ./ that NeMo writes; only plain files inside the archive's own tree are allowed."""
+    """The member's name, without the ./ that NeMo writes; only plain files inside the archive are allowed."""
     name = PurePosixPath(member.name)
     if not member.isfile() or name.is_absolute() or ".." in name.parts:
         raise ConfigError(f"{path}: refuses the member '{member.name}', which is not a plain file inside the archive")

@@ -34,7 +34,14 @@ class Batch:
         """[4] float64: tokens, positions with padding, sum of squared lengths, images."""
         lengths = self.lengths.double()
         positions, images = self.tokens.numel(), len(self.images)
-        return torch.stack([lengths.sum(), lengths.new_tensor(positions), lengths.square().sum(), lengths.new_tensor(images)])
+        return torch.stack(
+            [
+                lengths.sum(),
+                lengths.new_tensor(positions),
+                lengths.square().sum(),
+                lengths.new_tensor(images),
+            ]
+        )
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when it pins."""

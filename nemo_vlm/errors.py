@@ -1,4 +1,4 @@
-"""The one error type for a mistake of the user: it is printed as one line, without a traceback, and ends with exit code 2."""
+"""The one error type for a mistake of the user: printed as one line, without a traceback; exit code 2."""
 
 
 class ConfigError(ValueError):

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -21,10 +21,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_vlm import layout as layouts
+from nemo_vlm import typed
 from nemo_vlm.config import ExpManagerConfig, RunConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.models.base import FAMILIES, family
-from nemo_vlm.typed import defaults, model_tree, plain, plain_defaults, read_run, unknown_key
+from nemo_vlm.typed import defaults, model_tree, plain, plain_defaults, unknown_key
+
+if TYPE_CHECKING:
+    from nemo_vlm.training.module import Plan
 
 Task = Callable[[dict[str, Any]], None]
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -42,7 +47,8 @@ log = logging.getLogger("nemo_vlm")
 
 def train(tree: dict[str, Any]) -> None:
     """Train a model and write its .nemo archive."""
-    import tempfile
+    plan, tokenizer = prepare(read(tree))
+    run, layout = plan.run, plan.layout
 
     import pytorch_lightning as pl
 
@@ -50,43 +56,42 @@ def train(tree: dict[str, Any]) -> None:
     from nemo_vlm.training import callbacks, exp_manager
     from nemo_vlm.training.module import TrainingModule
 
-    plan, tokenizer = prepare(tree)
-    run, layout = plan.run, plan.layout
     exp_manager.open_run(run.exp_manager, settings(run))
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = pl.Trainer(
-            strategy=MegatronStrategy(layout, run.step.seed),
-            **trainer_arguments(run.trainer, layout.ranks_per_node),
-            logger=exp_manager.loggers(run.exp_manager),
-            callbacks=[callbacks.Curves(), callbacks.SaveArchive(tokenizer, Path(scratch))]
-            + [callbacks.Progress()] * run.trainer.enable_progress_bar,
-        )
-        trainer.fit(TrainingModule(plan))
+    trainer = pl.Trainer(
+        strategy=MegatronStrategy(layout, run.step.seed),
+        **trainer_arguments(run.trainer, layout.ranks_per_node),
+        logger=exp_manager.loggers(run.exp_manager),
+        callbacks=[callbacks.Curves(), callbacks.SaveArchive(tokenizer)]
+        + [callbacks.Progress()] * run.trainer.enable_progress_bar,
+    )
+    trainer.fit(TrainingModule(plan))
 
 
 def evaluate(tree: dict[str, Any]) -> None:
     """Answer the questions of a LLaVA JSON with an archive's model, greedily, and score the answers."""
     from nemo_vlm.inference.evaluate import EvaluateConfig, evaluate_archive
-    from nemo_vlm.typed import read
 
-    evaluate_archive(read(EvaluateConfig, tree, ""))
+    evaluate_archive(typed.read(EvaluateConfig, tree, ""))
 
 
-def prepare(tree: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Everything that can be known before a rank starts: settings read, layout resolved, machine checked, data found.
+def read(tree: Mapping[str, Any]) -> RunConfig:
+    """The settings, checked as far as that needs neither torch nor a look at the machine."""
+    run = typed.read_run(tree, family(str(tree["model"].get("family")), "config").Config)
+    layouts.check(run)
+    return run
+
+
+def prepare(run: RunConfig) -> tuple[Plan, Any]:
+    """Everything else that can be known before a rank starts: layout resolved, machine checked, data found.
 
     Returns:
-        the Plan of the run, and its tokenizer.
+        the plan of the run, and its tokenizer.
     """
-    from nemo_vlm import layout as layouts
-    from nemo_vlm.data import digits
-    from nemo_vlm.data.records import RecordDataset, read_records
+    from nemo_vlm.data import digits, records
     from nemo_vlm.data.tokenizer import load_tokenizer
     from nemo_vlm.planning import machine
     from nemo_vlm.training.module import Plan
 
-    model_class = family(str(tree["model"].get("family")), "config").Config
-    run = read_run(tree, model_class)
     gpus = machine.num_gpus(run.trainer.accelerator)
     layout = layouts.resolve(run, gpus, os.environ)
     machine.check_interfaces(os.environ)
@@ -98,19 +103,23 @@ def prepare(tree: Mapping[str, Any]) -> tuple[Any, Any]:
     parts = family(run.family, "processor")
     run = replace(run, model=parts.settle(run.model, tokenizer))
     machine.check_machine(run, layout, gpus, os.environ)
-    records = read_records(run.data.data_path, run.data.image_folder)
     processor = parts.Processor(run.model, run.data, tokenizer)
-    log.info("%s: %s", run.exp_manager.name, layout)
-    return Plan(run, layout, RecordDataset(records, processor)), tokenizer
+    dataset = records.RecordDataset(records.read_records(run.data.data_path, run.data.image_folder), processor)
+    log.info("%s: %d samples, %s", run.exp_manager.name, len(dataset), layout)
+    return Plan(run, layout, dataset), tokenizer
 
 
 def settings(run: RunConfig) -> dict[str, Any]:
     """The settled settings of a run, in the tree they came from."""
-    return {"trainer": plain(run.trainer), "exp_manager": plain(run.exp_manager), "model": model_tree(run)}
+    return {
+        "trainer": plain(run.trainer),
+        "exp_manager": plain(run.exp_manager),
+        "model": model_tree(run),
+    }
 
 
 def trainer_arguments(trainer: TrainerConfig, devices: int) -> dict[str, Any]:
-    """Lightning's part of `trainer.*`. Steps, precision and clipping are the engine's; the loader ends after max_steps."""
+    """Lightning's part of `trainer.*`; steps, precision and clipping are the engine's, the loader ends the run."""
     return dict(
         devices=devices,
         num_nodes=trainer.num_nodes,
@@ -137,10 +146,15 @@ def launch(task: Task, config_name: str) -> None:
     """
     store_defaults()
     asked = os.environ.get("HYDRA_FULL_ERROR", "0")
-    show_traceback, failures = asked == "1", []
+    show_traceback = asked == "1"
+    failures: list[Exception] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own errors and exits
 
-    @hydra.main(config_path=str(CONF), config_name=os.environ.get("NEMO_CONFIG", config_name), version_base="1.3")
+    @hydra.main(
+        config_path=str(CONF),
+        config_name=os.environ.get("NEMO_CONFIG", config_name),
+        version_base="1.3",
+    )
     def main(cfg: DictConfig) -> None:
         nonlocal show_traceback
         os.environ["HYDRA_FULL_ERROR"] = asked  # for the ranks that the task starts
@@ -156,16 +170,17 @@ def launch(task: Task, config_name: str) -> None:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         failures.append(error)
-    for error in failures:
+    for failure in failures:
         if show_traceback:
-            raise error
-        mistake = isinstance(error, ConfigError | HydraException | OmegaConfBaseException)
-        stop(one_line(error) if mistake else f"the run failed: {type(error).__name__}: {error} (debug=true shows where)", 2 if mistake else 1)
+            raise failure
+        if isinstance(failure, ConfigError | HydraException | OmegaConfBaseException):
+            stop(one_line(failure), 2)
+        stop(f"the run failed: {type(failure).__name__}: {failure} (debug=true shows where)", 1)
 
 
 def stop(message: str, code: int) -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(message, file=sys.stderr)
+        sys.stderr.write(message + "\n")
     sys.exit(code)
 
 
@@ -174,7 +189,11 @@ def one_line(error: Exception) -> str:
     if isinstance(error, ConfigError):
         return str(error)
     cause = error.__cause__
-    if isinstance(cause, OmegaConfBaseException) and isinstance(cause.parent_node, DictConfig) and cause.key not in cause.parent_node:
+    if (
+        isinstance(cause, OmegaConfBaseException)
+        and isinstance(cause.parent_node, DictConfig)
+        and cause.key not in cause.parent_node
+    ):
         return unknown_key(str(cause.full_key), {str(key) for key in cause.parent_node})
     text = " ".join(str(error).split("Config search path")[0].split())
     missing = re.search(r"Could not find '(.*)/([^']+)'(?: Available options in '.*': (.*))?", text)
@@ -190,7 +209,14 @@ def set_up_logging() -> None:
 
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.INFO if first else logging.ERROR)
-    for name in ("pytorch_lightning", "lightning", "lightning_fabric", "torch", "megatron", "pytorch_lightning.utilities.rank_zero"):
+    for name in (
+        "pytorch_lightning",
+        "lightning",
+        "lightning_fabric",
+        "torch",
+        "megatron",
+        "pytorch_lightning.utilities.rank_zero",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING if first else logging.ERROR)
     for message in UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message)
@@ -202,4 +228,8 @@ def store_defaults() -> None:
     store.store(group="trainer", name="base", node=plain_defaults(TrainerConfig))
     store.store(group="exp_manager", name="base", node=plain_defaults(ExpManagerConfig))
     for name in FAMILIES:
-        store.store(group="model", name=name, node={"family": name, **defaults(family(name, "config").Config)})
+        store.store(
+            group="model",
+            name=name,
+            node={"family": name, **defaults(family(name, "config").Config)},
+        )

@@ -1,4 +1,4 @@
-"""How a run is laid out: ranks, data-parallel size, pipeline stages, micro-batches. All arithmetic, checked before any rank starts."""
+"""How a run is laid out: ranks, data-parallel size, pipeline stages, micro-batches; before any rank starts."""
 
 from __future__ import annotations
 
@@ -51,13 +51,15 @@ def resolve(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> Layout:
         ConfigError: a size that does not divide or contradicts another.
     """
     parallel = run.parallel
-    check_model(run.model, parallel)
     ranks = ranks_per_node(run.trainer, parallel, num_gpus, env)
-    world_size, replica = ranks * run.trainer.num_nodes, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    world_size, replica = (
+        ranks * run.trainer.num_nodes,
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size,
+    )
     if world_size % replica:
         raise ConfigError(
-            f"trainer.devices={ranks} x trainer.num_nodes={run.trainer.num_nodes}: {world_size} ranks do not divide by the "
-            f"{replica} of tensor_model_parallel_size={parallel.tensor_model_parallel_size} x "
+            f"trainer.devices={ranks} x trainer.num_nodes={run.trainer.num_nodes}: {world_size} ranks do not divide by "
+            f"the {replica} of tensor_model_parallel_size={parallel.tensor_model_parallel_size} x "
             f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}"
         )
     return Layout(
@@ -68,8 +70,22 @@ def resolve(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> Layout:
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
         stage_layers=stage_layers(run.model.num_layers, parallel),
         micro_batch_size=run.step.micro_batch_size,
-        num_micro_batches=num_micro_batches(run.step.micro_batch_size, run.step.global_batch_size, world_size // replica),
+        num_micro_batches=num_micro_batches(
+            run.step.micro_batch_size, run.step.global_batch_size, world_size // replica
+        ),
     )
+
+
+def check(run: RunConfig) -> None:
+    """What can be said without a look at the machine, so that mistakes show at once.
+
+    Raises:
+        ConfigError: as resolve.
+    """
+    positive("trainer.max_steps", run.trainer.max_steps)
+    check_model(run.model, run.parallel)
+    stage_layers(run.model.num_layers, run.parallel)
+    num_micro_batches(run.step.micro_batch_size, run.step.global_batch_size, data_parallel_size=1)
 
 
 def ranks_per_node(trainer: TrainerConfig, parallel: ParallelConfig, num_gpus: int, env: Mapping[str, str]) -> int:
@@ -82,15 +98,18 @@ def ranks_per_node(trainer: TrainerConfig, parallel: ParallelConfig, num_gpus: i
         positive("trainer.devices", trainer.devices)
         if launched is not None and launched != trainer.devices * trainer.num_nodes:
             raise ConfigError(
-                f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes}: WORLD_SIZE={launched} was set by the "
-                f"launcher; give trainer.devices={launched // trainer.num_nodes}, or auto"
+                f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes}: "
+                f"the launcher has set WORLD_SIZE={launched}; "
+                f"give trainer.devices={launched // trainer.num_nodes}, or auto"
             )
         return trainer.devices
     if launched is not None:
         return launched // trainer.num_nodes
     if num_gpus:
         return num_gpus
-    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.cpu_data_parallel_size
+    ranks = (
+        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.cpu_data_parallel_size
+    )
     return -(-ranks // trainer.num_nodes)
 
 
@@ -101,47 +120,64 @@ def num_micro_batches(micro_batch_size: int, global_batch_size: int, data_parall
     if global_batch_size % together:
         below = max(global_batch_size // together, 1) * together
         raise ConfigError(
-            f"model.global_batch_size={global_batch_size}: does not divide by model.micro_batch_size={micro_batch_size} x "
-            f"{data_parallel_size} data-parallel ranks; {below} or {below + together} would"
+            f"model.global_batch_size={global_batch_size}: does not divide by "
+            f"model.micro_batch_size={micro_batch_size} x {data_parallel_size} data-parallel ranks; "
+            f"{below} or {below + together} would"
         )
     return global_batch_size // together
 
 
 def check_model(model: LanguageConfig, parallel: ParallelConfig) -> None:
-    """Heads, query groups and FFN must divide by the tensor-parallel size; query groups may also be fewer, and then repeat."""
+    """Heads, query groups and FFN must divide by the tensor-parallel size; fewer query groups than ranks repeat."""
     tp = positive("model.tensor_model_parallel_size", parallel.tensor_model_parallel_size)
     positive("model.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size)
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
-    for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "encoder_seq_length"):
+    for key in (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "kv_channels",
+        "encoder_seq_length",
+    ):
         positive(f"model.{key}", getattr(model, key))
     if positive("model.num_query_groups", groups) > heads or heads % groups:
         raise ConfigError(f"model.num_query_groups={groups}: model.num_attention_heads={heads} must divide by it")
     if groups % tp and tp % groups:
-        raise ConfigError(f"model.num_query_groups={groups}: must divide by tensor_model_parallel_size={tp}, or divide it")
+        raise ConfigError(
+            f"model.num_query_groups={groups}: must divide by tensor_model_parallel_size={tp}, or divide it"
+        )
     for key, value in (("num_attention_heads", heads), ("ffn_hidden_size", model.ffn_hidden_size)):
         if value % tp:
             raise ConfigError(f"model.{key}={value}: must divide by tensor_model_parallel_size={tp}")
 
 
 def stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
-    """Decoder layers of every pipeline stage; the first stage, which carries the vision tower, takes fewer where they do not divide."""
+    """Decoder layers of every pipeline stage; where they do not divide, the first (with the ViT) takes fewer."""
     stages = parallel.pipeline_model_parallel_size
     by_hand, first = parallel.pipeline_layers, parallel.first_pipeline_num_layers
     if by_hand is not None:
         if len(by_hand) != stages or sum(by_hand) != num_layers or by_hand[0] < 0 or min(by_hand[1:], default=1) < 1:
             raise ConfigError(
-                f"model.pipeline_layers={list(by_hand)}: must be {stages} numbers (pipeline_model_parallel_size) that add up to "
-                f"model.num_layers={num_layers}; only the first may be 0"
+                f"model.pipeline_layers={list(by_hand)}: must be {stages} numbers "
+                f"(pipeline_model_parallel_size) that add up to model.num_layers={num_layers}; only the first may be 0"
             )
         if first is not None and first != by_hand[0]:
-            raise ConfigError(f"model.first_pipeline_num_layers={first}: model.pipeline_layers={list(by_hand)} says otherwise; give one of them")
+            raise ConfigError(
+                f"model.first_pipeline_num_layers={first}: model.pipeline_layers={list(by_hand)} says otherwise; "
+                "give one of them"
+            )
         return by_hand
     if first is None:
         if num_layers < stages - 1:
-            raise ConfigError(f"model.pipeline_model_parallel_size={stages}: more stages than model.num_layers={num_layers} can fill")
+            raise ConfigError(
+                f"model.pipeline_model_parallel_size={stages}: more stages than model.num_layers={num_layers} can fill"
+            )
         first = num_layers // stages
     elif not 0 <= first <= num_layers - (stages - 1) or (stages == 1 and first != num_layers):
-        raise ConfigError(f"model.first_pipeline_num_layers={first}: leaves no layer for each of the other {stages - 1} stages")
+        raise ConfigError(
+            f"model.first_pipeline_num_layers={first}: leaves no layer for each of the other {stages - 1} stages"
+        )
     if stages == 1:
         return (num_layers,)
     each, extra = divmod(num_layers - first, stages - 1)

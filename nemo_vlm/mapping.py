@@ -21,8 +21,8 @@ Read = Callable[[str], Tensor]
 class Rule(Protocol):
     """One tensor of ours and its counterparts."""
 
-    ours: str
-
+    @property
+    def ours(self) -> str: ...
     @property
     def theirs(self) -> tuple[str, ...]: ...
     def join(self, parts: Sequence[Tensor]) -> Tensor:
@@ -97,7 +97,11 @@ class FuseQKV:
     def split(self, whole: Tensor) -> list[Tensor]:
         per_group = self.num_heads // self.num_groups
         grouped = whole.unflatten(0, (self.num_groups, per_group + 2, -1))
-        parts = (grouped[:, :per_group], grouped[:, per_group : per_group + 1], grouped[:, per_group + 1 :])
+        parts = (
+            grouped[:, :per_group],
+            grouped[:, per_group : per_group + 1],
+            grouped[:, per_group + 1 :],
+        )
         return [part.flatten(0, 2) for part in parts]
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from nemo_vlm.config import MODEL_BRANCHES, MODEL_SECTIONS, ExpManagerConfig, RunConfig, TrainerConfig
+from nemo_vlm.config import (
+    MODEL_BRANCHES,
+    MODEL_SECTIONS,
+    ExpManagerConfig,
+    RunConfig,
+    TrainerConfig,
+)
 from nemo_vlm.errors import ConfigError
 
 T = TypeVar("T")
@@ -36,8 +42,10 @@ def read_model(tree: Mapping[str, Any], model_class: type) -> dict[str, Any]:
     flat = {"model": model_class, **MODEL_SECTIONS}
     names = {section: {f.name for f in fields(cls)} for section, cls in flat.items()}
     check_keys(tree, {"family"}.union(MODEL_BRANCHES, *names.values()), "model")
-    parts = {section: read(cls, pick(tree, names[section]), "model") for section, cls in flat.items()}
-    branches = {branch: read(cls, tree.get(branch) or {}, f"model.{branch}") for branch, cls in MODEL_BRANCHES.items()}
+    parts: dict[str, Any] = {section: read(cls, pick(tree, names[section]), "model") for section, cls in flat.items()}
+    branches: dict[str, Any] = {
+        branch: read(cls, tree.get(branch) or {}, f"model.{branch}") for branch, cls in MODEL_BRANCHES.items()
+    }
     return {"family": tree["family"], **parts, **branches}
 
 
@@ -60,7 +68,7 @@ def plain_defaults(section: type) -> dict[str, Any]:
     """A dataclass's declared defaults, before __post_init__ derives others from them."""
     out = {}
     for f in fields(section):
-        value = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+        value: Any = f.default_factory() if callable(f.default_factory) else f.default
         out[f.name] = plain_defaults(type(value)) if is_dataclass(value) else value
     return {key: list(value) if isinstance(value, tuple) else value for key, value in out.items()}
 
@@ -85,7 +93,9 @@ def pick(tree: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
 
 def check_keys(tree: Any, known: set[str], path: str) -> None:
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"{path}={tree!r}: a group of settings is expected here, with the keys {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"{path}={tree!r}: a group of settings is expected here, with the keys {', '.join(sorted(known))}"
+        )
     for key in tree:
         if key not in known:
             raise ConfigError(unknown_key(f"{path}.{key}".lstrip("."), known))
@@ -95,7 +105,9 @@ def unknown_key(path: str, known: set[str]) -> str:
     """The message for a key that does not exist, with the nearest that does."""
     key = path.rpartition(".")[2]
     nearest = difflib.get_close_matches(key, sorted(known), 1, cutoff=0.5)
-    return f"{path}: unknown key '{key}'; " + (f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(sorted(known))}")
+    return f"{path}: unknown key '{key}'; " + (
+        f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(sorted(known))}"
+    )
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:
@@ -136,7 +148,9 @@ def convert_tuple(value: Any, items: tuple[Any, ...], path: str) -> tuple[Any, .
         if items[-1] is Ellipsis:
             return tuple(convert(item, items[0], f"{path}[{i}]") for i, item in enumerate(value))
         if len(items) == len(value):
-            return tuple(convert(item, hint, f"{path}[{i}]") for i, (item, hint) in enumerate(zip(value, items, strict=True)))
+            return tuple(
+                convert(item, hint, f"{path}[{i}]") for i, (item, hint) in enumerate(zip(value, items, strict=True))
+            )
     count = "" if items[-1] is Ellipsis else f"{len(items)} "
     raise ConfigError(f"{path}={show(value)}: must be a list of {count}values of type {name(items[0])}")
 
@@ -160,11 +174,20 @@ def as_float(value: Any) -> float | None:
 
 
 def show(value: Any) -> str:
-    return {True: "true", False: "false", None: "null"}.get(value, value) if isinstance(value, bool | None) else str(value)
+    """A value as the user wrote it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(get_args(hint))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
     return names.get(hint, "a list" if get_origin(hint) is tuple else str(hint))

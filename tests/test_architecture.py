@@ -56,13 +56,20 @@ def part(name: str) -> str:
 
 
 def functions() -> list[tuple[str, ast.FunctionDef]]:
-    return [(f"{module(p)}.{n.name}", n) for p in FILES for n in ast.walk(TREES[p]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [
+        (f"{module(p)}.{n.name}", n)
+        for p in FILES
+        for n in ast.walk(TREES[p])
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
 
 
 def length(function: ast.FunctionDef) -> int:
     """Lines without the docstring."""
     first = function.body[0]
-    has_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    has_docstring = (
+        isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    )
     docstring = (first.end_lineno or 0) - first.lineno + 1 if has_docstring else 0
     return (function.end_lineno or 0) - function.lineno + 1 - docstring
 
@@ -126,7 +133,11 @@ def test_functions_are_short() -> None:
 
 
 def test_functions_take_few_arguments() -> None:
-    counts = {name: len(f.args.posonlyargs + f.args.args + f.args.kwonlyargs) - (f.args.args[:1] != [] and f.args.args[0].arg == "self") for name, f in functions()}
+    counts = {
+        name: len(f.args.posonlyargs + f.args.args + f.args.kwonlyargs)
+        - (f.args.args[:1] != [] and f.args.args[0].arg == "self")
+        for name, f in functions()
+    }
     assert {name: n for name, n in counts.items() if n > MAX_ARGUMENTS} == {}
 
 
@@ -150,17 +161,33 @@ def test_no_hidden_defaults() -> None:
 
 
 def test_inheritance_is_shallow() -> None:
-    bases = {n.name: [b.id for b in n.bases if isinstance(b, ast.Name)] for p in FILES for n in ast.walk(TREES[p]) if isinstance(n, ast.ClassDef)}
+    bases = {
+        n.name: [b.id for b in n.bases if isinstance(b, ast.Name)]
+        for p in FILES
+        for n in ast.walk(TREES[p])
+        if isinstance(n, ast.ClassDef)
+    }
 
     def depth(name: str, seen: tuple[str, ...] = ()) -> int:
-        return 0 if name not in bases or name in seen else 1 + max((depth(b, (*seen, name)) for b in bases[name]), default=0)
+        return (
+            0
+            if name not in bases or name in seen
+            else 1 + max((depth(b, (*seen, name)) for b in bases[name]), default=0)
+        )
 
     assert {name: depth(name) for name in bases if depth(name) > 2} == {}
 
 
 def test_little_is_copied() -> None:
     windows: dict[tuple[str, ...], set[Path]] = defaultdict(set)
-    code = {path: [line.strip() for line in path.read_text().splitlines() if len(line.strip()) > 3 and not line.strip().startswith("#")] for path in FILES}
+    code = {
+        path: [
+            line.strip()
+            for line in path.read_text().splitlines()
+            if len(line.strip()) > 3 and not line.strip().startswith("#")
+        ]
+        for path in FILES
+    }
     for path, lines in code.items():
         for i in range(len(lines) - WINDOW + 1):
             windows[tuple(lines[i : i + WINDOW])].add(path)

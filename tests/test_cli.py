@@ -16,8 +16,19 @@ TRAIN = ROOT / "examples" / "neva_finetune.py"
 
 
 def run(*command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    environment = {key: value for key, value in os.environ.items() if key not in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")}
-    return subprocess.run([sys.executable, *command], cwd=cwd, env=environment | env, capture_output=True, text=True, timeout=300)
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    }
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +49,12 @@ def trained(folder: Path):
     def train(parallel: str, *overrides: str, launcher: tuple[str, ...] = ()) -> list[dict[str, float]]:
         name = "_".join((parallel, *(o.replace("=", "") for o in overrides), *launcher[1:2])).replace(".", "")
         if name not in done:
-            steps = ("trainer.max_steps=4", "trainer.precision=32", f"exp_manager.name={name}", f"parallel={parallel}")
+            steps = (
+                "trainer.max_steps=4",
+                "trainer.precision=32",
+                f"exp_manager.name={name}",
+                f"parallel={parallel}",
+            )
             result = run(*launcher, str(TRAIN), *steps, *overrides, cwd=folder)
             assert result.returncode == 0, result.stderr
             done[name] = metrics(folder, name)
@@ -55,7 +71,9 @@ def assert_same(got: list[dict[str, float]], expected: list[dict[str, float]]) -
         assert (mine["lr"], mine["consumed_samples"]) == (theirs["lr"], theirs["consumed_samples"])
 
 
-@pytest.mark.parametrize(("parallel", "world_size"), [("ddp", 2), ("tp2", 2), ("tp2_sp", 2), ("pp2", 2), ("tp2_pp2", 4)])
+@pytest.mark.parametrize(
+    ("parallel", "world_size"), [("ddp", 2), ("tp2", 2), ("tp2_sp", 2), ("pp2", 2), ("tp2_pp2", 4)]
+)
 def test_every_layout_trains_as_one_process(trained, parallel: str, world_size: int) -> None:
     rows = trained(parallel)
     assert [row["world_size"] for row in rows] == [world_size] * 4
@@ -83,10 +101,23 @@ def test_text_only_family_on_the_same_data(trained) -> None:
 def test_what_a_run_leaves(trained, folder: Path) -> None:
     trained("tp2_pp2")
     left = folder / "nemo_experiments" / "tp2_pp2"
-    for name in ("config.yaml", "cmd-args.log", "loss.png", "tensorboard", "checkpoints/tp2_pp2.nemo"):
+    for name in (
+        "config.yaml",
+        "cmd-args.log",
+        "loss.png",
+        "tensorboard",
+        "checkpoints/tp2_pp2.nemo",
+    ):
         assert (left / name).exists(), name
     header = (left / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"val_loss", "mfu", "tokens_per_sec", "tflops_per_gpu", "padding_fraction", "train_step_timing in s"} <= set(header)
+    assert {
+        "val_loss",
+        "mfu",
+        "tokens_per_sec",
+        "tflops_per_gpu",
+        "padding_fraction",
+        "train_step_timing in s",
+    } <= set(header)
 
 
 def test_archives_of_every_layout_hold_the_same_model_and_answer(trained, folder: Path) -> None:
@@ -104,7 +135,13 @@ def test_archives_of_every_layout_hold_the_same_model_and_answer(trained, folder
     questions = json.loads((folder / "datasets/digits_vqa/heldout.json").read_text())[:6]
     (folder / "datasets/digits_vqa/few.json").write_text(json.dumps(questions))
     script = str(ROOT / "examples/neva_evaluation.py")
-    result = run(script, f"neva_model_file={moved}", "data_path=datasets/digits_vqa/few.json", "output_folder=out", cwd=folder)
+    result = run(
+        script,
+        f"neva_model_file={moved}",
+        "data_path=datasets/digits_vqa/few.json",
+        "output_folder=out",
+        cwd=folder,
+    )
     assert result.returncode == 0, result.stderr
     assert "held-out accuracy: 0." in result.stdout
     rows = [json.loads(line) for line in (folder / "out/predictions.jsonl").read_text().splitlines()]
@@ -116,17 +153,38 @@ def test_archives_of_every_layout_hold_the_same_model_and_answer(trained, folder
     ("arguments", "message"),
     [
         ("model.optm.lr=1", "model.optm: unknown key 'optm'; did you mean 'optim'?"),
-        ("parallel=tp2 model.num_query_groups=3", "model.num_query_groups=3: model.num_attention_heads=4 must divide by it"),
-        ("model.micro_batch_size=7 model.global_batch_size=16", "model.global_batch_size=16: does not divide by model.micro_batch_size=7"),
-        ("parallel=tp3000", "parallel=tp3000: no such choice; there are ddp, pp2, single, tp2, tp2_pp2"),
+        (
+            "parallel=tp2 model.num_query_groups=3",
+            "model.num_query_groups=3: model.num_attention_heads=4 must divide by it",
+        ),
+        (
+            "model.micro_batch_size=7 model.global_batch_size=16",
+            "model.global_batch_size=16: does not divide by model.micro_batch_size=7",
+        ),
+        (
+            "parallel=tp3000",
+            "parallel=tp3000: no such choice; there are ddp, pp2, single, tp2, tp2_pp2",
+        ),
         ("trainer.precision=bf17", "trainer.precision=bf17: must be one of 32, bf16, bf16-mixed"),
-        ("model.activations_checkpoint_granularity=true", "model.activations_checkpoint_granularity=true: must be full or selective"),
+        (
+            "model.activations_checkpoint_granularity=true",
+            "model.activations_checkpoint_granularity=true: must be full or selective",
+        ),
         ("+model.foo=1", "model.foo: unknown key 'foo'"),
         ("--config-name=nothing", "Cannot find primary config 'nothing'"),
-        ("model.data.prepare=null model.data.data_path=nowhere.json model.tokenizer.type=nowhere", "model.tokenizer.type=nowhere: no tokenizer"),
+        (
+            "model.data.prepare=null model.data.data_path=nowhere.json model.tokenizer.type=nowhere",
+            "model.tokenizer.type=nowhere: no tokenizer",
+        ),
         ("trainer.max_steps=0", "trainer.max_steps=0: must be 1 or more"),
-        ("model=llava_7b trainer.num_nodes=2", "this machine cannot run it: trainer.num_nodes=2 needs MASTER_ADDR, MASTER_PORT, NODE_RANK"),
-        ("model.transformer_impl=transformer_engine trainer.accelerator=cpu", "model.transformer_impl=transformer_engine: it needs a CUDA"),
+        (
+            "model=llava_7b trainer.num_nodes=2",
+            "this machine cannot run it: trainer.num_nodes=2 needs MASTER_ADDR, MASTER_PORT, NODE_RANK",
+        ),
+        (
+            "model.transformer_impl=transformer_engine trainer.accelerator=cpu",
+            "model.transformer_impl=transformer_engine: it needs a CUDA",
+        ),
     ],
 )
 def test_mistakes_are_one_line(folder: Path, arguments: str, message: str) -> None:

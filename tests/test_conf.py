@@ -67,7 +67,10 @@ def test_every_model_builds_in_parts_that_add_up(name: str) -> None:
         found, count = {}, {}
         for rank in range(tp * pp):
             with groups.pretend(layout(run, tp, pp), rank):
-                for part in parts(model(run.model, context(layout(run, tp, pp)), groups.stage()), run.model.vocab_size):
+                for part in parts(
+                    model(run.model, context(layout(run, tp, pp)), groups.stage()),
+                    run.model.vocab_size,
+                ):
                     found[part.name] = part.shape
                     count.setdefault(part.name, {})[tuple((s.start, s.stop) for s in part.slices)] = part.inner.numel()
         shapes[tp, pp] = found

@@ -1,4 +1,4 @@
-"""The contract of every family found under nemo_vlm/models: parity with Hugging Face, and with itself under every layout."""
+"""The contract of every family under nemo_vlm/models: parity with Hugging Face, and with itself under every layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ NUM_STEPS, GLOBAL_BATCH = 4, 8
 
 def siglip(config: LlavaConfig) -> LlavaConfig:
     vision = replace(
-        config.mm_cfg.vision_encoder, model_type="siglip", activation=None, layernorm_epsilon=None, class_token_length=None
+        config.mm_cfg.vision_encoder,
+        model_type="siglip",
+        activation=None,
+        layernorm_epsilon=None,
+        class_token_length=None,
     )
     return replace(config, mm_cfg=replace(config.mm_cfg, vision_encoder=vision))
 
@@ -61,7 +65,13 @@ VARIANTS = {name: (name, config) for name, config in TINY.items()} | {
 }
 
 
-def build(name: str, config: LanguageConfig, layout: Layout, step: StepConfig | None = None, precision: str = "32"):
+def build(
+    name: str,
+    config: LanguageConfig,
+    layout: Layout,
+    step: StepConfig | None = None,
+    precision: str = "32",
+):
     """A model of this rank with drawn weights, and its parts."""
     ctx = context(layout, precision, step)
     model = materialize(family(name, "model").Model(config, ctx, groups.stage()), ctx.dtype)
@@ -94,7 +104,9 @@ def to_hugging_face(name: str, config: LanguageConfig, ours: dict, folder: Path)
     hf_config = mapping.hf_config(config)
     (folder / "config.json").write_text(json.dumps(hf_config))
     cls = getattr(transformers, hf_config["architectures"][0])
-    model, info = cls.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager")
+    model, info = cls.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
+    )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model
 
@@ -148,9 +160,15 @@ LAYOUTS = {
     "tp2": (2, ParallelConfig(tensor_model_parallel_size=2)),
     "tp2_sp": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
     "pp2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
-    "pp2_empty_first": (2, ParallelConfig(pipeline_model_parallel_size=2, first_pipeline_num_layers=0)),
+    "pp2_empty_first": (
+        2,
+        ParallelConfig(pipeline_model_parallel_size=2, first_pipeline_num_layers=0),
+    ),
     "tp2_pp2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
-    "tp4": (4, ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True)),  # more ranks than query groups
+    "tp4": (
+        4,
+        ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True),
+    ),  # more ranks than query groups
     "tp2_dp2": (4, ParallelConfig(tensor_model_parallel_size=2)),
 }
 
@@ -158,10 +176,26 @@ LAYOUTS = {
 def make_layout(config: LanguageConfig, world_size: int, parallel: ParallelConfig, micro_batch_size: int) -> Layout:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     count = GLOBAL_BATCH // (world_size // tp // pp) // micro_batch_size
-    return Layout(1, world_size, tp, pp, parallel.sequence_parallel, stage_layers(config.num_layers, parallel), micro_batch_size, count)
+    return Layout(
+        1,
+        world_size,
+        tp,
+        pp,
+        parallel.sequence_parallel,
+        stage_layers(config.num_layers, parallel),
+        micro_batch_size,
+        count,
+    )
 
 
-def train(name: str, config: LanguageConfig, layout: Layout, step: StepConfig, optim: OptimConfig, precision: str = "32"):
+def train(
+    name: str,
+    config: LanguageConfig,
+    layout: Layout,
+    step: StepConfig,
+    optim: OptimConfig,
+    precision: str = "32",
+):
     """Losses and gradient norms of a few steps, and the whole weights after them (on rank 0)."""
     groups.initialize(layout, seed=1)
     model, parts = build(name, config, layout, step, precision)
@@ -178,7 +212,12 @@ def train(name: str, config: LanguageConfig, layout: Layout, step: StepConfig, o
     return [(result.loss, result.grad_norm, result.counts[0]) for result in results], final
 
 
-def single(name: str, config: LanguageConfig, step: StepConfig = StepConfig(), optim: OptimConfig = OptimConfig(lr=1e-2)):
+def single(
+    name: str,
+    config: LanguageConfig,
+    step: StepConfig = StepConfig(),
+    optim: OptimConfig = OptimConfig(lr=1e-2),
+):
     return run_ranks(train, 1, name, config, make_layout(config, 1, ParallelConfig(), 2), step, optim)[0]
 
 
@@ -234,7 +273,11 @@ def test_projectors_train_split_as_whole(kind: str) -> None:
 
 @pytest.mark.parametrize("granularity", ["full", "selective"])
 def test_recomputation_changes_nothing(granularity: str, reference) -> None:
-    method = {"activations_checkpoint_method": "uniform", "activations_checkpoint_num_layers": 1} if granularity == "full" else {}
+    method = (
+        {"activations_checkpoint_method": "uniform", "activations_checkpoint_num_layers": 1}
+        if granularity == "full"
+        else {}
+    )
     step = StepConfig(activations_checkpoint_granularity=granularity, **method)
     sharded = make_layout(TINY["llava"], *LAYOUTS["tp2"], micro_batch_size=2)
     results = run_ranks(train, 2, "llava", TINY["llava"], sharded, step, OptimConfig(lr=1e-2))

@@ -24,7 +24,10 @@ def test_greedy_tokens_equal_hugging_face(name: str, tmp_path: Path) -> None:
         stop = int(free[0][5])
         stopped = greedy(model, prompts, limit=12, stop_id=stop)
     for prompt, tokens, ended in zip(prompts, free, stopped, strict=True):
-        inputs = {"input_ids": prompt.tokens[None], "attention_mask": torch.ones(1, len(prompt.tokens))} | ({"pixel_values": prompt.images} if len(prompt.images) else {})
+        inputs = {
+            "input_ids": prompt.tokens[None],
+            "attention_mask": torch.ones(1, len(prompt.tokens)),
+        } | ({"pixel_values": prompt.images} if len(prompt.images) else {})
         expected = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert tokens.tolist() == expected[0, len(prompt.tokens) :].tolist()
         until = tokens.tolist().index(stop) if stop in tokens else len(tokens)

@@ -18,7 +18,11 @@ def tree(**model):
     from nemo_vlm.config import ExpManagerConfig
 
     branch = {"family": "llava", **defaults(Config), **model}
-    return {"trainer": plain_defaults(TrainerConfig), "exp_manager": plain_defaults(ExpManagerConfig), "model": branch}
+    return {
+        "trainer": plain_defaults(TrainerConfig),
+        "exp_manager": plain_defaults(ExpManagerConfig),
+        "model": branch,
+    }
 
 
 def test_defaults_read_back_as_themselves() -> None:
@@ -34,20 +38,35 @@ def test_defaults_read_back_as_themselves() -> None:
     ("override", "message"),
     [
         ({"optm": {"lr": 1}}, "model.optm: unknown key 'optm'; did you mean 'optim'?"),
-        ({"optim": {"sched": {"warmup": 3}}}, "model.optim.sched.warmup: unknown key 'warmup'; did you mean 'warmup_steps'?"),
+        (
+            {"optim": {"sched": {"warmup": 3}}},
+            "model.optim.sched.warmup: unknown key 'warmup'; did you mean 'warmup_steps'?",
+        ),
         ({"micro_batch_size": 2.5}, "model.micro_batch_size=2.5: must be a whole number"),
         ({"micro_batch_size": True}, "model.micro_batch_size=true: must be a whole number"),
         ({"sequence_parallel": 1}, "model.sequence_parallel=1: must be true or false"),
         ({"optim": {"lr": "fast"}}, "model.optim.lr=fast: must be a number"),
-        ({"optim": {"betas": [0.9]}}, "model.optim.betas=[0.9]: must be a list of 2 values of type a number"),
-        ({"loss_reduction": "mean"}, "model.loss_reduction=mean: must be one of token, sample, micro_batch"),
+        (
+            {"optim": {"betas": [0.9]}},
+            "model.optim.betas=[0.9]: must be a list of 2 values of type a number",
+        ),
+        (
+            {"loss_reduction": "mean"},
+            "model.loss_reduction=mean: must be one of token, sample, micro_batch",
+        ),
         (
             {"activations_checkpoint_granularity": True},
             "model.activations_checkpoint_granularity=true: must be full or selective or null",
         ),
         ({"data": 3}, "model.data=3: a group of settings is expected here"),
-        ({"mm_cfg": {"vision_encoder": {"num_attention_heads": 5}}}, "model.mm_cfg.vision_encoder.num_attention_heads=5: hidden_size=1024"),
-        ({"mm_cfg": {"vision_encoder": {"image_size": 335}}}, "model.mm_cfg.vision_encoder.image_size=335: must divide by patch_dim=14"),
+        (
+            {"mm_cfg": {"vision_encoder": {"num_attention_heads": 5}}},
+            "model.mm_cfg.vision_encoder.num_attention_heads=5: hidden_size=1024",
+        ),
+        (
+            {"mm_cfg": {"vision_encoder": {"image_size": 335}}},
+            "model.mm_cfg.vision_encoder.image_size=335: must divide by patch_dim=14",
+        ),
     ],
 )
 def test_mistakes_are_named(override, message) -> None:
@@ -86,7 +105,14 @@ def test_stages(layers: int, parallel: dict, expected: tuple[int, ...]) -> None:
         (4, {"pipeline_model_parallel_size": 2, "pipeline_layers": (4, 0)}),
         (4, {"pipeline_model_parallel_size": 3, "pipeline_layers": (2, 2)}),
         (4, {"pipeline_model_parallel_size": 2, "first_pipeline_num_layers": 4}),
-        (4, {"pipeline_model_parallel_size": 2, "first_pipeline_num_layers": 1, "pipeline_layers": (2, 2)}),
+        (
+            4,
+            {
+                "pipeline_model_parallel_size": 2,
+                "first_pipeline_num_layers": 1,
+                "pipeline_layers": (2, 2),
+            },
+        ),
         (2, {"pipeline_model_parallel_size": 4}),
     ],
 )
@@ -96,7 +122,10 @@ def test_impossible_stages(layers: int, parallel: dict) -> None:
 
 
 def test_devices_auto() -> None:
-    auto, tp2_pp2 = TrainerConfig(), ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    auto, tp2_pp2 = (
+        TrainerConfig(),
+        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    )
     assert ranks_per_node(auto, ParallelConfig(), 0, {}) == 1
     assert ranks_per_node(auto, ParallelConfig(cpu_data_parallel_size=2), 0, {}) == 2
     assert ranks_per_node(auto, tp2_pp2, 0, {}) == 4
@@ -114,10 +143,21 @@ def test_batches_must_divide() -> None:
 
 
 def test_what_tensor_parallelism_needs() -> None:
-    model, tp4 = LanguageConfig(num_attention_heads=8, num_query_groups=2), ParallelConfig(tensor_model_parallel_size=4)
+    model, tp4 = (
+        LanguageConfig(num_attention_heads=8, num_query_groups=2),
+        ParallelConfig(tensor_model_parallel_size=4),
+    )
     check_model(model, tp4)  # fewer groups than ranks: they repeat
-    for wrong in ({"num_query_groups": 3}, {"num_attention_heads": 6, "num_query_groups": 6}, {"ffn_hidden_size": 30}, {"num_layers": 0}):
-        with pytest.raises(ConfigError, match=f"model.{'num_query_groups' if 'num_query_groups' in wrong else next(iter(wrong))}="):
+    for wrong in (
+        {"num_query_groups": 3},
+        {"num_attention_heads": 6, "num_query_groups": 6},
+        {"ffn_hidden_size": 30},
+        {"num_layers": 0},
+    ):
+        with pytest.raises(
+            ConfigError,
+            match=f"model.{'num_query_groups' if 'num_query_groups' in wrong else next(iter(wrong))}=",
+        ):
             check_model(replace(model, **wrong), tp4)
 
 
@@ -125,4 +165,9 @@ def test_a_layout_on_a_cluster() -> None:
     base = tree(tensor_model_parallel_size=4, global_batch_size=128, micro_batch_size=8)
     base["trainer"].update(devices=8, num_nodes=2)
     layout = resolve(read_run(base, family("llava", "config").Config), 0, {})
-    assert (layout.world_size, layout.data, layout.num_micro_batches, layout.samples_per_rank) == (16, 4, 4, 32)
+    assert (layout.world_size, layout.data, layout.num_micro_batches, layout.samples_per_rank) == (
+        16,
+        4,
+        4,
+        32,
+    )

@@ -20,7 +20,10 @@ LOSSES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 8.0, 16.0], [5.0, 5.0, 5.0]])
 LABELS = torch.tensor([[7, IGNORE_INDEX, 7], [IGNORE_INDEX, 7, IGNORE_INDEX], [IGNORE_INDEX] * 3])
 
 
-@pytest.mark.parametrize(("name", "total", "weight"), [("token", 12.0, 3), ("sample", 2.0 + 8.0, 2), ("micro_batch", 4.0, 1)])
+@pytest.mark.parametrize(
+    ("name", "total", "weight"),
+    [("token", 12.0, 3), ("sample", 2.0 + 8.0, 2), ("micro_batch", 4.0, 1)],
+)
 def test_reductions(name: str, total: float, weight: int) -> None:
     got = REDUCTIONS[name](LOSSES, LABELS)
     assert (got[0].item(), got[1].item()) == (total, weight)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -49,16 +50,18 @@ def write(folder: Path) -> None:
 
 
 def _write(folder: Path) -> None:
-    digits = _digits()
+    digits = list(_digits())
     (folder / "images").mkdir()
-    train, heldout = [], []
-    for number, (image, target) in enumerate(digits):
+    train: list[dict[str, Any]] = []
+    heldout: list[dict[str, Any]] = []
+    for place, number in enumerate(shuffled(len(digits))):
+        image, target = digits[number]
         path = f"images/{number:04d}.png"
         image.save(folder / path)
-        held_out = number >= NUM_TRAIN
+        held_out = place >= NUM_TRAIN
         records = heldout if held_out else train
         records.append(record(f"{number:04d}-open", path, OPEN_QUESTION, f"It is a {NAMES[target]}.", "open"))
-        if held_out or number % CHOICE_EVERY == 0:
+        if held_out or place % CHOICE_EVERY == 0:
             records.append(record(f"{number:04d}-choice", path, CHOICE_QUESTION, LETTERS[target], "choice"))
     for name, records in (("train", train), ("heldout", heldout)):
         (folder / f"{name}.json").write_text(json.dumps(records, indent=1))
@@ -75,7 +78,17 @@ def _digits() -> Iterator[tuple[Any, int]]:
     data = load_digits()
     for pixels, target in zip(data.images, data.target, strict=True):
         levels = (pixels * (255 / 16)).round().astype(numpy.uint8)
-        yield Image.fromarray(levels).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC), int(target)
+        yield (
+            Image.fromarray(levels).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC),
+            int(target),
+        )
+
+
+def shuffled(count: int) -> list[int]:
+    """The original is ordered by writer; training and held-out digits come from all of them."""
+    order = list(range(count))
+    random.Random(0).shuffle(order)
+    return order
 
 
 def record(name: str, image: str, question: str, answer: str, category: str) -> dict[str, Any]:

@@ -35,7 +35,10 @@ class StepSampler(Sampler[list[int]]):
 
     def __init__(self, order: Order, num_steps: int, layout: Layout, data_parallel_rank: int) -> None:
         self.order, self.num_steps = order, num_steps
-        self.per_rank, self.global_batch_size = layout.samples_per_rank, layout.samples_per_rank * layout.data
+        self.per_rank, self.global_batch_size = (
+            layout.samples_per_rank,
+            layout.samples_per_rank * layout.data,
+        )
         self.offset = data_parallel_rank * self.per_rank
 
     def __len__(self) -> int:
@@ -52,7 +55,11 @@ def make_loader(dataset: Dataset, sampler: StepSampler, layout: Layout, num_work
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=partial(collate_step, micro_batch_size=layout.micro_batch_size, pad_multiple=pad_multiple(layout)),
+        collate_fn=partial(
+            collate_step,
+            micro_batch_size=layout.micro_batch_size,
+            pad_multiple=pad_multiple(layout),
+        ),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),

@@ -13,7 +13,7 @@ from nemo_vlm.errors import ConfigError
 
 
 def read_records(data_path: str, image_folder: str | None) -> list[dict[str, Any]]:
-    """The records of a file, `image` always a list of paths; relative ones stand below `image_folder`, or beside the file.
+    """The records of a file, `image` always a list of paths, which stand below `image_folder` or beside the file.
 
     Raises:
         ConfigError: there is no such file, or it is no list of conversations.
@@ -25,7 +25,9 @@ def read_records(data_path: str, image_folder: str | None) -> list[dict[str, Any
         raise ConfigError(f"model.data.data_path={data_path}: the file does not exist") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"model.data.data_path={data_path}: not JSON ({error})") from None
-    if not isinstance(records, list) or not all(isinstance(r, dict) and isinstance(r.get("conversations"), list) for r in records):
+    if not isinstance(records, list) or not all(
+        isinstance(r, dict) and isinstance(r.get("conversations"), list) for r in records
+    ):
         raise ConfigError(f"model.data.data_path={data_path}: must be a list of records with 'conversations'")
     if not records:
         raise ConfigError(f"model.data.data_path={data_path}: holds no record")

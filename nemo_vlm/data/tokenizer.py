@@ -24,7 +24,9 @@ def load_tokenizer(config: TokenizerConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.type, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.tokenizer.type={config.type}: no tokenizer there ({str(error).splitlines()[0]})") from None
+        raise ConfigError(
+            f"model.tokenizer.type={config.type}: no tokenizer there ({str(error).splitlines()[0]})"
+        ) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"model.tokenizer.type={config.type}: a fast tokenizer (tokenizer.json) is needed")
     return tokenizer
@@ -40,7 +42,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = list(SPECIAL_TOKENS)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=alphabet,
+        special_tokens=special,
+        show_progress=False,
+    )
     bpe.train_from_iterator(texts, trainer)
     unknown, start, end, pad, image = SPECIAL_TOKENS
     return PreTrainedTokenizerFast(

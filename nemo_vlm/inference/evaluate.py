@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ def evaluate_archive(config: EvaluateConfig) -> None:
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     draw(rows, records, folder / "predictions.png")
     for category, accuracy in accuracies(rows).items():
-        print(f"held-out accuracy{'' if category == 'open' else f' ({category})'}: {accuracy:.3f}")
+        kind = "" if category == "open" else f" ({category})"
+        sys.stdout.write(f"held-out accuracy{kind}: {accuracy:.3f}\n")
 
 
 def answer_all(restored: Restored, records: list[dict[str, Any]], config: EvaluateConfig) -> list[str]:
@@ -74,17 +76,30 @@ def accuracies(rows: list[dict[str, Any]]) -> dict[str, float]:
     correct: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
         correct[row["category"]].append(row["correct"])
-    return {name: sum(correct[name]) / len(correct[name]) for name in sorted(correct, key=lambda name: (name != "open", name))}
+    return {
+        name: sum(correct[name]) / len(correct[name])
+        for name in sorted(correct, key=lambda name: (name != "open", name))
+    }
 
 
-def draw(rows: list[dict[str, Any]], records: list[dict[str, Any]], path: Path, columns: int = 6, lines: int = 4) -> None:
+def draw(
+    rows: list[dict[str, Any]],
+    records: list[dict[str, Any]],
+    path: Path,
+    columns: int = 6,
+    lines: int = 4,
+) -> None:
     """Some open questions' images with their answers: mistakes first, in red, then others."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [(row, record) for row, record in zip(rows, records, strict=True) if row["category"] == "open" and record["image"]]
+    shown = [
+        (row, record)
+        for row, record in zip(rows, records, strict=True)
+        if row["category"] == "open" and record["image"]
+    ]
     shown.sort(key=lambda pair: pair[0]["correct"])
     figure, axes = pyplot.subplots(lines, columns, figsize=(2.1 * columns, 2.4 * lines), constrained_layout=True)
     for axis in axes.flat:

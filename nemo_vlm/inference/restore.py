@@ -50,7 +50,12 @@ def restore(path: str, precision: str) -> Iterator[Restored]:
         model = materialize(family(name, "model").Model(config, build, groups.stage()), build.dtype)
         assert config.vocab_size is not None
         weights.load(weights.parts(model, config.vocab_size), archive)
-        yield Restored(model.eval(), config, family(name, "processor").Processor(config, parts["data"], tokenizer), tokenizer)
+        yield Restored(
+            model.eval(),
+            config,
+            family(name, "processor").Processor(config, parts["data"], tokenizer),
+            tokenizer,
+        )
     finally:
         groups.shut_down()
         torch.distributed.destroy_process_group()

@@ -2,6 +2,11 @@
 
 import warnings
 
-# Megatron tells at import, once a module, that Apex and Transformer Engine are missing; mcore.layers decides about them.
-for message in ("Apex is not installed", "transformer_engine not found", ".*Falling back to Torch", ".*cuda.*not available"):
+# Megatron tells at import, module by module, that Apex and Transformer Engine are missing; mcore.layers decides.
+for message in (
+    "Apex is not installed",
+    "transformer_engine not found",
+    ".*Falling back to Torch",
+    ".*cuda.*not available",
+):
     warnings.filterwarnings("ignore", message)

@@ -89,11 +89,15 @@ def encoder_config(build: BuildContext, tensor_parallel: bool, **shape: Any) -> 
         tensor_parallel: split it over the tensor-parallel ranks, or hold it whole on each.
         shape: TransformerConfig's fields for the part itself.
     """
-    return TransformerConfig(**shared(build), **shape, tensor_model_parallel_size=build.layout.tensor if tensor_parallel else 1)
+    return TransformerConfig(
+        **shared(build),
+        **shape,
+        tensor_model_parallel_size=build.layout.tensor if tensor_parallel else 1,
+    )
 
 
 def shared(build: BuildContext) -> dict[str, Any]:
-    """Settings that every part has: no dropout, initial values drawn elsewhere (mcore.weights), fusions where there are kernels."""
+    """Settings of every part: no dropout, initial values drawn elsewhere (mcore.weights), fusions where kernels are."""
     fused = build.kernels == "transformer_engine"
     return dict(
         params_dtype=build.dtype,

@@ -61,13 +61,13 @@ class NoStream:
 
 
 def redirect_cuda_calls() -> None:
-    # Megatron passes the current device on to torch.empty and friends, where a device object serves as well as a number.
+    # Megatron passes the current device on to torch.empty and the like, which take a device as well as a number.
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.set_device = lambda *args, **kwargs: None
     torch.cuda.current_stream = lambda *args, **kwargs: NoStream()  # type: ignore[assignment, return-value]
     torch.cuda.Stream = NoStream  # type: ignore[assignment, misc]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment, return-value]
 
 
 def redirect_rng() -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.enums import ModelType
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -41,10 +46,13 @@ class StageModule(MegatronModule):
     model_type = ModelType.encoder_or_decoder
 
     def __init__(self, model: nn.Module) -> None:
-        language_model = model.language_model
+        language_model: Any = model.language_model
         super().__init__(language_model.config)
-        self.model = model
-        self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
+        self.model: Any = model
+        self.pre_process, self.post_process = (
+            language_model.pre_process,
+            language_model.post_process,
+        )
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
 
     def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
@@ -66,7 +74,13 @@ class Engine:
         max_grad_norm: 0 turns clipping off.
     """
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, loss_function: LossFunction, max_grad_norm: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: OptimConfig,
+        loss_function: LossFunction,
+        max_grad_norm: float,
+    ) -> None:
         sharded = optim.name == "distributed_fused_adam"
         self.stage = StageModule(model)
         self.config = self.stage.config

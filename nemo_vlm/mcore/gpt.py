@@ -49,7 +49,9 @@ class HidePadding:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def __call__(self, module: torch.nn.Module, args: tuple, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, module: torch.nn.Module, args: tuple, output: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
         logits, bias = output
         width = logits.shape[-1]
         visible = self.vocab_size - parallel_state.get_tensor_model_parallel_rank() * width

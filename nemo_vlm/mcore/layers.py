@@ -1,4 +1,4 @@
-"""Transformer layers from Megatron's parts, and the one place that decides between Transformer Engine and our own modules.
+"""Transformer layers from Megatron's parts; the one place that chooses between Transformer Engine and our modules.
 
 Without Transformer Engine, Megatron's norms refuse sequence parallelism and its attention materialises the scores. The
 norms and the core attention here have neither limit. Parameter names in checkpoints are the same either way.
@@ -65,7 +65,13 @@ def norm_class(config: TransformerConfig, chosen: Kernels) -> type:
 class CoreAttention(torch.nn.Module):
     """Causal or bidirectional attention on torch's scaled_dot_product_attention."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **unused: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        **unused: Any,
+    ) -> None:
         super().__init__()
         self.is_causal = attn_mask_type == AttnMaskType.causal
 

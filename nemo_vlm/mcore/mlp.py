@@ -23,15 +23,26 @@ class LinearStack(MegatronModule):
 
     def __init__(self, sizes: list[int], build: BuildContext) -> None:
         tp = build.layout.tensor
-        config = encoder_config(build, True, num_layers=1, hidden_size=sizes[-1], num_attention_heads=tp)  # heads: it has none
+        config = encoder_config(
+            build, True, num_layers=1, hidden_size=sizes[-1], num_attention_heads=tp
+        )  # heads: it has none
         super().__init__(config)
         self.count = len(sizes) - 1
         make = dict(config=config, init_method=config.init_method, bias=True, skip_bias_add=False)
         index = 0
         while index < self.count:
             if index + 1 < self.count and sizes[index + 1] % tp == 0:
-                self.add_module(str(index), ColumnParallelLinear(sizes[index], sizes[index + 1], gather_output=False, **make))
-                second = RowParallelLinear(sizes[index + 1], sizes[index + 2], input_is_parallel=True, is_expert=False, **make)
+                self.add_module(
+                    str(index),
+                    ColumnParallelLinear(sizes[index], sizes[index + 1], gather_output=False, **make),
+                )
+                second = RowParallelLinear(
+                    sizes[index + 1],
+                    sizes[index + 2],
+                    input_is_parallel=True,
+                    is_expert=False,
+                    **make,
+                )
                 self.add_module(str(index + 1), second)
                 index += 2
             else:

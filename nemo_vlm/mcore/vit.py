@@ -62,18 +62,24 @@ class VisionTransformer(MegatronModule):
         self.class_token = torch.nn.Parameter(torch.empty(1, 1, hidden)) if shape.class_token else None
         self.ln_pre = norm(config, hidden, shape.layernorm_epsilon) if shape.pre_norm else torch.nn.Identity()
         spec = layer_spec(config, build.kernels, causal=False)
-        layers = [build_module(spec, config=config, layer_number=i + 1, pg_collection=groups) for i in range(shape.num_layers)]
+        layers = [
+            build_module(spec, config=config, layer_number=i + 1, pg_collection=groups) for i in range(shape.num_layers)
+        ]
         self.layers = torch.nn.ModuleList(layers)
         self.ln_post = norm(config, hidden, shape.layernorm_epsilon)
         self.layers[depth:].requires_grad_(False)
         self.ln_post.requires_grad_(False)
         if not split:
-            log.warning("vision tower: %d heads do not divide by %d tensor-parallel ranks, each holds it whole", shape.num_attention_heads, tp)
+            log.warning(
+                "vision tower: %d heads do not divide by %d tensor-parallel ranks, each holds it whole",
+                shape.num_attention_heads,
+                tp,
+            )
             for parameter in self.parameters():  # else clipping counts it once a rank
                 parameter.tensor_model_parallel = False
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [n, 3, H, W] -> hidden states [n, tokens, h] after `depth` layers, the class token in front where there is one."""
+        """Images [n, 3, H, W] -> hidden states [n, tokens, h] after `depth` layers; a class token stands in front."""
         hidden = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         if self.class_token is not None:
             hidden = torch.cat([self.class_token.expand(len(hidden), -1, -1), hidden], dim=1)
@@ -90,7 +96,9 @@ class VisionTransformer(MegatronModule):
         finally:
             self.layers = layers
         for i, layer in enumerate(layers):
-            shards |= sharded_state_dict_default(layer, f"{prefix}layers.{i}.", sharded_offsets, metadata, self.tp_group)
+            shards |= sharded_state_dict_default(
+                layer, f"{prefix}layers.{i}.", sharded_offsets, metadata, self.tp_group
+            )
         return shards
 
 

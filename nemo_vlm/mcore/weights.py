@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nemo_vlm.errors import ConfigError
 
 Slices = tuple[slice, ...]
+Bounds = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Part:
     shape: tuple[int, ...]
     slices: Slices
     data: Tensor
+
+    @property
+    def bounds(self) -> Bounds:
+        return tuple((s.start, s.stop) for s in self.slices)
 
     @property
     def inner(self) -> Tensor:
@@ -65,14 +70,17 @@ def part_of(shard: ShardedTensor, vocab_size: int) -> Part:
     shape = list(shard.global_shape)
     if shard.allow_shape_mismatch:  # Megatron's mark of the vocabulary
         shape[0] = vocab_size
-    ends = [min(offset + size, limit) for offset, size, limit in zip(shard.global_offset, shard.local_shape, shape, strict=True)]
+    ends = [
+        min(offset + size, limit)
+        for offset, size, limit in zip(shard.global_offset, shard.local_shape, shape, strict=True)
+    ]
     slices = tuple(slice(min(offset, end), end) for offset, end in zip(shard.global_offset, ends, strict=True))
     return Part(shard.key, tuple(shape), slices, shard.data.detach())
 
 
 @torch.no_grad()
 def draw(model_parts: list[Part], seed: int, std: float, num_layers: int) -> None:
-    """Initial values that do not depend on the layout: each whole tensor is drawn from its own name, a rank keeps its part.
+    """Initial values for any layout: each whole tensor is drawn from its own name, a rank keeps its part.
 
     Norm weights are 1, biases 0; the rest is normal with `std`, the layers that write into the residual stream
     with std / sqrt(2 * num_layers) (GPT-2's rule, Megatron's scaled_init_method_normal).
@@ -104,7 +112,9 @@ def load(model_parts: list[Part], reader: Reader) -> None:
         if part.name not in reader.names():
             raise ConfigError(f"{reader}: the tensor '{part.name}' is missing")
         if reader.shape(part.name) != part.shape:
-            raise ConfigError(f"{reader}: the tensor '{part.name}' has shape {reader.shape(part.name)}, the model needs {part.shape}")
+            raise ConfigError(
+                f"{reader}: the tensor '{part.name}' has shape {reader.shape(part.name)}, the model needs {part.shape}"
+            )
         part.data.zero_()
         part.inner.copy_(reader.read(part.name, part.slices))
     held = gather_objects({part.name for part in model_parts})
@@ -119,43 +129,45 @@ class Placement:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    holders: tuple[tuple[int, Slices], ...]  # (rank, part), each part once
+    holders: dict[Bounds, int]  # the rank of each part
 
 
 def placements(model_parts: list[Part]) -> dict[str, Placement]:
-    """All whole tensors of the model over all ranks, in a fixed order; each part is taken from the lowest rank that has it."""
-    mine = [(p.name, p.shape, p.data.dtype, tuple((s.start, s.stop) for s in p.slices)) for p in model_parts]
-    seen: dict[str, dict[tuple, int]] = {}
-    kinds: dict[str, tuple] = {}
+    """All whole tensors over all ranks, in a fixed order; each part is taken from the lowest rank that has it."""
+    mine = [(part.name, part.shape, part.data.dtype, part.bounds) for part in model_parts]
+    holders: dict[str, dict[Bounds, int]] = {}
+    kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for rank, theirs in enumerate(gather_objects(mine)):
         for name, shape, dtype, bounds in theirs:
             kinds[name] = (shape, dtype)
-            seen.setdefault(name, {}).setdefault(bounds, rank)
-    return {
-        name: Placement(*kinds[name], tuple((rank, tuple(slice(*b) for b in bounds)) for bounds, rank in holders.items()))
-        for name, holders in sorted(seen.items())
-    }
+            holders.setdefault(name, {}).setdefault(bounds, rank)
+    return {name: Placement(*kinds[name], holders[name]) for name in sorted(kinds)}
 
 
 def gather(model_parts: list[Part], placed: dict[str, Placement]) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors one by one on rank 0, on the CPU; every rank must run through it, the others get nothing."""
-    rank = torch.distributed.get_rank()
-    mine = {(part.name, tuple((s.start, s.stop) for s in part.slices)): part for part in model_parts}
+    rank, device = torch.distributed.get_rank(), model_parts[0].data.device
+    mine = {(part.name, part.bounds): part.inner for part in model_parts}
     for name, placement in placed.items():
-        whole = torch.empty(placement.shape, dtype=placement.dtype) if rank == 0 else None
-        for holder, slices in placement.holders:
+        if rank == 0:
+            yield name, collect(name, placement, mine, device)
+            continue
+        for bounds, holder in placement.holders.items():
             if holder == rank:
-                inner = mine[name, tuple((s.start, s.stop) for s in slices)].inner
-                if whole is None:
-                    torch.distributed.send(inner.contiguous(), 0)
-                else:
-                    whole[slices] = inner.cpu()
-            elif whole is not None:
-                received = torch.empty([s.stop - s.start for s in slices], dtype=placement.dtype, device=model_parts[0].data.device)
-                torch.distributed.recv(received, holder)
-                whole[slices] = received.cpu()
-        if whole is not None:
-            yield name, whole
+                torch.distributed.send(mine[name, bounds].contiguous(), 0)
+
+
+def collect(name: str, placement: Placement, mine: dict, device: torch.device) -> Tensor:
+    """Rank 0's side of gather, for one tensor."""
+    whole = torch.empty(placement.shape, dtype=placement.dtype)
+    for bounds, holder in placement.holders.items():
+        if holder == 0:
+            part = mine[name, bounds]
+        else:
+            part = torch.empty([end - start for start, end in bounds], dtype=placement.dtype, device=device)
+            torch.distributed.recv(part, holder)
+        whole[tuple(slice(*bound) for bound in bounds)] = part.cpu()
+    return whole
 
 
 def gather_objects(mine: object) -> list:

@@ -1,13 +1,13 @@
 """What a family is: a folder with these modules, found by its name.
 
     config.py     Config, a frozen dataclass on LanguageConfig
-    model.py      Model(config, build, stage), a plain torch module: forward(batch, labels) -> losses, logits or hidden states
+    model.py      Model(config, build, stage), a torch module: forward(batch, labels) -> losses, logits, hidden states
     processor.py  settle(config, tokenizer); Processor(config, data, tokenizer): record -> Sample
     mapping.py    rules(config): its weights in Hugging Face's names; hf_config(config): the config.json beside them
     tiny.py       config(), samples(config), hf_inputs(batch): a small one to prove the others on
 
-All but model.py import neither Megatron nor a process group, so that conversion runs without them. tests/test_families.py
-proves every family that it finds here.
+All but model.py import neither Megatron nor a process group, so that conversion runs without them.
+tests/test_families.py proves every family that it finds here.
 """
 
 from __future__ import annotations

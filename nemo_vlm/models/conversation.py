@@ -6,7 +6,7 @@ begins in a trained segment. So the mask does not depend on how a tokenizer trea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,10 @@ def plain(turns: Sequence[Turn], system: str | None, end: str) -> list[Segment]:
     """LLaVA's pretraining: the image, then its caption; the question's text is left out."""
     if len(turns) != 1:
         raise ConfigError(f"model.data.conv_template=plain: for one caption, a record has {len(turns)} turns")
-    return [(IMAGE_TAG * turns[0].question.count(IMAGE_TAG), False), (answer(turns[0], "", "\n"), True)]
+    return [
+        (IMAGE_TAG * turns[0].question.count(IMAGE_TAG), False),
+        (answer(turns[0], "", "\n"), True),
+    ]
 
 
 def v1(turns: Sequence[Turn], system: str | None, end: str) -> list[Segment]:
@@ -45,7 +48,10 @@ def v1(turns: Sequence[Turn], system: str | None, end: str) -> list[Segment]:
     system = VICUNA_SYSTEM if system is None else system
     segments = [(f"{system} ", False)] if system else []
     for number, turn in enumerate(turns):
-        segments += [(f"{' ' if number else ''}USER: {turn.question} ASSISTANT:", False), (answer(turn, " ", end), True)]
+        segments += [
+            (f"{' ' if number else ''}USER: {turn.question} ASSISTANT:", False),
+            (answer(turn, " ", end), True),
+        ]
     return segments
 
 
@@ -53,7 +59,10 @@ def answer(turn: Turn, before: str, after: str) -> str:
     return "" if turn.answer is None else before + turn.answer + after
 
 
-TEMPLATES: dict[str, Callable[[Sequence[Turn], str | None, str], list[Segment]]] = {"plain": plain, "v1": v1}
+TEMPLATES: dict[str, Callable[[Sequence[Turn], str | None, str], list[Segment]]] = {
+    "plain": plain,
+    "v1": v1,
+}
 
 
 def encode(segments: Sequence[Segment], tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -83,7 +92,12 @@ def shift(ids: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
     return ids[:-1], torch.where(trained, ids, IGNORE_INDEX)[1:]
 
 
-def turns(record: dict[str, Any]) -> list[Turn]:
+def check_length(record: Mapping[str, Any], length: int, limit: int) -> None:
+    if length > limit:
+        raise ConfigError(f"record {record.get('id')}: {length} tokens, model.encoder_seq_length={limit}")
+
+
+def turns(record: Mapping[str, Any]) -> list[Turn]:
     """The turns of a LLaVA record; a leading answer without a question is left out, as LLaVA does.
 
     Raises:

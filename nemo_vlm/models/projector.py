@@ -17,7 +17,9 @@ def num_linear_layers(kind: str) -> int:
         return 0
     match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if not match and kind != "linear":
-        raise ConfigError(f"model.mm_cfg.mm_mlp_adapter_type={kind}: must be linear, identity or mlpNx_gelu, as mlp2x_gelu")
+        raise ConfigError(
+            f"model.mm_cfg.mm_mlp_adapter_type={kind}: must be linear, identity or mlpNx_gelu, as mlp2x_gelu"
+        )
     return int(match[1]) if match else 1
 
 

@@ -1,4 +1,4 @@
-"""What families share of Hugging Face's side: rules of a Llama-style decoder and of a vision layer, a decoder's config."""
+"""What families share of Hugging Face's side: rules of a Llama-style decoder and a vision layer, Llama's config."""
 
 from __future__ import annotations
 
@@ -34,19 +34,31 @@ def decoder_layer_rules(config: LanguageConfig, ours: str, theirs: str) -> list[
     ]
     for kind in ("weight", "bias"):
         if kind == "weight" or config.bias or config.qkv_bias:
-            rules.append(fused_qkv(config.num_attention_heads, config.num_query_groups or 0, ours, f"{theirs}self_attn.", kind))
+            rules.append(
+                fused_qkv(
+                    config.num_attention_heads,
+                    config.num_query_groups or 0,
+                    ours,
+                    f"{theirs}self_attn.",
+                    kind,
+                )
+            )
         if kind == "weight" or config.bias:
             rules += [
                 Rename(f"{ours}self_attention.linear_proj.{kind}", f"{theirs}self_attn.o_proj.{kind}"),
-                FuseGateUp(f"{ours}mlp.linear_fc1.{kind}", f"{theirs}mlp.gate_proj.{kind}", f"{theirs}mlp.up_proj.{kind}"),
+                FuseGateUp(
+                    f"{ours}mlp.linear_fc1.{kind}",
+                    f"{theirs}mlp.gate_proj.{kind}",
+                    f"{theirs}mlp.up_proj.{kind}",
+                ),
                 Rename(f"{ours}mlp.linear_fc2.{kind}", f"{theirs}mlp.down_proj.{kind}"),
             ]
     return rules
 
 
 def fused_qkv(num_heads: int, num_groups: int, ours: str, theirs: str, kind: str) -> FuseQKV:
-    names = [f"{theirs}{part}_proj.{kind}" for part in "qkv"]
-    return FuseQKV(f"{ours}self_attention.linear_qkv.{kind}", *names, num_heads, num_groups)
+    query, key, value = (f"{theirs}{part}_proj.{kind}" for part in "qkv")
+    return FuseQKV(f"{ours}self_attention.linear_qkv.{kind}", query, key, value, num_heads, num_groups)
 
 
 def vision_layer_rules(num_heads: int, ours: str, theirs: str) -> list[Rule]:

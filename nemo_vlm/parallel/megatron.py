@@ -1,4 +1,4 @@
-"""Lightning strategy for every layout that Megatron-Core shards: one process, data, tensor, sequence and pipeline parallel."""
+"""Lightning strategy for the layouts that Megatron-Core shards: one process, data, tensor, sequence, pipeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nemo_vlm.mcore import groups
 
 
 class MegatronStrategy(DDPStrategy):
-    """Lightning starts the ranks and their process group; Megatron's engine, not Lightning, reduces, clips and steps."""
+    """Lightning starts the ranks and their process group; Megatron's engine reduces, clips and steps."""
 
     strategy_name = "megatron"
 

@@ -34,7 +34,11 @@ def check_machine(run: RunConfig, layout: Layout, gpus: int, env: Mapping[str, s
     Raises:
         ConfigError: what is lacking, all of it.
     """
-    lacking = [*lacking_devices(layout, gpus), *lacking_nodes(layout, env), *lacking_memory(run, layout, gpus)]
+    lacking = [
+        *lacking_devices(layout, gpus),
+        *lacking_nodes(layout, env),
+        *lacking_memory(run, layout, gpus),
+    ]
     if lacking:
         raise ConfigError(f"this machine cannot run it: {'; '.join(lacking)}")
 
@@ -47,7 +51,9 @@ def check_interfaces(env: Mapping[str, str]) -> None:
         for name in filter(None, wanted):
             prefix_matches = key.startswith("NCCL") and any(known.startswith(name) for known in present)
             if name not in present and not prefix_matches:
-                raise ConfigError(f"{key}={env[key]}: this machine has no network interface {name}; it has {', '.join(present)}")
+                raise ConfigError(
+                    f"{key}={env[key]}: this machine has no network interface {name}; it has {', '.join(present)}"
+                )
 
 
 def lacking_devices(layout: Layout, gpus: int) -> list[str]:
@@ -69,10 +75,13 @@ def lacking_memory(run: RunConfig, layout: Layout, gpus: int) -> list[str]:
     if gpus:
         have, where = torch.cuda.get_device_properties(0).total_memory, "its GPU"
     else:
-        have, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // layout.ranks_per_node, "its share of this CPU's memory"
+        have, where = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // layout.ranks_per_node,
+            "its share of this CPU's memory",
+        )
     if need.total <= have:
         return []
     return [
-        f"a rank needs {need.total / GIB:.1f} GiB for weights, gradients and optimizer state of {need.num_parameters / 1e9:.2f} B "
-        f"parameters, {where} is {have / GIB:.1f} GiB"
+        f"a rank needs {need.total / GIB:.1f} GiB for weights, gradients and optimizer state of "
+        f"{need.num_parameters / 1e9:.2f} B parameters, {where} is {have / GIB:.1f} GiB"
     ]

@@ -30,7 +30,9 @@ class RankMemory:
 def rank_memory(run: RunConfig, layout: Layout, rank: int) -> RankMemory:
     """Build rank `rank`'s part of a settled run's model, without memory, and count."""
     with groups.pretend(layout, rank):
-        model = family(run.family, "model").Model(run.model, context(layout, run.trainer.precision, run.step), groups.stage())
+        model = family(run.family, "model").Model(
+            run.model, context(layout, run.trainer.precision, run.step), groups.stage()
+        )
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     size = DTYPES[run.trainer.precision].itemsize
     trained = sum(count for count, trains in sizes if trains)

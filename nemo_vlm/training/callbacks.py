@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,24 @@ class Progress(TQDMProgressBar):
     """Lightning's bar (steps, time left, steps/s) with loss, seconds a step and samples/s."""
 
     def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+        assert isinstance(module, TrainingModule)
         latest = module.latest
         if not latest:
             return {}
         seconds = latest["train_step_timing in s"]
         samples = latest["consumed_samples"] / latest["global_step"] / seconds
-        return {"loss": f"{latest['reduced_train_loss']:.4f}", "s/step": f"{seconds:.3f}", "samples/s": f"{samples:.1f}"}
+        return {
+            "loss": f"{latest['reduced_train_loss']:.4f}",
+            "s/step": f"{seconds:.3f}",
+            "samples/s": f"{samples:.1f}",
+        }
 
 
 class SaveArchive(Callback):
     """Writes <name>.nemo when training ends: weights gathered one by one from all ranks, config, tokenizer."""
 
-    def __init__(self, tokenizer: Any, scratch: Path) -> None:
-        self.tokenizer, self.scratch = tokenizer, scratch
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)
@@ -49,10 +55,11 @@ class SaveArchive(Callback):
             return
         config = model_tree(module.run)
         config["tokenizer"]["type"] = f"nemo:{TOKENIZER_FOLDER}"
-        self.tokenizer.save_pretrained(self.scratch)
         specs = [TensorSpec(name, placement.shape, placement.dtype) for name, placement in placed.items()]
         path = archive_path(module.run.exp_manager)
-        write_archive(path, config, {TOKENIZER_FOLDER: self.scratch}, specs, tensors)
+        with tempfile.TemporaryDirectory() as scratch:
+            self.tokenizer.save_pretrained(scratch)
+            write_archive(path, config, {TOKENIZER_FOLDER: Path(scratch)}, specs, tensors)
         log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
 
 
@@ -77,7 +84,11 @@ def draw_curves(folder: Path) -> None:
     figure, axes = pyplot.subplots(3, 1, figsize=(8, 9), sharex=True, constrained_layout=True)
     titles = {"reduced_train_loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
     for axis, (column, title) in zip(axes, titles.items(), strict=True):
-        axis.plot([int(row["global_step"]) for row in rows], [float(row[column]) for row in rows], linewidth=1)
+        axis.plot(
+            [int(row["global_step"]) for row in rows],
+            [float(row[column]) for row in rows],
+            linewidth=1,
+        )
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
         if column != "lr":

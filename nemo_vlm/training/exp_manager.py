@@ -1,6 +1,6 @@
 """What is kept of a run: its folder, settings, command line and metrics.
 
-    <exp_dir>/<name>/  config.yaml  cmd-args.log  metrics.csv  tensorboard/  loss.png  checkpoints/<name>.nemo
+<exp_dir>/<name>/  config.yaml  cmd-args.log  metrics.csv  tensorboard/  loss.png  checkpoints/<name>.nemo
 """
 
 from __future__ import annotations
@@ -51,7 +51,11 @@ def open_run(config: ExpManagerConfig, settings: dict[str, Any]) -> None:
     """Make the run's folder and write down what was asked for."""
     folder = run_folder(config)
     if (folder / "metrics.csv").exists():
-        log.warning("STARTING FROM ZERO: a run named %s exists in %s, its metrics are replaced", config.name, folder)
+        log.warning(
+            "STARTING FROM ZERO: a run named %s exists in %s, its metrics are replaced",
+            config.name,
+            folder,
+        )
         (folder / "metrics.csv").unlink()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -56,7 +55,9 @@ class TrainingModule(pl.LightningModule):
         self.parts = weights.parts(model, run.model.vocab_size)
         weights.draw(self.parts, run.step.seed, run.model.init_method_std, run.model.num_layers)
         reduction = REDUCTIONS[run.step.loss_reduction]
-        self.engine = [Engine(model, run.optim, reduction, run.trainer.gradient_clip_val)]  # in a list: no submodule of Lightning's
+        self.engine = [
+            Engine(model, run.optim, reduction, run.trainer.gradient_clip_val)
+        ]  # in a list: no submodule of Lightning's
 
     def configure_optimizers(self) -> None:
         """The engine owns the optimizer."""
@@ -80,7 +81,7 @@ class TrainingModule(pl.LightningModule):
         now = time.perf_counter()
         self.latest = self._row(result, step, lr, now - self.last_time)
         self.last_time = now
-        log_step(self.loggers, self.latest, step)
+        log_step(self.trainer.loggers, self.latest, step)
 
     def _row(self, result: StepResult, step: int, lr: float, seconds: float) -> dict[str, float]:
         """The columns of metrics.csv; mfu only where the device's peak is known."""
@@ -102,7 +103,3 @@ class TrainingModule(pl.LightningModule):
         }
         peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         return row | ({"mfu": tflops / peak} if peak else {})
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing: weights leave through mcore.weights, never through Lightning."""
-        return {}

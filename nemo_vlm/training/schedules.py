@@ -16,7 +16,10 @@ def warmup_steps(optim: OptimConfig, max_steps: int) -> int:
     """
     sched = optim.sched
     if sched.warmup_steps is not None and sched.warmup_ratio is not None:
-        raise ConfigError(f"model.optim.sched.warmup_steps={sched.warmup_steps}: warmup_ratio={sched.warmup_ratio} is given too; give one")
+        raise ConfigError(
+            f"model.optim.sched.warmup_steps={sched.warmup_steps}: "
+            f"warmup_ratio={sched.warmup_ratio} is given too; give one"
+        )
     return sched.warmup_steps if sched.warmup_steps is not None else int((sched.warmup_ratio or 0) * max_steps)
 
 

@@ -10,8 +10,7 @@ import torch
 
 from nemo_vlm.batch import Sample
 from nemo_vlm.config import DataConfig
-from nemo_vlm.errors import ConfigError
-from nemo_vlm.models.conversation import IMAGE_TAG, TEMPLATES, Turn, encode, shift, turns
+from nemo_vlm.models.conversation import IMAGE_TAG, TEMPLATES, Turn, check_length, encode, shift, turns
 from nemo_vlm.models.gpt.config import Config
 from nemo_vlm.models.vocabulary import settle_vocabulary
 
@@ -32,22 +31,27 @@ class Processor:
 
     def sample(self, record: Mapping[str, Any]) -> Sample:
         """Tokens and labels of a LLaVA record."""
-        return self._encode(record, turns(dict(record)))
+        return self._encode(record, turns(record))
 
     def prompt(self, record: Mapping[str, Any]) -> Sample:
         """The first question alone."""
-        first = turns(dict(record))[0]
+        first = turns(record)[0]
         return self._encode(record, [Turn(first.question, None)])
 
     def _encode(self, record: Mapping[str, Any], conversation: list[Turn]) -> Sample:
         if record["image"] and not self.warned:
-            log.warning("the gpt family reads text only: the images of %s and of all other records are left out", record.get("id"))
+            log.warning(
+                "the gpt family reads text only: the images of %s and of all other records are left out",
+                record.get("id"),
+            )
             self.warned = True
         text = [Turn(turn.question.replace(IMAGE_TAG, "").lstrip("\n"), turn.answer) for turn in conversation]
         system = record.get("system") or self.data.system_message
-        ids, trained = encode(TEMPLATES[self.data.conv_template](text, system, self.tokenizer.eos_token), self.tokenizer)
-        if len(ids) - 1 > self.config.encoder_seq_length:
-            raise ConfigError(f"record {record.get('id')}: {len(ids) - 1} tokens, model.encoder_seq_length={self.config.encoder_seq_length}")
+        ids, trained = encode(
+            TEMPLATES[self.data.conv_template](text, system, self.tokenizer.eos_token),
+            self.tokenizer,
+        )
+        check_length(record, len(ids) - 1, self.config.encoder_seq_length)
         none = torch.empty(0, 3, 0, 0)
         if text[-1].answer is None:
             return Sample(ids, torch.empty(0, dtype=torch.int64), none)

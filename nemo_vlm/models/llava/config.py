@@ -27,14 +27,21 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         clip = self.model_type == "clip"
-        fill(self, activation="quick_gelu" if clip else "gelu_pytorch_tanh", layernorm_epsilon=1e-5 if clip else 1e-6)
+        fill(
+            self,
+            activation="quick_gelu" if clip else "gelu_pytorch_tanh",
+            layernorm_epsilon=1e-5 if clip else 1e-6,
+        )
         fill(self, class_token_length=int(clip))
         if self.class_token_length != int(clip):
             raise ConfigError(
-                f"model.mm_cfg.vision_encoder.class_token_length={self.class_token_length}: {self.model_type} has {int(clip)} class tokens"
+                f"model.mm_cfg.vision_encoder.class_token_length={self.class_token_length}: "
+                f"{self.model_type} has {int(clip)} class tokens"
             )
         if self.image_size % self.patch_dim:
-            raise ConfigError(f"model.mm_cfg.vision_encoder.image_size={self.image_size}: must divide by patch_dim={self.patch_dim}")
+            raise ConfigError(
+                f"model.mm_cfg.vision_encoder.image_size={self.image_size}: must divide by patch_dim={self.patch_dim}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"model.mm_cfg.vision_encoder.num_attention_heads={self.num_attention_heads}: "
@@ -42,8 +49,8 @@ class VisionConfig:
             )
         if not 0 <= self.depth <= self.num_layers:
             raise ConfigError(
-                f"model.mm_cfg.vision_encoder.vision_select_layer={self.vision_select_layer}: a tower of {self.num_layers} layers has "
-                f"hidden states {-self.num_layers - 1} to {self.num_layers}"
+                f"model.mm_cfg.vision_encoder.vision_select_layer={self.vision_select_layer}: "
+                f"a tower of {self.num_layers} layers has hidden states {-self.num_layers - 1} to {self.num_layers}"
             )
 
     @property

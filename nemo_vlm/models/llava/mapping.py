@@ -18,7 +18,9 @@ PROJECTOR = "multi_modal_projector.linear_"
 def rules(config: Config) -> list[Rule]:
     layers = num_linear_layers(config.mm_cfg.mm_mlp_adapter_type)
     projector: list[Rule] = [
-        Rename(f"vision_projection.{index}.{kind}", f"{PROJECTOR}{index + 1}.{kind}") for index in range(layers) for kind in ("weight", "bias")
+        Rename(f"vision_projection.{index}.{kind}", f"{PROJECTOR}{index + 1}.{kind}")
+        for index in range(layers)
+        for kind in ("weight", "bias")
     ]
     language = decoder_rules(config, "language_model.", "language_model.model.", "language_model.lm_head.weight")
     return language + projector + vision_rules(config, "vision_model.", "vision_tower.vision_model.")
@@ -42,7 +44,9 @@ def vision_rules(config: Config, ours: str, theirs: str) -> list[Rule]:
             rules.append(Rename(f"{ours}ln_pre.{kind}", f"{theirs}pre_layrnorm.{kind}"))  # so spelled there
         rules.append(Rename(f"{ours}ln_post.{kind}", f"{theirs}post_layernorm.{kind}"))
     for layer in range(vision.num_layers):
-        rules += vision_layer_rules(vision.num_attention_heads, f"{ours}layers.{layer}.", f"{theirs}encoder.layers.{layer}.")
+        rules += vision_layer_rules(
+            vision.num_attention_heads, f"{ours}layers.{layer}.", f"{theirs}encoder.layers.{layer}."
+        )
     return rules
 
 

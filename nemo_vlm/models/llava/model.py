@@ -28,7 +28,9 @@ class Model(nn.Module):
         if stage.first:
             vision = config.mm_cfg.vision_encoder
             self.vision_model = VisionTransformer(vision_shape(vision), vision.depth, build)
-            self.vision_projection = build_projector(config.mm_cfg.mm_mlp_adapter_type, vision.hidden_size, config.hidden_size, build)
+            self.vision_projection = build_projector(
+                config.mm_cfg.mm_mlp_adapter_type, vision.hidden_size, config.hidden_size, build
+            )
 
     def forward(self, batch: Batch, labels: Tensor | None = None) -> Tensor:
         """Losses [b, s] where labels are given, else logits; hidden states on all but the last stage."""
@@ -46,7 +48,7 @@ class Model(nn.Module):
 
 
 def vision_shape(vision: VisionConfig) -> VisionShape:
-    """CLIP and SigLIP differ in the class token, the norm in front, the patch convolution's bias (HF CLIPVisionModel, SiglipVisionModel)."""
+    """HF's CLIP and Siglip towers differ in class token, norm in front and the patch convolution's bias."""
     clip = vision.model_type == "clip"
     return VisionShape(
         image_size=vision.image_size,

@@ -11,7 +11,7 @@ import torch
 from nemo_vlm.batch import Sample
 from nemo_vlm.config import DataConfig
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.models.conversation import IMAGE_TAG, TEMPLATES, Turn, encode, expand, shift, turns
+from nemo_vlm.models.conversation import IMAGE_TAG, TEMPLATES, Turn, check_length, encode, expand, shift, turns
 from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform, load_image
 from nemo_vlm.models.llava.config import Config, VisionConfig
 from nemo_vlm.models.vocabulary import settle_vocabulary, token_id
@@ -22,7 +22,9 @@ def settle(config: Config, tokenizer: Any) -> Config:
     image = token_id(tokenizer, config.mm_cfg.image_token, "model.mm_cfg.image_token")
     given = config.mm_cfg.image_token_index
     if given not in (None, image):
-        raise ConfigError(f"model.mm_cfg.image_token_index={given}: the tokenizer's id of {config.mm_cfg.image_token} is {image}")
+        raise ConfigError(
+            f"model.mm_cfg.image_token_index={given}: the tokenizer's id of {config.mm_cfg.image_token} is {image}"
+        )
     return settle_vocabulary(replace(config, mm_cfg=replace(config.mm_cfg, image_token_index=image)), tokenizer)
 
 
@@ -40,26 +42,28 @@ class Processor:
         Raises:
             ConfigError: too long for the model, or images and placeholders differ in number.
         """
-        return self._encode(record, turns(dict(record)))
+        return self._encode(record, turns(record))
 
     def prompt(self, record: Mapping[str, Any]) -> Sample:
         """The first question alone, with the whole of it as tokens."""
-        first = turns(dict(record))[0]
+        first = turns(record)[0]
         return self._encode(record, [Turn(first.question, None)])
 
     def _encode(self, record: Mapping[str, Any], conversation: list[Turn]) -> Sample:
         system = record.get("system") or self.data.system_message
         segments = TEMPLATES[self.data.conv_template](conversation, system, self.tokenizer.eos_token)
         token = self.config.mm_cfg.image_token
-        ids, trained = encode([(text.replace(IMAGE_TAG, token), is_trained) for text, is_trained in segments], self.tokenizer)
+        ids, trained = encode(
+            [(text.replace(IMAGE_TAG, token), is_trained) for text, is_trained in segments],
+            self.tokenizer,
+        )
         paths, placeholder = record["image"], self.config.mm_cfg.image_token_index
         count = int((ids == placeholder).sum())
         if count != len(paths):
             raise ConfigError(f"record {record.get('id')}: {count} {IMAGE_TAG} in the text, {len(paths)} images")
         repeats = expand(ids, placeholder, self.vision.num_image_tokens)
         ids, trained = ids.repeat_interleave(repeats), trained.repeat_interleave(repeats)
-        if len(ids) - 1 > self.config.encoder_seq_length:
-            raise ConfigError(f"record {record.get('id')}: {len(ids) - 1} tokens, model.encoder_seq_length={self.config.encoder_seq_length}")
+        check_length(record, len(ids) - 1, self.config.encoder_seq_length)
         size = self.vision.image_size
         images = [self.transform(load_image(path)) for path in paths]
         pixels = torch.stack(images) if images else torch.empty(0, 3, size, size)

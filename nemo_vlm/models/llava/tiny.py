@@ -12,7 +12,14 @@ from nemo_vlm.models.llava.config import Config, MultimodalConfig, VisionConfig
 
 def config() -> Config:
     """Grouped queries, a padded vocabulary, a layer of the tower that is not used."""
-    vision = VisionConfig(image_size=32, patch_dim=8, num_layers=3, hidden_size=40, ffn_hidden_size=80, num_attention_heads=4)
+    vision = VisionConfig(
+        image_size=32,
+        patch_dim=8,
+        num_layers=3,
+        hidden_size=40,
+        ffn_hidden_size=80,
+        num_attention_heads=4,
+    )
     return Config(
         num_layers=4,
         hidden_size=48,
