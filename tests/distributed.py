@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+# Ranks are forked from a server that has imported the heavy modules once; it holds no threads and no groups.
+multiprocessing.set_forkserver_preload(["nemo_vlm.mcore.engine", "nemo_vlm.mcore.vit", "transformers", "pytest"])
+
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call `function(*args)` on every rank of a fresh gloo group, each with one thread.
@@ -21,7 +25,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         what each rank returned, in order of ranks.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world_size, _free_port(), function, args, folder), nprocs=world_size)
+        arguments = (world_size, _free_port(), function, args, folder)
+        mp.start_processes(_rank, arguments, nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
 
 
