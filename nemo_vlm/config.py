@@ -64,7 +64,7 @@ class StepConfig:
     micro_batch_size: int = 4
     global_batch_size: int = 32
     # token: mean over all trained tokens of the global batch; sample: mean of the samples' means;
-    # micro_batch: mean of the micro-batches' means, as Megatron's default (depends on the micro-batch size)
+    # micro_batch: mean of the micro-batches' means, as Megatron's default; depends on which samples share one
     loss_reduction: Literal["token", "sample", "micro_batch"] = "token"
     seed: int = 1234
     activations_checkpoint_granularity: Literal["full", "selective"] | None = None
@@ -78,7 +78,6 @@ class DataConfig:
     """`model.data.*`."""
 
     data_path: str | None = None  # LLaVA JSON
-    validation_path: str | None = None
     image_folder: str | None = None
     prepare: Literal["digits"] | None = None  # a demo data set that is written on first use
     conv_template: Literal["plain", "v1"] = "v1"

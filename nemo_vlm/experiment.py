@@ -26,6 +26,7 @@ from nemo_vlm import typed
 from nemo_vlm.config import ExpManagerConfig, RunConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.models.base import FAMILIES, family
+from nemo_vlm.planning.network import check_interfaces
 from nemo_vlm.typed import defaults, model_tree, plain, plain_defaults, unknown_key
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def read(tree: Mapping[str, Any]) -> RunConfig:
     """The settings, checked as far as that needs neither torch nor a look at the machine."""
     run = typed.read_run(tree, family(str(tree["model"].get("family")), "config").Config)
     layouts.check(run)
+    check_interfaces(os.environ)
     return run
 
 
@@ -94,7 +96,6 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
 
     gpus = machine.num_gpus(run.trainer.accelerator)
     layout = layouts.resolve(run, gpus, os.environ)
-    machine.check_interfaces(os.environ)
     if run.data.data_path is None:
         raise ConfigError("model.data.data_path=null: give a LLaVA JSON, or choose data=digits_vqa")
     if run.data.prepare == "digits":

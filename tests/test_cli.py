@@ -197,7 +197,7 @@ def test_mistakes_are_one_line(folder: Path, arguments: str, message: str) -> No
 def test_a_network_interface_must_exist(folder: Path) -> None:
     result = run(str(TRAIN), cwd=folder, GLOO_SOCKET_IFNAME="nothing0")
     assert result.returncode == 2
-    assert result.stderr.startswith("GLOO_SOCKET_IFNAME=nothing0: this machine has no network interface nothing0")
+    assert result.stderr.startswith("GLOO_SOCKET_IFNAME=nothing0: this machine has no interface nothing0")
 
 
 def test_printing_the_settings_imports_no_torch(folder: Path) -> None:

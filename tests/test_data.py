@@ -49,13 +49,17 @@ def test_digits_are_the_ones_of_scikit_learn(digits_folder: Path) -> None:
     original = digits.shuffled(1797)[1500]
     target = int(load_digits().target[original])
     first_open, first_choice = heldout[:2]
-    assert first_open["conversations"][1]["value"] == f"It is a {digits.NAMES[target]}."
+    assert first_open["conversations"][1]["value"] == digits.answer(target)
     question, answer = (turn["value"] for turn in first_choice["conversations"])
     assert f"\n{answer}. {digits.NAMES[target]}\n" in question
     assert question.endswith("Answer with the option's letter from the given choices directly.")
     with Image.open(digits_folder / first_open["image"]) as image:
         small = numpy.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float) / 255 * 16
     assert numpy.abs(small - load_digits().images[original]).mean() < 1.5  # through a bicubic enlargement and back
+
+
+def test_answers_are_english() -> None:
+    assert [digits.answer(digit) for digit in (0, 7, 8)] == ["It is a zero.", "It is a seven.", "It is an eight."]
 
 
 def test_digits_are_written_once(digits_folder: Path) -> None:

@@ -13,7 +13,7 @@ import transformers
 from distributed import run_ranks
 from safetensors.torch import load_file, save_file
 
-from nemo_vlm.batch import IGNORE_INDEX, collate
+from nemo_vlm.batch import IGNORE_INDEX, Sample, collate
 from nemo_vlm.config import LanguageConfig, OptimConfig, ParallelConfig, StepConfig
 from nemo_vlm.layout import Layout, one_process, stage_layers
 from nemo_vlm.mapping import to_ours, to_theirs
@@ -261,6 +261,32 @@ def test_odd_shapes_train_as_one_process(variant: str, layout: str, reference) -
     sharded = make_layout(config, *LAYOUTS[layout], micro_batch_size=2)
     results = run_ranks(train, sharded.world_size, name, config, sharded, StepConfig(), OptimConfig(lr=1e-2))
     assert_same_run(results[0][0], reference(variant)[0])
+
+
+def train_on(name: str, config: LanguageConfig, layout: Layout, samples: list[Sample]):
+    """One step on the given samples."""
+    groups.initialize(layout, seed=1)
+    model, _ = build(name, config, layout)
+    engine = Engine(model, OptimConfig(), REDUCTIONS["token"], max_grad_norm=1.0)
+    first, size = groups.data_parallel_rank() * layout.samples_per_rank, layout.micro_batch_size
+    mine = samples[first : first + layout.samples_per_rank]
+    result = engine.step([collate(mine[i : i + size]) for i in range(0, len(mine), size)], lr=1e-3)
+    groups.shut_down()
+    return [(result.loss, result.grad_norm, result.counts[3])]
+
+
+@pytest.mark.parametrize("layout", ["ddp", "tp2", "pp2", "tp2_dp2"])
+def test_text_only_ranks_and_batches_do_not_hang(layout: str) -> None:
+    config = TINY["llava"]
+    samples = family("llava", "tiny").samples(config, 2 * GLOBAL_BATCH, torch.Generator().manual_seed(0))
+    samples.sort(key=lambda sample: len(sample.images))  # the first data-parallel rank sees fewer, or none
+    samples = samples[:4] + samples[-4:]
+    expected = run_ranks(train_on, 1, "llava", config, make_layout(config, 1, ParallelConfig(), 2), samples)[0]
+    sharded = make_layout(config, *LAYOUTS[layout], micro_batch_size=2)
+    results = run_ranks(train_on, sharded.world_size, "llava", config, sharded, samples)
+    assert expected[0][2] == sum(len(sample.images) for sample in samples) > 0 == len(samples[3].images)
+    for steps in results:
+        assert_same_run(steps, expected)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp3x_gelu", "mlp4x_gelu"])

@@ -60,7 +60,7 @@ def _write(folder: Path) -> None:
         image.save(folder / path)
         held_out = place >= NUM_TRAIN
         records = heldout if held_out else train
-        records.append(record(f"{number:04d}-open", path, OPEN_QUESTION, f"It is a {NAMES[target]}.", "open"))
+        records.append(record(f"{number:04d}-open", path, OPEN_QUESTION, answer(target), "open"))
         if held_out or place % CHOICE_EVERY == 0:
             records.append(record(f"{number:04d}-choice", path, CHOICE_QUESTION, LETTERS[target], "choice"))
     for name, records in (("train", train), ("heldout", heldout)):
@@ -84,6 +84,10 @@ def _digits() -> Iterator[tuple[Any, int]]:
         )
 
 
+def answer(digit: int) -> str:
+    return f"It is {'an' if NAMES[digit][0] in 'aeiou' else 'a'} {NAMES[digit]}."
+
+
 def shuffled(count: int) -> list[int]:
     """The original is ordered by writer; training and held-out digits come from all of them."""
     order = list(range(count))
@@ -91,6 +95,6 @@ def shuffled(count: int) -> list[int]:
     return order
 
 
-def record(name: str, image: str, question: str, answer: str, category: str) -> dict[str, Any]:
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+def record(name: str, image: str, question: str, reply: str, category: str) -> dict[str, Any]:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": reply}]
     return {"id": name, "image": image, "category": category, "conversations": turns}

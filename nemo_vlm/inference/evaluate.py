@@ -44,6 +44,7 @@ def evaluate_archive(config: EvaluateConfig) -> None:
     rows = [prediction(record, answer) for record, answer in zip(records, answers, strict=True)]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     draw(rows, records, folder / "predictions.png")
+    log.info("wrote %s and predictions.png", folder / "predictions.jsonl")
     for category, accuracy in accuracies(rows).items():
         kind = "" if category == "open" else f" ({category})"
         sys.stdout.write(f"held-out accuracy{kind}: {accuracy:.3f}\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 
 import torch
@@ -41,19 +40,6 @@ def check_machine(run: RunConfig, layout: Layout, gpus: int, env: Mapping[str, s
     ]
     if lacking:
         raise ConfigError(f"this machine cannot run it: {'; '.join(lacking)}")
-
-
-def check_interfaces(env: Mapping[str, str]) -> None:
-    """Network interfaces that gloo and NCCL are told to use must exist."""
-    present = [name for _, name in socket.if_nameindex()]
-    for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        wanted = env.get(key, "").lstrip("^=").split(",") if not env.get(key, "").startswith("^") else []
-        for name in filter(None, wanted):
-            prefix_matches = key.startswith("NCCL") and any(known.startswith(name) for known in present)
-            if name not in present and not prefix_matches:
-                raise ConfigError(
-                    f"{key}={env[key]}: this machine has no network interface {name}; it has {', '.join(present)}"
-                )
 
 
 def lacking_devices(layout: Layout, gpus: int) -> list[str]:
