@@ -90,23 +90,21 @@ def draw(
     columns: int = 6,
     lines: int = 4,
 ) -> None:
-    """Some open questions' images with their answers: mistakes first, in red, then others."""
+    """Some open questions' images with their answers: up to a line of mistakes, in red, then right ones."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [
-        (row, record)
-        for row, record in zip(rows, records, strict=True)
-        if row["category"] == "open" and record["image"]
-    ]
-    shown.sort(key=lambda pair: pair[0]["correct"])
+    pairs = [(row, record) for row, record in zip(rows, records, strict=True) if row["category"] == "open"]
+    wrong = [pair for pair in pairs if not pair[0]["correct"]][:columns]
+    shown = wrong + [pair for pair in pairs if pair[0]["correct"]]
     figure, axes = pyplot.subplots(lines, columns, figsize=(2.1 * columns, 2.4 * lines), constrained_layout=True)
     for axis in axes.flat:
         axis.axis("off")
     for axis, (row, record) in zip(axes.flat, shown, strict=False):
-        axis.imshow(load_image(record["image"][0]))
+        if record["image"]:
+            axis.imshow(load_image(record["image"][0]))
         note = "" if row["correct"] else f"\n(expected: {row['expected']})"
         axis.set_title(row["text"] + note, fontsize=9, color="black" if row["correct"] else "crimson")
     figure.savefig(path, dpi=110)
