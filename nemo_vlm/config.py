@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nemo_vlm.errors import ConfigError
+
 Precision = Literal["32", "bf16", "bf16-mixed"]
 
 
@@ -43,6 +45,10 @@ class ExpManagerConfig:
     create_tensorboard_logger: bool = True
     create_wandb_logger: bool = False
     wandb_logger_kwargs: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name:
+            raise ConfigError(f"exp_manager.name={self.name}: must be the name of a folder, which is made in exp_dir")
 
 
 @dataclass(frozen=True)

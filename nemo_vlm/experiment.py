@@ -91,6 +91,7 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
     """
     from nemo_vlm.data import digits, records
     from nemo_vlm.data.tokenizer import load_tokenizer
+    from nemo_vlm.mcore.layers import kernels
     from nemo_vlm.planning import machine
     from nemo_vlm.training.module import Plan
 
@@ -106,7 +107,8 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
     machine.check_machine(run, layout, gpus, os.environ)
     processor = parts.Processor(run.model, run.data, tokenizer)
     dataset = records.RecordDataset(records.read_records(run.data.data_path, run.data.image_folder), processor)
-    log.info("%s: %d samples, %s", run.exp_manager.name, len(dataset), layout)
+    name, chosen = run.exp_manager.name, kernels(run.step.transformer_impl)
+    log.info("%s: %d samples, %s kernels, %s", name, len(dataset), chosen, layout)
     return Plan(run, layout, dataset), tokenizer
 
 
@@ -180,15 +182,15 @@ def launch(task: Task, config_name: str) -> None:
 
 
 def stop(message: str, code: int) -> None:
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        sys.stderr.write(message + "\n")
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
+    sys.stderr.write(message + "\n" if rank == "0" else f"rank {rank}: {message}\n")
     sys.exit(code)
 
 
 def one_line(error: Exception) -> str:
     """Our own messages as they are; Hydra's and OmegaConf's in our form."""
-    if isinstance(error, ConfigError):
-        return str(error)
+    if isinstance(error, ConfigError):  # a worker of the loader puts its traceback in front
+        return str(error).splitlines()[-1].partition("ConfigError: ")[2] or str(error)
     cause = error.__cause__
     if (
         isinstance(cause, OmegaConfBaseException)

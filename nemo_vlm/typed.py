@@ -84,7 +84,7 @@ def read(section: type[T], tree: Mapping[str, Any], path: str) -> T:
     """One dataclass from a mapping; `path` is the key that leads to it, for messages."""
     hints = get_type_hints(section)
     check_keys(tree, set(hints), path)
-    return section(**{key: convert(value, hints[key], f"{path}.{key}") for key, value in tree.items()})
+    return section(**{key: convert(value, hints[key], f"{path}.{key}".lstrip(".")) for key, value in tree.items()})
 
 
 def pick(tree: Mapping[str, Any], names: set[str]) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import transformers
@@ -106,8 +104,3 @@ def padding(run) -> int:
 
     rows = padded_vocab_size(run.model, 1) - run.model.vocab_size
     return rows * run.model.hidden_size * (1 if run.model.share_embeddings_and_output_weights else 2)
-
-
-def test_no_file_names_this_machine() -> None:
-    for path in Path(CONF).rglob("*.yaml"):
-        assert os.path.expanduser("~") not in path.read_text()

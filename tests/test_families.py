@@ -38,6 +38,11 @@ def siglip(config: LlavaConfig) -> LlavaConfig:
     return replace(config, mm_cfg=replace(config.mm_cfg, vision_encoder=vision))
 
 
+def last_layer(config: LlavaConfig) -> LlavaConfig:
+    vision = replace(config.mm_cfg.vision_encoder, vision_select_layer=-1)
+    return replace(config, mm_cfg=replace(config.mm_cfg, vision_encoder=vision))
+
+
 def odd(config: LlavaConfig) -> LlavaConfig:
     """Five vision heads and three layers: neither divides by two."""
     vision = replace(config.mm_cfg.vision_encoder, num_attention_heads=5)
@@ -59,6 +64,7 @@ def projector(kind: str, config: LlavaConfig) -> LlavaConfig:
 TINY = {name: family(name, "tiny").config() for name in FAMILIES}
 VARIANTS = {name: (name, config) for name, config in TINY.items()} | {
     "llava_siglip": ("llava", siglip(TINY["llava"])),
+    "llava_last_layer": ("llava", last_layer(TINY["llava"])),
     "llava_odd": ("llava", odd(TINY["llava"])),
     "gpt_tied": ("gpt", tied(TINY["gpt"])),
     "gpt_biased": ("gpt", biased(TINY["gpt"])),

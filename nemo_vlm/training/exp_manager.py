@@ -57,7 +57,10 @@ def open_run(config: ExpManagerConfig, settings: dict[str, Any]) -> None:
             folder,
         )
         (folder / "metrics.csv").unlink()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"exp_manager.exp_dir={config.exp_dir}: {folder} cannot be made ({error.strerror})") from None
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     with open(folder / "cmd-args.log", "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
