@@ -204,7 +204,7 @@ def train(
 ):
     """Losses and gradient norms of a few steps, and the whole weights after them (on rank 0)."""
     groups.initialize(layout, seed=1)
-    model, parts = build(name, config, layout, step, precision)
+    model, _ = build(name, config, layout, step, precision)
     engine = Engine(model, optim, REDUCTIONS[step.loss_reduction], max_grad_norm=1.0)
     results = []
     for number in range(NUM_STEPS):
@@ -213,7 +213,7 @@ def train(
         mine, size = samples[first : first + layout.samples_per_rank], layout.micro_batch_size
         pad = layout.tensor if layout.sequence_parallel else 1
         results.append(engine.step([collate(mine[i : i + size], pad) for i in range(0, len(mine), size)], lr=optim.lr))
-    final = whole(parts)
+    final = whole(weights.parts(model, config.vocab_size))  # anew: the distributed optimizer moves parameters
     groups.shut_down()
     return [(result.loss, result.grad_norm, result.counts[0]) for result in results], final
 
@@ -232,6 +232,13 @@ def assert_same_run(got, expected, loss: float = 1e-5, norm: float = 1e-4) -> No
         assert a_loss == pytest.approx(b_loss, rel=loss)
         assert a_norm == pytest.approx(b_norm, rel=norm)
         assert a_tokens == b_tokens
+
+
+def assert_same_weights(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """After steps of 1e-2: Adam turns rounding of near-zero gradients into parts of a step."""
+    assert got.keys() == expected.keys()
+    for key, value in got.items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=2e-3, msg=lambda m, k=key: f"{k}: {m}")
 
 
 @pytest.fixture(scope="module")
@@ -255,9 +262,7 @@ def test_every_layout_trains_as_one_process(name: str, layout: str, reference) -
     expected, expected_weights = reference(name)
     for steps, _ in results:  # every rank reports the same
         assert_same_run(steps, expected)
-    assert results[0][1].keys() == expected_weights.keys()
-    for key, value in results[0][1].items():
-        torch.testing.assert_close(value, expected_weights[key], rtol=0, atol=2e-3, msg=lambda m, k=key: f"{k}: {m}")
+    assert_same_weights(results[0][1], expected_weights)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2_sp"])
@@ -320,7 +325,9 @@ def test_distributed_optimizer_trains_as_one_process(reference) -> None:
     sharded = make_layout(TINY["llava"], *LAYOUTS["ddp"], micro_batch_size=2)
     optim = OptimConfig(name="distributed_fused_adam", lr=1e-2)
     results = run_ranks(train, 2, "llava", TINY["llava"], sharded, StepConfig(), optim)
-    assert_same_run(results[0][0], reference("llava")[0])
+    expected, expected_weights = reference("llava")
+    assert_same_run(results[0][0], expected)
+    assert_same_weights(results[0][1], expected_weights)
 
 
 @pytest.mark.parametrize("reduction", ["sample", "token"])

@@ -49,10 +49,8 @@ class StageModule(MegatronModule):
         language_model: Any = model.language_model
         super().__init__(language_model.config)
         self.model: Any = model
-        self.pre_process, self.post_process = (
-            language_model.pre_process,
-            language_model.post_process,
-        )
+        self.pre_process = language_model.pre_process
+        self.post_process = language_model.post_process
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
 
     def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
@@ -82,11 +80,11 @@ class Engine:
         max_grad_norm: float,
     ) -> None:
         sharded = optim.name == "distributed_fused_adam"
-        self.stage = StageModule(model)
-        self.config = self.stage.config
-        self.loss_function = loss_function
+        self.model, self.loss_function = model, loss_function
+        stage = StageModule(model)
+        self.config = stage.config
         ddp = DistributedDataParallelConfig(use_distributed_optimizer=sharded, grad_reduce_in_fp32=True)
-        self.wrapped = DistributedDataParallel(self.config, ddp, self.stage)
+        self.wrapped = DistributedDataParallel(self.config, ddp, stage)
         settings = optimizer_config(optim, self.config, sharded, max_grad_norm)
         self.optimizer = get_megatron_optimizer(settings, [self.wrapped], use_gloo_process_groups=False)
         self.config.finalize_model_grads_func = finalize_model_grads

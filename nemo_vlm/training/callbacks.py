@@ -47,8 +47,9 @@ class SaveArchive(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)
-        placed = weights.placements(module.parts)
-        tensors = weights.gather(module.parts, placed)
+        parts = module.parts()
+        placed = weights.placements(parts)
+        tensors = weights.gather(parts, placed)
         if not trainer.is_global_zero:
             for _ in tensors:
                 raise AssertionError("only rank 0 receives tensors")

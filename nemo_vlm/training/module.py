@@ -51,13 +51,17 @@ class TrainingModule(pl.LightningModule):
         build = context(layout, run.trainer.precision, run.step)
         model = family(run.family, "model").Model(run.model, build, self.trainer.strategy.stage)
         materialize(model, build.dtype)
-        assert run.model.vocab_size is not None
-        self.parts = weights.parts(model, run.model.vocab_size)
-        weights.draw(self.parts, run.step.seed, run.model.init_method_std, run.model.num_layers)
+        weights.draw(
+            weights.parts(model, run.model.vocab_size), run.step.seed, run.model.init_method_std, run.model.num_layers
+        )
         reduction = REDUCTIONS[run.step.loss_reduction]
         self.engine = [
             Engine(model, run.optim, reduction, run.trainer.gradient_clip_val)
         ]  # in a list: no submodule of Lightning's
+
+    def parts(self) -> list[weights.Part]:
+        """This rank's parameters as they are now; the distributed optimizer moves them when the engine is made."""
+        return weights.parts(self.engine[0].model, self.run.model.vocab_size)
 
     def configure_optimizers(self) -> None:
         """The engine owns the optimizer."""
