@@ -8,10 +8,10 @@ INSTALLED := .venv/.installed
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
-$(INSTALLED): setup.py requirements/base.txt requirements/dev.txt
+$(INSTALLED): setup.py $(wildcard requirements/*.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint requirements/tested.txt --editable ".[dev]"
 	touch $@
 
 install: $(INSTALLED) ## make .venv and install the package with its tools
