@@ -57,11 +57,12 @@ def train(tree: dict[str, Any]) -> None:
     from nemo_vlm.training import callbacks, exp_manager
     from nemo_vlm.training.module import TrainingModule
 
+    loggers = exp_manager.loggers(run.exp_manager)
     exp_manager.open_run(run.exp_manager, settings(run))
     trainer = pl.Trainer(
         strategy=MegatronStrategy(layout, run.step.seed),
         **trainer_arguments(run.trainer, layout.ranks_per_node),
-        logger=exp_manager.loggers(run.exp_manager),
+        logger=loggers,
         callbacks=[callbacks.Curves(), callbacks.SaveArchive(tokenizer)]
         + [callbacks.Progress()] * run.trainer.enable_progress_bar,
     )
