@@ -4,7 +4,7 @@ FROM nvcr.io/nvidia/pytorch:26.08-py3
 
 WORKDIR /opt/nemo_vlm
 COPY requirements requirements
-RUN grep -v "^torch==" requirements/base.txt > /tmp/base.txt && pip install --no-cache-dir -c requirements/tested.txt -r /tmp/base.txt
+RUN grep -v "^torch==" requirements/base.txt > /tmp/base.txt && pip install --no-cache-dir -r /tmp/base.txt
 COPY . .
 RUN pip install --no-cache-dir --no-deps --editable .
 

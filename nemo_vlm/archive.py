@@ -185,6 +185,8 @@ class Archive:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if not self.path.is_file():
+            raise ConfigError(f"{path}: there is no such archive")
         try:
             with tarfile.open(self.path, "r:") as tar:
                 self.members = {
@@ -248,19 +250,36 @@ class Archive:
         return config
 
     def _entries(self, name: str) -> dict[str, Entry]:
+        """The tensors of one safetensors member.
+
+        Raises:
+            ConfigError: the header is damaged, or places a tensor outside the member.
+        """
         start, size = self.members[name]
         data = start + 8 + int.from_bytes(self.memory[start : start + 8], "little")
         if start + size > len(self.memory) or data > start + size:
             raise ConfigError(f"{self.path}: cut short in {name}")
-        header = json.loads(self.memory[start + 8 : data])
-        header.pop("__metadata__", None)
-        entries = {}
-        for tensor, info in header.items():
-            entry = Entry(tuple(info["shape"]), DTYPES[info["dtype"]], data + info["data_offsets"][0])
-            if entry.offset + math.prod(entry.shape) * entry.dtype.itemsize > start + size:
-                raise ConfigError(f"{self.path}: cut short in {name}, tensor {tensor}")
-            entries[tensor] = entry
+        try:
+            header = json.loads(self.memory[start + 8 : data])
+            header.pop("__metadata__", None)
+            entries = {tensor: entry_of(info, data, start + size) for tensor, info in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{self.path}: the header of {name} is damaged ({error!r})") from None
         return entries
+
+
+def entry_of(info: dict[str, Any], data: int, end: int) -> Entry:
+    """A header's entry, if it lies between the start of the data and the end of the member."""
+    shape, (first, last) = tuple(int(size) for size in info["shape"]), info["data_offsets"]
+    entry = Entry(shape, DTYPES[info["dtype"]], data + first)
+    if (
+        min(shape, default=0) < 0
+        or first < 0
+        or last - first != math.prod(shape) * entry.dtype.itemsize
+        or data + last > end
+    ):
+        raise ValueError(f"shape {shape} and offsets {first} to {last} do not fit")
+    return entry
 
 
 def safe_name(member: tarfile.TarInfo, path: Path) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+IMAGE_TAG = "<image>"  # where an image stands in the text of a LLaVA record
+HUMANS = ("human", "user")  # who asks in a LLaVA record
 IGNORE_INDEX = -100  # label of a position that is not trained on, as in PyTorch and Hugging Face
 
 

@@ -1,4 +1,4 @@
-"""The settings of a run as frozen dataclasses, in NeMo's tree. Every default stands here and nowhere else.
+"""The settings of a run as frozen dataclasses, in NeMo's tree. Every default of a run stands here and nowhere else.
 
 The tree has three branches, `trainer`, `exp_manager` and `model`. NeMo keeps everything about the model flat under
 `model`; here that branch is read into several dataclasses (the architecture, which each family defines on top of
@@ -78,6 +78,15 @@ class StepConfig:
     activations_checkpoint_num_layers: int | None = None
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
 
+    def __post_init__(self) -> None:
+        if self.activations_checkpoint_granularity == "full":
+            fill(self, activations_checkpoint_method="uniform", activations_checkpoint_num_layers=1)
+        elif self.activations_checkpoint_method or self.activations_checkpoint_num_layers:
+            raise ConfigError(
+                f"model.activations_checkpoint_granularity={self.activations_checkpoint_granularity or 'null'}: "
+                "activations_checkpoint_method and activations_checkpoint_num_layers go with full"
+            )
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -91,6 +100,9 @@ class DataConfig:
     image_aspect_ratio: Literal["square", "pad"] = "square"
     dataloader_type: Literal["cyclic", "single"] = "cyclic"  # shuffled by epoch; in file order
     num_workers: int = 2
+
+    def __post_init__(self) -> None:
+        demand(self.num_workers >= 0, "model.data.num_workers", self.num_workers, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,12 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     sched: SchedConfig = field(default_factory=SchedConfig)
+
+    def __post_init__(self) -> None:
+        demand(self.lr >= 0, "model.optim.lr", self.lr, "0 or more")
+        demand(self.weight_decay >= 0, "model.optim.weight_decay", self.weight_decay, "0 or more")
+        demand(all(0 <= beta < 1 for beta in self.betas), "model.optim.betas", list(self.betas), "from 0 to below 1")
+        demand(self.eps > 0, "model.optim.eps", self.eps, "more than 0")
 
 
 @dataclass(frozen=True)
@@ -144,7 +162,13 @@ class LanguageConfig:
     init_method_std: float = 0.02
 
     def __post_init__(self) -> None:
+        demand(self.init_method_std > 0, "model.init_method_std", self.init_method_std, "more than 0")
         fill(self, num_query_groups=self.num_attention_heads)
+        if self.kv_channels is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"model.num_attention_heads={self.num_attention_heads}: model.hidden_size={self.hidden_size} "
+                "must divide by it, or model.kv_channels be given"
+            )
         fill(self, kv_channels=self.hidden_size // max(self.num_attention_heads, 1))
 
     @property
@@ -166,6 +190,12 @@ class RunConfig:
     data: DataConfig
     optim: OptimConfig
     tokenizer: TokenizerConfig
+
+
+def demand(condition: bool, key: str, value: Any, right: str) -> None:
+    """Raise the one-line error for a value that is out of range."""
+    if not condition:
+        raise ConfigError(f"{key}={value}: must be {right}")
 
 
 # Which dataclasses the flat branch `model` is made of, beside the architecture, and its nested branches.

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,6 +29,7 @@ from nemo_vlm.config import ExpManagerConfig, RunConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.models.base import FAMILIES, family
 from nemo_vlm.planning.network import check_interfaces
+from nemo_vlm.training import schedules
 from nemo_vlm.typed import defaults, model_tree, plain, plain_defaults, unknown_key
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ UNHELPFUL_WARNINGS = (  # true of every run here, and of no use to its user
     ".*isinstance.treespec, LeafSpec",
     ".*full scope is deprecated",
     ".*Falling back to local implementations",
+    ".*CUDA_DEVICE_MAX_CONNECTIONS",
 )
 log = logging.getLogger("nemo_vlm")
 
@@ -57,15 +61,15 @@ def train(tree: dict[str, Any]) -> None:
     from nemo_vlm.training import callbacks, exp_manager
     from nemo_vlm.training.module import TrainingModule
 
-    loggers = exp_manager.loggers(run.exp_manager)
-    exp_manager.open_run(run.exp_manager, settings(run))
+    quieten_libraries()
     trainer = pl.Trainer(
         strategy=MegatronStrategy(layout, run.step.seed),
-        **trainer_arguments(run.trainer, layout.ranks_per_node),
-        logger=loggers,
+        **trainer_arguments(run.trainer, plan),
+        logger=exp_manager.loggers(run.exp_manager),
         callbacks=[callbacks.Curves(), callbacks.SaveArchive(tokenizer)]
         + [callbacks.Progress()] * run.trainer.enable_progress_bar,
     )
+    exp_manager.open_run(run.exp_manager, settings(run))  # the Trainer knows which rank of which node this is
     trainer.fit(TrainingModule(plan))
 
 
@@ -80,7 +84,10 @@ def read(tree: Mapping[str, Any]) -> RunConfig:
     """The settings, checked as far as that needs neither torch nor a look at the machine."""
     run = typed.read_run(tree, family(str(tree["model"].get("family")), "config").Config)
     layouts.check(run)
+    schedules.check(run.optim, run.trainer.max_steps)
     check_interfaces(os.environ)
+    if run.trainer.accelerator == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that every module and every rank agrees
     return run
 
 
@@ -100,7 +107,7 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
     layout = layouts.resolve(run, gpus, os.environ)
     if run.data.data_path is None:
         raise ConfigError("model.data.data_path=null: give a LLaVA JSON, or choose data=digits_vqa")
-    if run.data.prepare == "digits":
+    if run.data.prepare == "digits" and Path(run.data.data_path).name in digits.FILES:
         digits.write(Path(run.data.data_path).parent)
     tokenizer = load_tokenizer(run.tokenizer)
     parts = family(run.family, "processor")
@@ -108,9 +115,10 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
     machine.check_machine(run, layout, gpus, os.environ)
     processor = parts.Processor(run.model, run.data, tokenizer)
     dataset = records.RecordDataset(records.read_records(run.data.data_path, run.data.image_folder), processor)
-    name, chosen = run.exp_manager.name, kernels(run.step.transformer_impl)
-    log.info("%s: %d samples, %s kernels, %s", name, len(dataset), chosen, layout)
-    return Plan(run, layout, dataset), tokenizer
+    accelerator: Any = "cuda" if gpus else "cpu"
+    log.info("%s: %s on %d %s ranks", run.exp_manager.name, run.family, layout.world_size, accelerator)
+    log.info("%d samples, %s kernels, %s", len(dataset), kernels(run.step.transformer_impl), layout)
+    return Plan(run, layout, accelerator, dataset), tokenizer
 
 
 def settings(run: RunConfig) -> dict[str, Any]:
@@ -122,12 +130,12 @@ def settings(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def trainer_arguments(trainer: TrainerConfig, devices: int) -> dict[str, Any]:
+def trainer_arguments(trainer: TrainerConfig, plan: Plan) -> dict[str, Any]:
     """Lightning's part of `trainer.*`; steps, precision and clipping are the engine's, the loader ends the run."""
     return dict(
-        devices=devices,
-        num_nodes=trainer.num_nodes,
-        accelerator={"auto": "cuda" if cuda() else "cpu", "gpu": "cuda", "cpu": "cpu"}[trainer.accelerator],
+        devices=plan.layout.ranks_per_node,
+        num_nodes=plan.layout.num_nodes,
+        accelerator=plan.accelerator,
         max_epochs=1,
         enable_progress_bar=trainer.enable_progress_bar,
         enable_checkpointing=False,
@@ -135,12 +143,6 @@ def trainer_arguments(trainer: TrainerConfig, devices: int) -> dict[str, Any]:
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
-
-
-def cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def launch(task: Task, config_name: str) -> None:
@@ -161,14 +163,19 @@ def launch(task: Task, config_name: str) -> None:
     )
     def main(cfg: DictConfig) -> None:
         nonlocal show_traceback
+        before = dict(os.environ)
         os.environ["HYDRA_FULL_ERROR"] = asked  # for the ranks that the task starts
         try:
             tree: Any = OmegaConf.to_container(cfg, resolve=True)
             show_traceback |= bool(tree.pop("debug"))
             set_up_logging()
+            become_one_run(tree)
             task(tree)
         except Exception as error:  # raised below: Hydra would print about it
             failures.append(error)
+        finally:  # Lightning leaves LOCAL_RANK and its like to the next job of a multirun
+            os.environ.clear()
+            os.environ.update(before)
 
     try:
         main()
@@ -180,6 +187,21 @@ def launch(task: Task, config_name: str) -> None:
         if isinstance(failure, ConfigError | HydraException | OmegaConfBaseException):
             stop(one_line(failure), 2)
         stop(f"the run failed: {type(failure).__name__}: {failure} (debug=true shows where)", 1)
+
+
+def become_one_run(tree: dict[str, Any]) -> None:
+    """Make this job of a multirun a run of its own, with its number in its name.
+
+    Lightning starts the other ranks by repeating the command line, which must then be that of one job; its own
+    handling of Hydra wants files in an output folder that is not written here, so Hydra's state is hidden from it.
+    """
+    job = HydraConfig.get()
+    if job.mode == RunMode.MULTIRUN and "exp_manager" in tree:
+        name = f"{tree['exp_manager']['name']}_{job.job.num}"
+        tree["exp_manager"]["name"] = name
+        sys.argv[1:] = [*job.overrides.task, f"exp_manager.name={name}"]
+        os.environ["NEMO_CONFIG"] = job.job.config_name
+    HydraConfig.instance().cfg = None
 
 
 def stop(message: str, code: int) -> None:
@@ -208,20 +230,18 @@ def one_line(error: Exception) -> str:
 
 
 def set_up_logging() -> None:
-    """Our own lines, from the first rank of each node, and of the libraries only warnings."""
+    """Our own lines, from the first rank of each node."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO if first else logging.ERROR)
+
+
+def quieten_libraries() -> None:
+    """Of the libraries only warnings, and of these the helpful ones; after they are imported, since they set levels."""
     import warnings
 
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    logging.basicConfig(format="%(message)s", level=logging.INFO if first else logging.ERROR)
-    for name in (
-        "pytorch_lightning",
-        "lightning",
-        "lightning_fabric",
-        "torch",
-        "megatron",
-        "pytorch_lightning.utilities.rank_zero",
-    ):
-        logging.getLogger(name).setLevel(logging.WARNING if first else logging.ERROR)
+    for name in ("pytorch_lightning", "lightning_fabric", "pytorch_lightning.utilities.rank_zero", "torch", "megatron"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric.utilities.distributed").setLevel(logging.WARNING)
     for message in UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nemo_vlm.config import LanguageConfig, ParallelConfig, RunConfig, TrainerConfig
+from nemo_vlm.config import LanguageConfig, ParallelConfig, RunConfig, demand
 from nemo_vlm.errors import ConfigError
 
 
@@ -51,11 +51,8 @@ def resolve(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> Layout:
         ConfigError: a size that does not divide or contradicts another.
     """
     parallel = run.parallel
-    ranks = ranks_per_node(run.trainer, parallel, num_gpus, env)
-    world_size, replica = (
-        ranks * run.trainer.num_nodes,
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size,
-    )
+    ranks = ranks_per_node(run, num_gpus, env)
+    world_size, replica = ranks * run.trainer.num_nodes, replica_size(parallel)
     if world_size % replica:
         raise ConfigError(
             f"trainer.devices={ranks} x trainer.num_nodes={run.trainer.num_nodes}: {world_size} ranks do not divide by "
@@ -83,13 +80,21 @@ def check(run: RunConfig) -> None:
         ConfigError: as resolve.
     """
     positive("trainer.max_steps", run.trainer.max_steps)
+    positive("model.cpu_data_parallel_size", run.parallel.cpu_data_parallel_size)
+    demand(
+        run.trainer.gradient_clip_val >= 0,
+        "trainer.gradient_clip_val",
+        run.trainer.gradient_clip_val,
+        "0 (off) or more",
+    )
     check_model(run.model, run.parallel)
     stage_layers(run.model.num_layers, run.parallel)
     num_micro_batches(run.step.micro_batch_size, run.step.global_batch_size, data_parallel_size=1)
 
 
-def ranks_per_node(trainer: TrainerConfig, parallel: ParallelConfig, num_gpus: int, env: Mapping[str, str]) -> int:
-    """What trainer.devices=auto means: the launcher's ranks, else all GPUs, else (CPU) what the layout needs."""
+def ranks_per_node(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> int:
+    """What trainer.devices=auto means: the launcher's ranks, else the GPUs, else (CPU) what the layout needs."""
+    trainer = run.trainer
     positive("trainer.num_nodes", trainer.num_nodes)
     launched = int(env["WORLD_SIZE"]) if env.get("WORLD_SIZE", "").isdigit() else None
     if launched is not None and launched % trainer.num_nodes:
@@ -106,11 +111,22 @@ def ranks_per_node(trainer: TrainerConfig, parallel: ParallelConfig, num_gpus: i
     if launched is not None:
         return launched // trainer.num_nodes
     if num_gpus:
-        return num_gpus
-    ranks = (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.cpu_data_parallel_size
-    )
-    return -(-ranks // trainer.num_nodes)
+        return usable_gpus(run, num_gpus)
+    return -(-replica_size(run.parallel) * run.parallel.cpu_data_parallel_size // trainer.num_nodes)
+
+
+def usable_gpus(run: RunConfig, num_gpus: int) -> int:
+    """All GPUs of a node, or as many of them as can share the global batch equally."""
+    for gpus in range(num_gpus, 0, -1):
+        replicas, left = divmod(gpus * run.trainer.num_nodes, replica_size(run.parallel))
+        if replicas and not left and run.step.global_batch_size % (run.step.micro_batch_size * replicas) == 0:
+            return gpus
+    return num_gpus
+
+
+def replica_size(parallel: ParallelConfig) -> int:
+    """Ranks that hold one copy of the model."""
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
 
 
 def num_micro_batches(micro_batch_size: int, global_batch_size: int, data_parallel_size: int) -> int:
@@ -143,6 +159,7 @@ def check_model(model: LanguageConfig, parallel: ParallelConfig) -> None:
         positive(f"model.{key}", getattr(model, key))
     if positive("model.num_query_groups", groups) > heads or heads % groups:
         raise ConfigError(f"model.num_query_groups={groups}: model.num_attention_heads={heads} must divide by it")
+    demand(model.kv_channels % 2 == 0, "model.kv_channels", model.kv_channels, "even, for rotary positions")
     if groups % tp and tp % groups:
         raise ConfigError(
             f"model.num_query_groups={groups}: must divide by tensor_model_parallel_size={tp}, or divide it"
@@ -159,8 +176,9 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
     if by_hand is not None:
         if len(by_hand) != stages or sum(by_hand) != num_layers or by_hand[0] < 0 or min(by_hand[1:], default=1) < 1:
             raise ConfigError(
-                f"model.pipeline_layers={list(by_hand)}: must be {stages} numbers "
-                f"(pipeline_model_parallel_size) that add up to model.num_layers={num_layers}; only the first may be 0"
+                f"model.pipeline_layers={list(by_hand)}: must be a number for each of "
+                f"pipeline_model_parallel_size={stages} stages, "
+                f"adding up to model.num_layers={num_layers}; only the first may be 0"
             )
         if first is not None and first != by_hand[0]:
             raise ConfigError(

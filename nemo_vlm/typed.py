@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ def read_model(tree: Mapping[str, Any], model_class: type) -> dict[str, Any]:
     check_keys(tree, {"family"}.union(MODEL_BRANCHES, *names.values()), "model")
     parts: dict[str, Any] = {section: read(cls, pick(tree, names[section]), "model") for section, cls in flat.items()}
     branches: dict[str, Any] = {
-        branch: read(cls, tree.get(branch) or {}, f"model.{branch}") for branch, cls in MODEL_BRANCHES.items()
+        branch: read(cls, tree.get(branch, {}), f"model.{branch}") for branch, cls in MODEL_BRANCHES.items()
     }
     return {"family": tree["family"], **parts, **branches}
 
@@ -126,7 +127,7 @@ def convert(value: Any, hint: Any, path: str) -> Any:
         number = as_float(value)
         if number is not None:
             return number
-    elif type(value) is hint or hint is Any:
+    elif type(value) is hint:
         return value
     elif hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
@@ -135,11 +136,8 @@ def convert(value: Any, hint: Any, path: str) -> Any:
 
 def convert_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
     for option in options:
-        try:
+        with contextlib.suppress(ConfigError):
             return convert(value, option, path)
-        except ConfigError as error:
-            if is_dataclass(option) and isinstance(value, Mapping):
-                raise error
     raise ConfigError(f"{path}={show(value)}: must be {' or '.join(name(option) for option in options)}")
 
 
@@ -152,7 +150,7 @@ def convert_tuple(value: Any, items: tuple[Any, ...], path: str) -> tuple[Any, .
                 convert(item, hint, f"{path}[{i}]") for i, (item, hint) in enumerate(zip(value, items, strict=True))
             )
     count = "" if items[-1] is Ellipsis else f"{len(items)} "
-    raise ConfigError(f"{path}={show(value)}: must be a list of {count}values of type {name(items[0])}")
+    raise ConfigError(f"{path}={show(value)}: must be a list of {count}values, each {name(items[0])}")
 
 
 def convert_choice(value: Any, choices: tuple[str, ...], path: str) -> str:

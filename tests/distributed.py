@@ -8,6 +8,7 @@ import socket
 import tempfile
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def _free_port() -> int:
 def _rank(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=2))
     try:
         torch.save(function(*args), Path(folder) / str(rank))
     except Exception:

@@ -16,11 +16,8 @@ TRAIN = ROOT / "examples" / "neva_finetune.py"
 
 
 def run(*command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
-    }
+    launcher = ("MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "NODE_RANK", "SLURM_", "TORCHELASTIC_", "NEMO_CONFIG")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
     return subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
@@ -90,12 +87,34 @@ def test_odd_shapes_train_as_one_process(trained, parallel: str) -> None:
 
 
 def test_torchrun_starts_the_ranks_too(trained) -> None:
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29713")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert_same(trained("tp2", launcher=launcher), trained("tp2"))
 
 
 def test_text_only_family_on_the_same_data(trained) -> None:
     assert_same(trained("pp2", "model=gpt_tiny"), trained("single", "model=gpt_tiny"))
+
+
+def test_a_multirun_of_several_ranks(trained, folder: Path) -> None:
+    steps = ("trainer.max_steps=4", "exp_manager.name=many")
+    result = run(str(TRAIN), "-m", "parallel=single,tp2", *steps, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    for number in range(2):
+        assert_same(metrics(folder, f"many_{number}"), trained("single"))
+    assert [metrics(folder, f"many_{number}")[0]["world_size"] for number in range(2)] == [1, 2]
+
+
+def test_a_broken_image_on_any_rank_ends_the_run(trained, folder: Path) -> None:
+    trained("single")
+    records = json.loads((folder / "datasets/digits_vqa/train.json").read_text())[:32]
+    for record in records[:16]:
+        record["image"] = "images/missing.png"
+    (folder / "datasets/digits_vqa/broken.json").write_text(json.dumps(records))
+    broken = ("model.data.data_path=datasets/digits_vqa/broken.json", "exp_manager.name=broken", "parallel=ddp")
+    result = run(str(TRAIN), *broken, "model.data.num_workers=1", "trainer.enable_progress_bar=false", cwd=folder)
+    assert result.returncode in (1, 2)
+    assert "missing.png: the image does not exist" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_what_a_run_leaves(trained, folder: Path) -> None:

@@ -10,13 +10,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_vlm.experiment import CONF, store_defaults
+from nemo_vlm.inference.evaluate import EvaluateConfig
 from nemo_vlm.layout import Layout, stage_layers
 from nemo_vlm.mcore import groups
 from nemo_vlm.mcore.config import context
 from nemo_vlm.mcore.weights import parts
 from nemo_vlm.models.base import family
 from nemo_vlm.planning.memory import rank_memory
-from nemo_vlm.typed import read_run
+from nemo_vlm.typed import read, read_run
 
 GROUPS = ("model", "data", "parallel", "optim", "trainer", "exp_manager")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
@@ -48,7 +49,12 @@ def test_every_recipe_composes() -> None:
     store_defaults()
     for path in CONF.glob("*.yaml"):
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            compose(path.stem)
+            tree = OmegaConf.to_container(compose(path.stem), resolve=True)
+        tree.pop("debug")
+        if "neva_model_file" in tree:
+            read(EvaluateConfig, tree, "")
+        elif "model" in tree:
+            read_run(tree, family(tree["model"]["family"], "config").Config)
 
 
 def layout(run, tp: int, pp: int) -> Layout:

@@ -59,7 +59,7 @@ def test_digits_are_the_ones_of_scikit_learn(digits_folder: Path) -> None:
 
 
 def test_answers_are_english() -> None:
-    assert [digits.answer(digit) for digit in (0, 7, 8)] == ["It is a zero.", "It is a seven.", "It is an eight."]
+    assert [digits.answer(digit) for digit in (1, 7, 8)] == ["It is a one.", "It is a seven.", "It is an eight."]
 
 
 def test_digits_are_written_once(digits_folder: Path) -> None:

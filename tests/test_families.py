@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_vlm.batch import IGNORE_INDEX, Sample, collate
 from nemo_vlm.config import LanguageConfig, OptimConfig, ParallelConfig, StepConfig
+from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout, one_process, stage_layers
 from nemo_vlm.mapping import to_ours, to_theirs
 from nemo_vlm.mcore import groups, weights
@@ -175,6 +176,11 @@ LAYOUTS = {
         4,
         ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True),
     ),  # more ranks than query groups
+    "pp4": (4, ParallelConfig(pipeline_model_parallel_size=4)),
+    "tp2_sp_pp2": (
+        4,
+        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
+    ),
     "tp2_dp2": (4, ParallelConfig(tensor_model_parallel_size=2)),
 }
 
@@ -300,9 +306,50 @@ def test_text_only_ranks_and_batches_do_not_hang(layout: str) -> None:
         assert_same_run(steps, expected)
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp1x_gelu", "mlp3x_gelu", "mlp4x_gelu"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_steps_equal_torch_adamw(name: str) -> None:
+    """One process against torch's own parts: cross entropy over the global batch, clipping, AdamW with weight decay."""
+    config, optim = TINY[name], OptimConfig(lr=1e-2, weight_decay=0.3, betas=(0.9, 0.95))
+    (steps, trained), theirs = (
+        run_ranks(train, 1, name, config, make_layout(config, 1, ParallelConfig(), 2), StepConfig(), optim)[0],
+        {},
+    )
+    with one_rank(config):
+        model, _ = build(name, config, one_process(config))
+        kinds = [
+            [p for p in model.parameters() if p.requires_grad and (p.dim() > 1) == decays] for decays in (True, False)
+        ]
+        groups_of_theirs = [{"params": kinds[0], "weight_decay": 0.3}, {"params": kinds[1], "weight_decay": 0.0}]
+        theirs = torch.optim.AdamW(groups_of_theirs, lr=1e-2, betas=(0.9, 0.95), eps=optim.eps)
+        for number, (loss, norm, _) in enumerate(steps):
+            samples = family(name, "tiny").samples(config, GLOBAL_BATCH, torch.Generator().manual_seed(number))
+            batch = collate(samples)
+            logits = model(batch)[..., : config.vocab_size]
+            expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+            theirs.zero_grad()
+            expected.backward()
+            expected_norm = torch.nn.utils.clip_grad_norm_(kinds[0] + kinds[1], 1.0)
+            assert number or expected_norm > 1.0  # clipping is at work
+            assert (loss, norm) == (
+                pytest.approx(expected.item(), rel=1e-5),
+                pytest.approx(expected_norm.item(), rel=1e-4),
+            )
+            theirs.step()
+        assert_same_weights(trained, whole(weights.parts(model, config.vocab_size)))
+
+
+def test_identity_needs_equal_widths() -> None:
+    config = projector("identity", TINY["llava"])
+    with pytest.raises(ConfigError, match="widths differ, 40 and 48"), one_rank(config):
+        build("llava", config, one_process(config))
+
+
+@pytest.mark.parametrize("kind", ["identity", "linear", "mlp1x_gelu", "mlp3x_gelu", "mlp4x_gelu"])
 def test_projectors_train_split_as_whole(kind: str) -> None:
     config = projector(kind, TINY["llava"])
+    if kind == "identity":
+        vision = replace(config.mm_cfg.vision_encoder, hidden_size=config.hidden_size)
+        config = replace(config, mm_cfg=replace(config.mm_cfg, vision_encoder=vision))
     sharded = make_layout(config, *LAYOUTS["tp2"], micro_batch_size=4)
     results = run_ranks(train, 2, "llava", config, sharded, StepConfig(), OptimConfig(lr=1e-2))
     assert_same_run(results[0][0], single("llava", config)[0])

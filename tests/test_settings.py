@@ -48,7 +48,7 @@ def test_defaults_read_back_as_themselves() -> None:
         ({"optim": {"lr": "fast"}}, "model.optim.lr=fast: must be a number"),
         (
             {"optim": {"betas": [0.9]}},
-            "model.optim.betas=[0.9]: must be a list of 2 values of type a number",
+            "model.optim.betas=[0.9]: must be a list of 2 values, each a number",
         ),
         (
             {"loss_reduction": "mean"},
@@ -57,6 +57,11 @@ def test_defaults_read_back_as_themselves() -> None:
         (
             {"activations_checkpoint_granularity": True},
             "model.activations_checkpoint_granularity=true: must be full or selective or null",
+        ),
+        ({"num_attention_heads": 5}, "model.num_attention_heads=5: model.hidden_size=4096 must divide by it"),
+        (
+            {"activations_checkpoint_method": "block"},
+            "model.activations_checkpoint_granularity=null: activations_checkpoint_method and",
         ),
         ({"data": 3}, "model.data=3: a group of settings is expected here"),
         (
@@ -122,18 +127,19 @@ def test_impossible_stages(layers: int, parallel: dict) -> None:
 
 
 def test_devices_auto() -> None:
-    auto, tp2_pp2 = (
-        TrainerConfig(),
-        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
-    )
-    assert ranks_per_node(auto, ParallelConfig(), 0, {}) == 1
-    assert ranks_per_node(auto, ParallelConfig(cpu_data_parallel_size=2), 0, {}) == 2
-    assert ranks_per_node(auto, tp2_pp2, 0, {}) == 4
-    assert ranks_per_node(auto, tp2_pp2, 8, {}) == 8
-    assert ranks_per_node(auto, tp2_pp2, 8, {"WORLD_SIZE": "4"}) == 4
-    assert ranks_per_node(TrainerConfig(num_nodes=2), tp2_pp2, 0, {"WORLD_SIZE": "16"}) == 8
+    def ranks(
+        num_gpus: int = 0, world_size: str = "", devices: int | str = "auto", num_nodes: int = 1, **parallel
+    ) -> int:
+        run = read_run(tree(micro_batch_size=4, global_batch_size=32, **parallel), Config)
+        run = replace(run, trainer=TrainerConfig(devices=devices, num_nodes=num_nodes))
+        return ranks_per_node(run, num_gpus, {"WORLD_SIZE": world_size})
+
+    four = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    assert (ranks(), ranks(cpu_data_parallel_size=2), ranks(**four)) == (1, 2, 4)
+    assert (ranks(8, **four), ranks(8), ranks(3), ranks(6, tensor_model_parallel_size=2)) == (8, 8, 2, 4)
+    assert (ranks(8, "4", **four), ranks(0, "16", num_nodes=2), ranks(8, devices=2)) == (4, 8, 2)
     with pytest.raises(ConfigError, match="WORLD_SIZE=4"):
-        ranks_per_node(TrainerConfig(devices=2), tp2_pp2, 0, {"WORLD_SIZE": "4"})
+        ranks(world_size="4", devices=2)
 
 
 def test_batches_must_divide() -> None:

@@ -14,7 +14,7 @@ from nemo_vlm.errors import ConfigError
 from nemo_vlm.models.base import family
 from nemo_vlm.planning.flops import step_flops
 from nemo_vlm.training.loss import REDUCTIONS
-from nemo_vlm.training.schedules import learning_rate
+from nemo_vlm.training.schedules import check, learning_rate
 
 LOSSES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 8.0, 16.0], [5.0, 5.0, 5.0]])
 LABELS = torch.tensor([[7, IGNORE_INDEX, 7], [IGNORE_INDEX, 7, IGNORE_INDEX], [IGNORE_INDEX] * 3])
@@ -48,9 +48,14 @@ def test_warmup_annealing_and_constant() -> None:
     assert [learning_rate(step, constant, 10) for step in (0, 1, 9, 99)] == pytest.approx([0.5, 1.0, 1.0, 1.0])
 
 
-def test_a_warmup_given_twice_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="give one"):
-        learning_rate(0, OptimConfig(sched=SchedConfig(warmup_steps=1, warmup_ratio=0.1)), 10)
+def test_steps_go_before_the_ratio() -> None:
+    assert learning_rate(1, OptimConfig(lr=1.0, sched=SchedConfig(warmup_steps=1, warmup_ratio=0.5)), 10) == 1.0
+
+
+@pytest.mark.parametrize("sched", [{"warmup_steps": 11}, {"warmup_steps": -1}, {"min_lr": 2.0}, {"min_lr": -1.0}])
+def test_impossible_schedules(sched) -> None:
+    with pytest.raises(ConfigError):
+        check(OptimConfig(lr=1.0, sched=SchedConfig(**sched)), 10)
 
 
 def test_flops_of_llama_7b_are_six_per_parameter_and_token() -> None:

@@ -18,6 +18,7 @@ from nemo_vlm.data.tokenizer import train_tokenizer
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LETTERS = "ABCDEFGHIJ"
+FILES = ("train.json", "heldout.json")
 NUM_TRAIN = 1500
 CHOICE_EVERY = 3  # each third training digit is also asked as multiple choice
 PIXELS = 32
@@ -63,8 +64,8 @@ def _write(folder: Path) -> None:
         records.append(record(f"{number:04d}-open", path, OPEN_QUESTION, answer(target), "open"))
         if held_out or place % CHOICE_EVERY == 0:
             records.append(record(f"{number:04d}-choice", path, CHOICE_QUESTION, LETTERS[target], "choice"))
-    for name, records in (("train", train), ("heldout", heldout)):
-        (folder / f"{name}.json").write_text(json.dumps(records, indent=1))
+    for name, records in zip(FILES, (train, heldout), strict=True):
+        (folder / name).write_text(json.dumps(records, indent=1))
     texts = [turn["value"] for entry in train for turn in entry["conversations"]]
     train_tokenizer([*texts, "USER: ASSISTANT: "], vocab_size=512).save_pretrained(folder / "tokenizer")
 
@@ -85,7 +86,7 @@ def _digits() -> Iterator[tuple[Any, int]]:
 
 
 def answer(digit: int) -> str:
-    return f"It is {'an' if NAMES[digit][0] in 'aeiou' else 'a'} {NAMES[digit]}."
+    return f"It is {'an' if digit == 8 else 'a'} {NAMES[digit]}."
 
 
 def shuffled(count: int) -> list[int]:

@@ -61,7 +61,6 @@ def make_loader(dataset: Dataset, sampler: StepSampler, layout: Layout, num_work
             pad_multiple=pad_multiple(layout),
         ),
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
 
@@ -69,7 +68,7 @@ def make_loader(dataset: Dataset, sampler: StepSampler, layout: Layout, num_work
 def collate_step(samples: list[Sample], micro_batch_size: int, pad_multiple: int) -> list[Batch]:
     """Micro-batches of samples of like length, the longest first: less padding, and memory peaks at once.
 
-    Which samples share a micro-batch changes nothing in the loss of the global batch (training/loss.py).
+    Which samples share one does not matter to the loss of the global batch, unless loss_reduction=micro_batch.
     """
     samples = sorted(samples, key=lambda sample: len(sample.tokens), reverse=True)
     return [collate(samples[i : i + micro_batch_size], pad_multiple) for i in range(0, len(samples), micro_batch_size)]

@@ -22,13 +22,15 @@ def load_tokenizer(config: TokenizerConfig) -> Any:
     if config.type is None:
         raise ConfigError("model.tokenizer.type=null: give the directory of the model's tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.type, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(config.type, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):
         raise ConfigError(
-            f"model.tokenizer.type={config.type}: no tokenizer there ({str(error).splitlines()[0]})"
+            f"model.tokenizer.type={config.type}: no tokenizer there, nor one of that name in the cache"
         ) from None
-    if not tokenizer.is_fast:
-        raise ConfigError(f"model.tokenizer.type={config.type}: a fast tokenizer (tokenizer.json) is needed")
+    if not tokenizer.is_fast or tokenizer.eos_token is None:
+        raise ConfigError(
+            f"model.tokenizer.type={config.type}: a fast tokenizer (tokenizer.json) with an EOS is needed"
+        )
     return tokenizer
 
 

@@ -12,10 +12,12 @@ from typing import Any
 
 from rich.progress import track
 
-from nemo_vlm.config import Precision
+from nemo_vlm.config import Precision, demand
 from nemo_vlm.data.records import read_records
+from nemo_vlm.errors import ConfigError
 from nemo_vlm.inference.generate import greedy
 from nemo_vlm.inference.restore import Restored, restore
+from nemo_vlm.models.conversation import turns
 from nemo_vlm.models.images import load_image
 
 log = logging.getLogger(__name__)
@@ -33,14 +35,21 @@ class EvaluateConfig:
     batch_size: int
     tokens_to_generate: int
 
+    def __post_init__(self) -> None:
+        demand(self.batch_size > 0, "batch_size", self.batch_size, "1 or more")
+        demand(self.tokens_to_generate > 0, "tokens_to_generate", self.tokens_to_generate, "1 or more")
+
 
 def evaluate_archive(config: EvaluateConfig) -> None:
     """Write predictions.jsonl and predictions.png, and print the accuracy of every category of records."""
-    records = read_records(config.data_path, config.image_folder)
+    records = read_records(config.data_path, config.image_folder, key="data_path")
+    folder = Path(config.output_folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_folder={folder}: cannot be made ({error.strerror})") from None
     with restore(config.neva_model_file, config.precision) as restored:
         answers = answer_all(restored, records, config)
-    folder = Path(config.output_folder)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [prediction(record, answer) for record, answer in zip(records, answers, strict=True)]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     draw(rows, records, folder / "predictions.png")
@@ -60,15 +69,15 @@ def answer_all(restored: Restored, records: list[dict[str, Any]], config: Evalua
 
 
 def prediction(record: dict[str, Any], answer: str) -> dict[str, Any]:
-    question, expected = (turn["value"] for turn in record["conversations"][:2])
+    first = turns(record)[0]
     return {
         "id": record.get("id"),
         "category": record.get("category", "open"),
         "image": [str(path) for path in record["image"]],
-        "prompt": question,
+        "prompt": first.question,
         "text": answer,
-        "expected": expected,
-        "correct": answer == expected.strip(),
+        "expected": first.answer,
+        "correct": answer == (first.answer or "").strip(),
     }
 
 

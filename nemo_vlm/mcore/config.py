@@ -99,6 +99,7 @@ def encoder_config(build: BuildContext, tensor_parallel: bool, **shape: Any) -> 
 def shared(build: BuildContext) -> dict[str, Any]:
     """Settings of every part: no dropout, initial values drawn elsewhere (mcore.weights), fusions where kernels are."""
     fused = build.kernels == "transformer_engine"
+    on_meta = torch.get_default_device().type == "meta"
     return dict(
         params_dtype=build.dtype,
         bf16=build.dtype is torch.bfloat16,
@@ -106,8 +107,9 @@ def shared(build: BuildContext) -> dict[str, Any]:
         attention_dropout=0.0,
         init_method=leave,
         output_layer_init_method=leave,
-        # On the meta device Megatron must not name a device itself.
-        use_cpu_initialization=torch.get_default_device().type == "meta",
+        # On the meta device neither Megatron nor Transformer Engine may name another device.
+        use_cpu_initialization=on_meta and not fused,
+        init_model_with_meta_device=on_meta and fused,
         bias_activation_fusion=False,
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,

@@ -87,13 +87,17 @@ class Engine:
         self.wrapped = DistributedDataParallel(self.config, ddp, stage)
         settings = optimizer_config(optim, self.config, sharded, max_grad_norm)
         self.optimizer = get_megatron_optimizer(settings, [self.wrapped], use_gloo_process_groups=False)
+        for (
+            group
+        ) in self.optimizer.param_groups:  # norms and biases: wd_mult is 0; only Megatron's scheduler applies it
+            group["weight_decay"] = optim.weight_decay * group["wd_mult"]
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
         """Forward, backward, reduction, clipping and update on this rank's micro-batches of a global batch."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_mult"]
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss, counts = self._run(micro_batches)
@@ -130,7 +134,6 @@ def optimizer_config(optim: OptimConfig, config: object, sharded: bool, max_grad
     return OptimizerConfig(
         optimizer="adam",  # AdamW: decoupled_weight_decay is Megatron's default
         lr=optim.lr,
-        min_lr=optim.sched.min_lr,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.betas[0],
         adam_beta2=optim.betas[1],

@@ -6,11 +6,11 @@ norms and the core attention here have neither limit. Parameter names in checkpo
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -32,9 +32,9 @@ Kernels = Literal["local", "transformer_engine"]
 
 def kernels(transformer_impl: str) -> Kernels:
     """What model.transformer_impl means here: `auto` takes Transformer Engine on CUDA where it is installed."""
-    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    available = torch.cuda.is_available() and HAVE_TE
     if transformer_impl == "transformer_engine" and not available:
-        lacking = "it is not installed" if torch.cuda.is_available() else "it needs a CUDA device"
+        lacking = "it cannot be imported" if torch.cuda.is_available() else "it needs a CUDA device"
         raise ConfigError(f"model.transformer_impl=transformer_engine: {lacking}; auto or local runs here")
     return "transformer_engine" if available and transformer_impl != "local" else "local"
 

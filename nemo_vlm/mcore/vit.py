@@ -71,8 +71,9 @@ class VisionTransformer(MegatronModule):
         self.ln_post.requires_grad_(False)
         if not split:
             log.warning(
-                "vision tower: %d heads do not divide by %d tensor-parallel ranks, each holds it whole",
+                "vision tower: %d heads, FFN %d do not divide by %d tensor-parallel ranks: each holds it whole",
                 shape.num_attention_heads,
+                shape.ffn_hidden_size,
                 tp,
             )
             for parameter in self.parameters():  # else clipping counts it once a rank

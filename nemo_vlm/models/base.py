@@ -4,7 +4,7 @@
     model.py      Model(config, build, stage), a torch module: forward(batch, labels) -> losses, logits, hidden states
     processor.py  settle(config, tokenizer); Processor(config, data, tokenizer): record -> Sample
     mapping.py    rules(config): its weights in Hugging Face's names; hf_config(config): the config.json beside them
-    tiny.py       config(), samples(config), hf_inputs(batch): a small one to prove the others on
+    tiny.py       config(), samples(config, count, generator), hf_inputs(batch): a small one to prove the others on
 
 All but model.py import neither Megatron nor a process group, so that conversion runs without them.
 tests/test_families.py proves every family that it finds here.

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_vlm.batch import IGNORE_INDEX
+from nemo_vlm.batch import HUMANS, IGNORE_INDEX, IMAGE_TAG
 from nemo_vlm.errors import ConfigError
 
 Segment = tuple[str, bool]  # text, trained
-IMAGE_TAG = "<image>"  # where an image stands in a record's text
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -44,7 +43,7 @@ def plain(turns: Sequence[Turn], system: str | None, end: str) -> list[Segment]:
 
 
 def v1(turns: Sequence[Turn], system: str | None, end: str) -> list[Segment]:
-    """Vicuna 1.1."""
+    """Vicuna 1.1 in NeMo's form: a space between the end of an answer and the next question."""
     system = VICUNA_SYSTEM if system is None else system
     segments = [(f"{system} ", False)] if system else []
     for number, turn in enumerate(turns):
@@ -94,7 +93,7 @@ def shift(ids: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_length(record: Mapping[str, Any], length: int, limit: int) -> None:
     if length > limit:
-        raise ConfigError(f"record {record.get('id')}: {length} tokens, model.encoder_seq_length={limit}")
+        raise ConfigError(f"record {record.get('id')}: {length} tokens do not fit model.encoder_seq_length={limit}")
 
 
 def turns(record: Mapping[str, Any]) -> list[Turn]:
@@ -103,7 +102,7 @@ def turns(record: Mapping[str, Any]) -> list[Turn]:
     Raises:
         ConfigError: speakers do not alternate.
     """
-    said = [(turn["from"] in ("human", "user"), turn["value"]) for turn in record["conversations"]]
+    said = [(turn["from"] in HUMANS, turn["value"]) for turn in record["conversations"]]
     if said and not said[0][0]:
         said = said[1:]
     if [human for human, _ in said] != [number % 2 == 0 for number in range(len(said))]:

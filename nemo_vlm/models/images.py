@@ -71,6 +71,6 @@ def load_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: the image does not exist") from None
+        raise ConfigError(f"{path}: the image does not exist; model.data.image_folder says where they stand") from None
     except OSError as error:
         raise ConfigError(f"{path}: not a readable image ({error})") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_vlm.config import LanguageConfig
+from nemo_vlm.errors import ConfigError
 from nemo_vlm.mapping import FuseGateUp, FuseQKV, Rename, Rule
 
 
@@ -77,7 +78,9 @@ def vision_layer_rules(num_heads: int, ours: str, theirs: str) -> list[Rule]:
 
 
 def llama_config(config: LanguageConfig) -> dict[str, Any]:
-    """HF LlamaConfig."""
+    """HF LlamaConfig, which has biases everywhere in the attention or nowhere."""
+    if config.qkv_bias != config.bias:
+        raise ConfigError(f"model.qkv_bias={config.qkv_bias}: Hugging Face's Llama needs model.bias to be the same")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -27,8 +25,6 @@ class MegatronStrategy(DDPStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        if self.root_device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.layout.ranks_per_node))
         groups.initialize(self.layout, self.seed)
 
     @override
@@ -37,9 +33,6 @@ class MegatronStrategy(DDPStrategy):
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self.setup_precision_plugin()
-
-    @override
-    def model_to_device(self) -> None: ...
 
     @property
     def data_parallel_rank(self) -> int:
@@ -52,10 +45,6 @@ class MegatronStrategy(DDPStrategy):
     @override
     def teardown(self) -> None:
         super().teardown()
-        groups.shut_down()
-        torch.distributed.destroy_process_group()
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        raise AssertionError("the loader shares out its samples itself")
+        if torch.distributed.is_initialized():
+            groups.shut_down()
+            torch.distributed.destroy_process_group()

@@ -47,6 +47,6 @@ def rank_memory(run: RunConfig, layout: Layout, rank: int) -> RankMemory:
 
 
 def heaviest(run: RunConfig, layout: Layout) -> RankMemory:
-    """The rank that needs most: on the first or the last pipeline stage."""
-    ranks = {0, layout.world_size - 1}
+    """The rank that needs most, of one rank of each pipeline stage."""
+    ranks = range(0, layout.world_size, layout.world_size // layout.pipeline)
     return max((rank_memory(run, layout, rank) for rank in ranks), key=lambda memory: memory.total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import pytorch_lightning as pl
 import torch
@@ -32,6 +33,7 @@ class Plan:
 
     run: RunConfig
     layout: Layout
+    accelerator: Literal["cpu", "cuda"]
     dataset: Dataset
 
 
@@ -55,13 +57,11 @@ class TrainingModule(pl.LightningModule):
             weights.parts(model, run.model.vocab_size), run.step.seed, run.model.init_method_std, run.model.num_layers
         )
         reduction = REDUCTIONS[run.step.loss_reduction]
-        self.engine = [
-            Engine(model, run.optim, reduction, run.trainer.gradient_clip_val)
-        ]  # in a list: no submodule of Lightning's
+        self.engine = Engine(model, run.optim, reduction, run.trainer.gradient_clip_val)
 
     def parts(self) -> list[weights.Part]:
         """This rank's parameters as they are now; the distributed optimizer moves them when the engine is made."""
-        return weights.parts(self.engine[0].model, self.run.model.vocab_size)
+        return weights.parts(self.engine.model, self.run.model.vocab_size)
 
     def configure_optimizers(self) -> None:
         """The engine owns the optimizer."""
@@ -81,7 +81,7 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, micro_batches: list[Batch], step: int) -> None:
         lr = learning_rate(step, self.run.optim, self.run.trainer.max_steps)
-        result = self.engine[0].step(micro_batches, lr)
+        result = self.engine.step(micro_batches, lr)
         now = time.perf_counter()
         self.latest = self._row(result, step, lr, now - self.last_time)
         self.last_time = now

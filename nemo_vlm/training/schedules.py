@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import math
 
-from nemo_vlm.config import OptimConfig
+from nemo_vlm.config import OptimConfig, SchedConfig
 from nemo_vlm.errors import ConfigError
 
 
-def warmup_steps(optim: OptimConfig, max_steps: int) -> int:
-    """The length of the warm-up.
+def warmup_steps(sched: SchedConfig, max_steps: int) -> int:
+    """The length of the warm-up; warmup_steps goes before warmup_ratio."""
+    return sched.warmup_steps if sched.warmup_steps is not None else int((sched.warmup_ratio or 0) * max_steps)
+
+
+def check(optim: OptimConfig, max_steps: int) -> None:
+    """What can be said of a schedule before it runs.
 
     Raises:
-        ConfigError: given twice, or not shorter than the run.
+        ConfigError: a rate or a length that makes no sense.
     """
-    sched = optim.sched
-    if sched.warmup_steps is not None and sched.warmup_ratio is not None:
+    sched, max_steps = optim.sched, optim.sched.max_steps or max_steps
+    if not 0 <= sched.min_lr <= optim.lr < math.inf:
+        raise ConfigError(f"model.optim.sched.min_lr={sched.min_lr}: must lie between 0 and model.optim.lr={optim.lr}")
+    if not 0 <= warmup_steps(sched, max_steps) <= max_steps:
         raise ConfigError(
-            f"model.optim.sched.warmup_steps={sched.warmup_steps}: "
-            f"warmup_ratio={sched.warmup_ratio} is given too; give one"
+            f"model.optim.sched.warmup_steps={sched.warmup_steps}: must lie between 0 and max_steps={max_steps}"
         )
-    return sched.warmup_steps if sched.warmup_steps is not None else int((sched.warmup_ratio or 0) * max_steps)
 
 
 def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
     """The learning rate of step 0, 1, ...; `max_steps` is the run's, which the schedule may override with its own."""
     sched, max_steps = optim.sched, optim.sched.max_steps or max_steps
-    warmup = warmup_steps(optim, max_steps)
+    warmup = warmup_steps(sched, max_steps)
     if warmup and step <= warmup:
         return optim.lr * (step + 1) / (warmup + 1)
     if sched.name == "constant":

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from nemo_vlm.batch import Sample
+from nemo_vlm.batch import IMAGE_TAG, Sample
 from nemo_vlm.config import DataConfig
-from nemo_vlm.models.conversation import IMAGE_TAG, TEMPLATES, Turn, check_length, encode, shift, turns
+from nemo_vlm.models.conversation import TEMPLATES, Turn, check_length, encode, shift, turns
 from nemo_vlm.models.gpt.config import Config
 from nemo_vlm.models.vocabulary import settle_vocabulary
 

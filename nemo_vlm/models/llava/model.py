@@ -18,7 +18,7 @@ class Model(nn.Module):
     """This pipeline stage of a LLaVA; vision tower and projector stand on the first.
 
     Args:
-        config: settled (see config.settle).
+        config: settled (see processor.settle).
     """
 
     def __init__(self, config: Config, build: BuildContext, stage: Stage) -> None:

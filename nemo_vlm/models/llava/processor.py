@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from nemo_vlm.batch import Sample
+from nemo_vlm.batch import IMAGE_TAG, Sample
 from nemo_vlm.config import DataConfig
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.models.conversation import IMAGE_TAG, TEMPLATES, Turn, check_length, encode, expand, shift, turns
+from nemo_vlm.models.conversation import TEMPLATES, Turn, check_length, encode, expand, shift, turns
 from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform, load_image
 from nemo_vlm.models.llava.config import Config, VisionConfig
 from nemo_vlm.models.vocabulary import settle_vocabulary, token_id
