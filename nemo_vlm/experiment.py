@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +62,7 @@ def train(tree: dict[str, Any]) -> None:
     from nemo_vlm.training import callbacks, exp_manager
     from nemo_vlm.training.module import TrainingModule
 
-    quieten_libraries()
+    quieten_lightning()
     trainer = pl.Trainer(
         strategy=MegatronStrategy(layout, run.step.seed),
         **trainer_arguments(run.trainer, plan),
@@ -230,20 +231,17 @@ def one_line(error: Exception) -> str:
 
 
 def set_up_logging() -> None:
-    """Our own lines, from the first rank of each node."""
+    """Our own lines, from the first rank of each node; of the libraries' warnings the helpful ones."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO if first else logging.ERROR)
-
-
-def quieten_libraries() -> None:
-    """Of the libraries only warnings, and of these the helpful ones; after they are imported, since they set levels."""
-    import warnings
-
-    for name in ("pytorch_lightning", "lightning_fabric", "pytorch_lightning.utilities.rank_zero", "torch", "megatron"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("lightning_fabric.utilities.distributed").setLevel(logging.WARNING)
     for message in UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message)
+
+
+def quieten_lightning() -> None:
+    """Only warnings; to be called after Lightning is imported, which sets its levels then."""
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def store_defaults() -> None:

@@ -82,8 +82,8 @@ def test_mistakes_are_named(override, message) -> None:
 
 
 def test_numbers_as_yaml_and_people_write_them() -> None:
-    run = read_run(tree(optim={"lr": "1e-3", "betas": [0, 1]}, micro_batch_size=4.0), Config)
-    assert (run.optim.lr, run.optim.betas, run.step.micro_batch_size) == (1e-3, (0.0, 1.0), 4)
+    run = read_run(tree(optim={"lr": "1e-3", "betas": [0, "0.5"]}, micro_batch_size=4.0), Config)
+    assert (run.optim.lr, run.optim.betas, run.step.micro_batch_size) == (1e-3, (0.0, 0.5), 4)
 
 
 @pytest.mark.parametrize(
