@@ -234,6 +234,7 @@ def set_up_logging() -> None:
     """Our own lines, from the first rank of each node; of the libraries' warnings the helpful ones."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO if first else logging.ERROR)
+    logging.getLogger("megatron").setLevel(logging.WARNING)
     for message in UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message)
 

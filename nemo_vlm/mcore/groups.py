@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,7 +24,6 @@ class Stage:
 
 def initialize(layout: Layout, seed: int) -> None:
     """Make Megatron's groups; torch.distributed must be running with `layout.world_size` ranks."""
-    logging.getLogger("megatron").setLevel(logging.WARNING)
     cpu.enable()
     parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline, create_gloo_process_groups=False)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
