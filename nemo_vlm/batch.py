@@ -21,12 +21,14 @@ class Batch:
         labels: [b, s] int64, already shifted: the token to be predicted at each position, or IGNORE_INDEX.
         lengths: [b] int64, tokens of each sample before padding (on the right).
         images: [n, 3, height, width] float32, n >= 0.
+        records: [b] int64, the number of each sample's record in the data.
     """
 
     tokens: Tensor
     labels: Tensor
     lengths: Tensor
     images: Tensor
+    records: Tensor
 
     def to(self, device: torch.device) -> Batch:
         moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
@@ -58,11 +60,13 @@ class Sample:
         tokens: [s] int64.
         labels: [s] int64, shifted, as in Batch.
         images: [n, 3, height, width] float32.
+        record: number of its record in the data; -1: it has none.
     """
 
     tokens: Tensor
     labels: Tensor
     images: Tensor
+    record: int = -1
 
 
 def collate(samples: list[Sample], pad_multiple: int = 1) -> Batch:
@@ -77,4 +81,5 @@ def collate(samples: list[Sample], pad_multiple: int = 1) -> Batch:
     for row, sample in enumerate(samples):
         tokens[row, : len(sample.tokens)] = sample.tokens
         labels[row, : len(sample.labels)] = sample.labels
-    return Batch(tokens, labels, lengths, torch.cat([sample.images for sample in samples]))
+    records = torch.tensor([sample.record for sample in samples])
+    return Batch(tokens, labels, lengths, torch.cat([sample.images for sample in samples]), records)

@@ -6,13 +6,18 @@ The only module that sees Hydra and OmegaConf. Everything heavy is imported insi
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
+import shutil
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +32,9 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_vlm import layout as layouts
 from nemo_vlm import typed
 from nemo_vlm.config import ExpManagerConfig, RunConfig, TrainerConfig
-from nemo_vlm.errors import ConfigError
+from nemo_vlm.errors import ConfigError, Failure, Stopped, explain
 from nemo_vlm.models.base import FAMILIES, family
+from nemo_vlm.parallel import rank, supervisor
 from nemo_vlm.planning.network import check_interfaces
 from nemo_vlm.training import schedules
 from nemo_vlm.typed import defaults, model_tree, plain, plain_defaults, unknown_key
@@ -47,6 +53,9 @@ UNHELPFUL_WARNINGS = (  # true of every run here, and of no use to its user
     ".*full scope is deprecated",
     ".*Falling back to local implementations",
     ".*CUDA_DEVICE_MAX_CONNECTIONS",
+    ".*across ranks is zero",
+    ".*reduce_scatter_tensor. is deprecated",
+    ".*all_gather_into_tensor. is deprecated",
 )
 log = logging.getLogger("nemo_vlm")
 
@@ -55,6 +64,9 @@ def train(tree: dict[str, Any]) -> None:
     """Train a model and write its .nemo archive."""
     plan, tokenizer = prepare(read(tree))
     run, layout = plan.run, plan.layout
+    if supervisor.needed(layout.world_size, os.environ):
+        return supervisor.supervise(layout.ranks_per_node, layout.num_nodes, run.trainer.hang_timeout, os.environ)
+    announce(plan)
 
     import pytorch_lightning as pl
 
@@ -63,15 +75,25 @@ def train(tree: dict[str, Any]) -> None:
     from nemo_vlm.training.module import TrainingModule
 
     quieten_lightning()
+    checkpoints = callbacks.SaveCheckpoints(run)
     trainer = pl.Trainer(
-        strategy=MegatronStrategy(layout, run.step.seed),
+        strategy=MegatronStrategy(layout, run.step.seed, run.trainer.hang_timeout),
         **trainer_arguments(run.trainer, plan),
         logger=exp_manager.loggers(run.exp_manager),
-        callbacks=[callbacks.Curves(), callbacks.SaveArchive(tokenizer)]
+        callbacks=[
+            callbacks.FailFast(),
+            checkpoints,
+            callbacks.Curves(),
+            callbacks.SaveArchive(tokenizer),
+            callbacks.EndAtOnce(),
+        ]
         + [callbacks.Progress()] * run.trainer.enable_progress_bar,
     )
-    exp_manager.open_run(run.exp_manager, settings(run))  # the Trainer knows which rank of which node this is
-    trainer.fit(TrainingModule(plan))
+    checkpoint = exp_manager.open_run(run.exp_manager, settings(run))  # the Trainer knows which rank this is
+    with rank.watched(run.trainer.hang_timeout):
+        trainer.fit(TrainingModule(plan, checkpoint))
+    if checkpoints.stop.signalled:
+        raise Stopped
 
 
 def evaluate(tree: dict[str, Any]) -> None:
@@ -81,12 +103,24 @@ def evaluate(tree: dict[str, Any]) -> None:
     evaluate_archive(typed.read(EvaluateConfig, tree, ""))
 
 
+def plan(task: Task, plan_file: str | None, tree: dict[str, Any]) -> None:
+    """Print what a task would be, and what each rank would hold; neither its machine nor its data need be here."""
+    from nemo_vlm.inference.evaluate import EvaluateConfig
+    from nemo_vlm.planning import plan as planning
+
+    if task is evaluate:
+        config = typed.read(EvaluateConfig, tree, "")
+        planned = planning.evaluation(config.neva_model_file, config.precision, config.batch_size)
+    else:
+        planned = planning.training(read(tree), os.environ)
+    planning.show(planned, plan_file)
+
+
 def read(tree: Mapping[str, Any]) -> RunConfig:
     """The settings, checked as far as that needs neither torch nor a look at the machine."""
     run = typed.read_run(tree, family(str(tree["model"].get("family")), "config").Config)
     layouts.check(run)
     schedules.check(run.optim, run.trainer.max_steps)
-    check_interfaces(os.environ)
     if run.trainer.accelerator == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that every module and every rank agrees
     return run
@@ -100,10 +134,10 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
     """
     from nemo_vlm.data import digits, records
     from nemo_vlm.data.tokenizer import load_tokenizer
-    from nemo_vlm.mcore.layers import kernels
     from nemo_vlm.planning import machine
     from nemo_vlm.training.module import Plan
 
+    check_interfaces(os.environ)
     gpus = machine.num_gpus(run.trainer.accelerator)
     layout = layouts.resolve(run, gpus, os.environ)
     if run.data.data_path is None:
@@ -117,9 +151,18 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
     processor = parts.Processor(run.model, run.data, tokenizer)
     dataset = records.RecordDataset(records.read_records(run.data.data_path, run.data.image_folder), processor)
     accelerator: Any = "cuda" if gpus else "cpu"
-    log.info("%s: %s on %d %s ranks", run.exp_manager.name, run.family, layout.world_size, accelerator)
-    log.info("%d samples, %s kernels, %s", len(dataset), kernels(run.step.transformer_impl), layout)
     return Plan(run, layout, accelerator, dataset), tokenizer
+
+
+def announce(plan: Plan) -> None:
+    """What is going to run, in two lines."""
+    from nemo_vlm.mcore.layers import kernels
+
+    run, layout = plan.run, plan.layout
+    log.info("%s: %s on %d %s ranks", run.exp_manager.name, run.family, layout.world_size, plan.accelerator)
+    how = "Megatron's distributed optimizer" if run.optim.distributed else "AdamW"
+    log.info("model.optim.name=%s: %s%s", run.optim.name, how, " on FSDP2's shards" if layout.fsdp else "")
+    log.info("%d samples, %s kernels, %s", len(plan.dataset), kernels(run.step.transformer_impl), layout)  # type: ignore[arg-type]
 
 
 def settings(run: RunConfig) -> dict[str, Any]:
@@ -151,10 +194,12 @@ def launch(task: Task, config_name: str) -> None:
 
     The environment variable NEMO_CONFIG chooses another recipe of conf/.
     """
+    rank.attach(os.environ)
     store_defaults()
     asked = os.environ.get("HYDRA_FULL_ERROR", "0")
     show_traceback = asked == "1"
-    failures: list[Exception] = []
+    failures: list[Failure] = []
+    jobs = Jobs(sys.argv[0])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints its own errors and exits
 
     @hydra.main(
@@ -166,55 +211,106 @@ def launch(task: Task, config_name: str) -> None:
         nonlocal show_traceback
         before = dict(os.environ)
         os.environ["HYDRA_FULL_ERROR"] = asked  # for the ranks that the task starts
+        job = jobs.name()
         try:
             tree: Any = OmegaConf.to_container(cfg, resolve=True)
             show_traceback |= bool(tree.pop("debug"))
+            chosen = task_or_plan(task, tree)
             set_up_logging()
-            become_one_run(tree)
-            task(tree)
-        except Exception as error:  # raised below: Hydra would print about it
-            failures.append(error)
+            become_one_run(tree, jobs.script)
+            chosen(tree)
+        except Exception as error:  # told below: Hydra would print about it
+            failures.append(replace(failure(error), job=job))
+            jobs.note(failures[-1])
         finally:  # Lightning leaves LOCAL_RANK and its like to the next job of a multirun
             os.environ.clear()
             os.environ.update(before)
 
     try:
         main()
-    except (HydraException, OmegaConfBaseException) as error:
-        failures.append(error)
-    for failure in failures:
-        if show_traceback:
-            raise failure
-        if isinstance(failure, ConfigError | HydraException | OmegaConfBaseException):
-            stop(one_line(failure), 2)
-        stop(f"the run failed: {type(failure).__name__}: {failure} (debug=true shows where)", 1)
+    except Exception as error:  # of the composition, or of a launcher
+        failures.append(failure(error))
+    except Stopped:
+        pass
+    finish(failures + jobs.noted(), show_traceback)
 
 
-def become_one_run(tree: dict[str, Any]) -> None:
+def task_or_plan(task: Task, tree: dict[str, Any]) -> Task:
+    """The task, or its plan where dry_run=true; the settings of that are taken out of the tree."""
+    dry_run = typed.convert(tree.pop("dry_run"), bool, "dry_run")
+    plan_file = typed.convert(tree.pop("plan_file"), str | None, "plan_file")
+    if plan_file is not None and not dry_run:
+        raise ConfigError(f"plan_file={plan_file}: goes with dry_run=true")
+    return partial(plan, task, plan_file) if dry_run else task
+
+
+def become_one_run(tree: dict[str, Any], script: str) -> None:
     """Make this job of a multirun a run of its own, with its number in its name.
 
-    Lightning starts the other ranks by repeating the command line, which must then be that of one job; its own
-    handling of Hydra wants files in an output folder that is not written here, so Hydra's state is hidden from it.
+    The ranks repeat the command line, which must then be that of one job. Lightning's own handling of Hydra wants
+    files in an output folder that is not written here, so Hydra's state is hidden from it.
     """
     job = HydraConfig.get()
     if job.mode == RunMode.MULTIRUN and "exp_manager" in tree:
         name = f"{tree['exp_manager']['name']}_{job.job.num}"
         tree["exp_manager"]["name"] = name
-        sys.argv[1:] = [*job.overrides.task, f"exp_manager.name={name}"]
+        sys.argv = [script, *job.overrides.task, f"exp_manager.name={name}"]
         os.environ["NEMO_CONFIG"] = job.job.config_name
     HydraConfig.instance().cfg = None
 
 
-def stop(message: str, code: int) -> None:
-    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
-    sys.stderr.write(message + "\n" if rank == "0" else f"rank {rank}: {message}\n")
+@dataclass(frozen=True)
+class Jobs:
+    """The jobs of a multirun. One that runs in another process leaves its failure in a file."""
+
+    script: str
+    home: int = field(default_factory=os.getpid)
+    notes: Path = field(default_factory=lambda: Path.cwd() / f".failed_jobs_{os.getpid()}_{time.time_ns()}")
+
+    def name(self) -> str:
+        """Number and overrides of the present job; nothing outside a multirun."""
+        job = HydraConfig.get()
+        return f"#{job.job.num} {' '.join(job.overrides.task)}" if job.mode == RunMode.MULTIRUN else ""
+
+    def note(self, failure: Failure) -> None:
+        if failure.job:
+            log.error("job %s failed: %s", failure.job, failure.message)
+        if os.getpid() != self.home:
+            self.notes.mkdir(exist_ok=True)
+            number = failure.job.split()[0].strip("#")  # under srun, several ranks may note the same job
+            (self.notes / f"{number}.json").write_text(json.dumps(asdict(failure)))
+
+    def noted(self) -> list[Failure]:
+        notes = sorted(self.notes.glob("*.json"), key=lambda note: int(note.stem))
+        failures = [Failure(**json.loads(note.read_text())) for note in notes]
+        shutil.rmtree(self.notes, ignore_errors=True)
+        return failures
+
+
+def finish(failures: list[Failure], show_traceback: bool) -> None:
+    """Tell what failed, all of it in one line, and end this process with its exit code."""
+    if not failures:
+        return
+    message, code = failures[0].message, min(one.code for one in failures)
+    if failures[0].job:
+        told = "; ".join(f"{one.job}: {one.message}" for one in failures)
+        message = f"{len(failures)} job{'s' * (len(failures) > 1)} failed: {told}"
+    trace = "".join(one.trace for one in failures)
+    if rank.supervised():
+        rank.leave(Failure(message, code, trace))
+    sys.stderr.write(trace * show_traceback + rank.prefix() + message + "\n")
     sys.exit(code)
 
 
+def failure(error: Exception) -> Failure:
+    """Hydra's and OmegaConf's errors are the user's mistakes."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return Failure(one_line(error), 2, "".join(traceback.format_exception(error)))
+    return explain(error)
+
+
 def one_line(error: Exception) -> str:
-    """Our own messages as they are; Hydra's and OmegaConf's in our form."""
-    if isinstance(error, ConfigError):  # a worker of the loader puts its traceback in front
-        return str(error).splitlines()[-1].partition("ConfigError: ")[2] or str(error)
+    """What Hydra and OmegaConf say, in our form."""
     cause = error.__cause__
     if (
         isinstance(cause, OmegaConfBaseException)

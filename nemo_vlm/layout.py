@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from nemo_vlm.config import LanguageConfig, ParallelConfig, RunConfig, demand
+from nemo_vlm.config import LanguageConfig, ParallelConfig, RunConfig, StepConfig, demand
 from nemo_vlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A resolved layout. Sizes count ranks; `stage_layers` the decoder layers of each pipeline stage."""
+    """A resolved layout. Sizes count ranks.
+
+    Attributes:
+        virtual: pipeline stages on each pipeline rank; rank p holds stages p, p + pipeline, ...
+        stage_layers: decoder layers of each stage, in the order of the pipeline.
+        fsdp: None: each data-parallel rank holds the whole of its stage.
+    """
 
     num_nodes: int
     ranks_per_node: int
@@ -21,6 +28,8 @@ class Layout:
     stage_layers: tuple[int, ...]
     micro_batch_size: int
     num_micro_batches: int  # of each data-parallel rank, each step
+    virtual: int = 1
+    fsdp: Literal["full", "hybrid", "grad"] | None = None
 
     @property
     def world_size(self) -> int:
@@ -31,9 +40,20 @@ class Layout:
         return self.world_size // (self.tensor * self.pipeline)
 
     @property
+    def shards(self) -> int:
+        """Data-parallel ranks that share one copy of the weights under FSDP."""
+        if self.fsdp is None:
+            return 1
+        return self.data // max(self.num_nodes, 2) if self.fsdp == "hybrid" else self.data
+
+    @property
     def samples_per_rank(self) -> int:
         """Samples that one data-parallel rank reads each step."""
         return self.micro_batch_size * self.num_micro_batches
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.samples_per_rank * self.data
 
 
 def one_process(model: LanguageConfig, micro_batch_size: int = 1) -> Layout:
@@ -59,7 +79,7 @@ def resolve(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> Layout:
             f"the {replica} of tensor_model_parallel_size={parallel.tensor_model_parallel_size} x "
             f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}"
         )
-    return Layout(
+    layout = Layout(
         num_nodes=run.trainer.num_nodes,
         ranks_per_node=ranks,
         tensor=parallel.tensor_model_parallel_size,
@@ -70,7 +90,47 @@ def resolve(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> Layout:
         num_micro_batches=num_micro_batches(
             run.step.micro_batch_size, run.step.global_batch_size, world_size // replica
         ),
+        virtual=parallel.virtual_pipeline_model_parallel_size or 1,
+        fsdp=parallel.fsdp_sharding_strategy if parallel.fsdp else None,
     )
+    check_batches(run, layout)
+    check_recompute(run.step, layout)
+    copies = max(layout.num_nodes, 2)
+    if layout.fsdp == "hybrid" and layout.data % copies:
+        raise ConfigError(
+            f"model.fsdp_sharding_strategy=hybrid: {layout.data} data-parallel ranks do not divide into {copies} copies"
+        )
+    return layout
+
+
+def check_recompute(step: StepConfig, layout: Layout) -> None:
+    """Megatron cuts every stage into equal runs."""
+    count = step.activations_checkpoint_num_layers
+    if step.activations_checkpoint_method == "uniform" and any(layers % (count or 1) for layers in layout.stage_layers):
+        raise ConfigError(
+            f"model.activations_checkpoint_num_layers={count}: with activations_checkpoint_method=uniform the "
+            f"layers of every stage must divide by it; they are {list(layout.stage_layers)}"
+        )
+
+
+def check_batches(run: RunConfig, layout: Layout) -> None:
+    """Every batch of a ramp-up must divide; virtual stages take micro-batches in groups of the pipeline's size."""
+    together = layout.micro_batch_size * layout.data * (layout.pipeline if layout.virtual > 1 else 1)
+    if layout.virtual > 1 and layout.num_micro_batches % layout.pipeline:
+        raise ConfigError(
+            f"model.global_batch_size={run.step.global_batch_size}: virtual stages need a multiple of {together}, "
+            f"micro_batch_size x data-parallel ranks x pipeline stages"
+        )
+    if run.step.rampup_batch_size is None:
+        return
+    start, increment, samples = run.step.rampup_batch_size
+    full = run.step.global_batch_size
+    right = 0 < start <= full and increment > 0 and samples > 0 and (full - start) % increment == 0
+    if not right or start % together or increment % together:
+        raise ConfigError(
+            f"model.rampup_batch_size={[start, increment, samples]}: must be the first global batch, an increment that "
+            f"leads to model.global_batch_size={full}, both multiples of {together}, and samples until then"
+        )
 
 
 def check(run: RunConfig) -> None:
@@ -88,23 +148,70 @@ def check(run: RunConfig) -> None:
         "0 (off) or more",
     )
     check_model(run.model, run.parallel)
+    check_strategy(run)
     stage_layers(run.model.num_layers, run.parallel)
     num_micro_batches(run.step.micro_batch_size, run.step.global_batch_size, data_parallel_size=1)
+
+
+def check_strategy(run: RunConfig) -> None:
+    """What of the layouts and of the parts' training does not go together."""
+    parallel, virtual = run.parallel, run.parallel.virtual_pipeline_model_parallel_size
+    if virtual is not None and positive("model.virtual_pipeline_model_parallel_size", virtual) > 1:
+        demand(
+            parallel.pipeline_model_parallel_size > 1,
+            "model.virtual_pipeline_model_parallel_size",
+            virtual,
+            "1 without a pipeline (model.pipeline_model_parallel_size)",
+        )
+    if parallel.fsdp and parallel.pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            f"model.fsdp=true: model.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}; "
+            "FSDP goes with tensor parallelism, not with a pipeline"
+        )
+    if parallel.fsdp and (run.optim.distributed or run.optim.overlap_grad_sync or run.optim.offload is not False):
+        raise ConfigError(
+            f"model.fsdp=true: FSDP shards and overlaps the optimizer itself; model.optim.name={run.optim.name}, "
+            "overlap_grad_sync and offload are for the other layouts, take fused_adam"
+        )
+    if run.optim.distributed and run.optim.offload is not False and run.trainer.precision == "32":
+        raise ConfigError(
+            f"model.optim.offload={run.optim.offload}: with model.optim.name={run.optim.name} it needs "
+            "trainer.precision=bf16-mixed or 16-mixed (Megatron offloads main weights of their own)"
+        )
+    if run.model.parts and all(part.freeze for part in run.model.parts.values()):
+        raise ConfigError(f"model.mm_cfg: {', '.join(run.model.parts)} are all frozen, nothing is left to train")
+
+
+def under_slurm(env: Mapping[str, str]) -> bool:
+    """As Lightning sees it: srun has started this process; in a job with an interactive name it has not."""
+    return "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def launched_ranks(num_nodes: int, env: Mapping[str, str]) -> tuple[str, int | None]:
+    """The environment variable that gives the number of all ranks, and what it says, if anything."""
+    if "TORCHELASTIC_RUN_ID" in env or not under_slurm(env):
+        return "WORLD_SIZE", int(env["WORLD_SIZE"]) if env.get("WORLD_SIZE", "").isdigit() else None
+    tasks, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", num_nodes))
+    if nodes != num_nodes:
+        raise ConfigError(f"trainer.num_nodes={num_nodes}: Slurm has started the run on SLURM_NNODES={nodes} nodes")
+    if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in env:
+        raise ConfigError(f"SLURM_NTASKS={tasks}: give the job --ntasks-per-node={tasks // nodes} too, Lightning asks")
+    return "SLURM_NTASKS", tasks
 
 
 def ranks_per_node(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> int:
     """What trainer.devices=auto means: the launcher's ranks, else the GPUs, else (CPU) what the layout needs."""
     trainer = run.trainer
     positive("trainer.num_nodes", trainer.num_nodes)
-    launched = int(env["WORLD_SIZE"]) if env.get("WORLD_SIZE", "").isdigit() else None
+    variable, launched = launched_ranks(trainer.num_nodes, env)
     if launched is not None and launched % trainer.num_nodes:
-        raise ConfigError(f"trainer.num_nodes={trainer.num_nodes}: WORLD_SIZE={launched} ranks do not divide by it")
+        raise ConfigError(f"trainer.num_nodes={trainer.num_nodes}: {variable}={launched} ranks do not divide by it")
     if trainer.devices != "auto":
         positive("trainer.devices", trainer.devices)
         if launched is not None and launched != trainer.devices * trainer.num_nodes:
             raise ConfigError(
                 f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes}: "
-                f"the launcher has set WORLD_SIZE={launched}; "
+                f"the launcher has set {variable}={launched}; "
                 f"give trainer.devices={launched // trainer.num_nodes}, or auto"
             )
         return trainer.devices
@@ -171,13 +278,12 @@ def check_model(model: LanguageConfig, parallel: ParallelConfig) -> None:
 
 def stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
     """Decoder layers of every pipeline stage; where they do not divide, the first (with the ViT) takes fewer."""
-    stages = parallel.pipeline_model_parallel_size
+    stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     by_hand, first = parallel.pipeline_layers, parallel.first_pipeline_num_layers
     if by_hand is not None:
         if len(by_hand) != stages or sum(by_hand) != num_layers or by_hand[0] < 0 or min(by_hand[1:], default=1) < 1:
             raise ConfigError(
-                f"model.pipeline_layers={list(by_hand)}: must be a number for each of "
-                f"pipeline_model_parallel_size={stages} stages, "
+                f"model.pipeline_layers={list(by_hand)}: must be a number for each of {stages} pipeline stages, "
                 f"adding up to model.num_layers={num_layers}; only the first may be 0"
             )
         if first is not None and first != by_hand[0]:

@@ -13,9 +13,9 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from nemo_vlm.batch import IGNORE_INDEX, Sample, collate
-from nemo_vlm.config import DataConfig, TokenizerConfig
+from nemo_vlm.config import DataConfig, StepConfig, TokenizerConfig
 from nemo_vlm.data import digits
-from nemo_vlm.data.loader import Order, StepSampler
+from nemo_vlm.data.loader import Order, Share, StepSampler
 from nemo_vlm.data.records import RecordDataset, read_records
 from nemo_vlm.data.tokenizer import load_tokenizer, train_tokenizer
 from nemo_vlm.errors import ConfigError
@@ -146,8 +146,8 @@ def layout(data: int, micro_batch_size: int, num_micro_batches: int) -> Layout:
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_the_order_does_not_depend_on_the_layout(shuffle: bool) -> None:
     def run(data: int, micro_batch_size: int, num_micro_batches: int) -> list[list[int]]:
-        shape = layout(data, micro_batch_size, num_micro_batches)
-        ranks = [list(StepSampler(Order(10, 3, shuffle), 6, shape, rank)) for rank in range(data)]
+        step = StepConfig(micro_batch_size, data * micro_batch_size * num_micro_batches)
+        ranks = [list(StepSampler(Order(10, 3, shuffle), 6, 0, step, Share(rank, data))) for rank in range(data)]
         return [sum(step, []) for step in zip(*ranks, strict=True)]
 
     expected = run(1, 1, 8)

@@ -14,16 +14,27 @@ from distributed import run_ranks
 from safetensors.torch import load_file, save_file
 
 from nemo_vlm.batch import IGNORE_INDEX, Sample, collate
-from nemo_vlm.config import LanguageConfig, OptimConfig, ParallelConfig, StepConfig
+from nemo_vlm.config import (
+    DataConfig,
+    ExpManagerConfig,
+    LanguageConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    StepConfig,
+    TokenizerConfig,
+    TrainerConfig,
+)
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.layout import Layout, one_process, stage_layers
+from nemo_vlm.layout import Layout, one_process, resolve
 from nemo_vlm.mapping import to_ours, to_theirs
 from nemo_vlm.mcore import groups, weights
-from nemo_vlm.mcore.config import context
+from nemo_vlm.mcore.config import DTYPES
 from nemo_vlm.mcore.engine import Engine, materialize
 from nemo_vlm.models.base import FAMILIES, family
+from nemo_vlm.models.build import build_chunks
 from nemo_vlm.models.llava.config import Config as LlavaConfig
-from nemo_vlm.training.loss import REDUCTIONS
+from nemo_vlm.training.build import make_engine
 
 NUM_STEPS, GLOBAL_BATCH = 4, 8
 
@@ -72,23 +83,37 @@ VARIANTS = {name: (name, config) for name, config in TINY.items()} | {
 }
 
 
-def build(
+def run_of(
     name: str,
     config: LanguageConfig,
-    layout: Layout,
-    step: StepConfig | None = None,
+    parallel: ParallelConfig = ParallelConfig(),
+    step: StepConfig = StepConfig(micro_batch_size=2, global_batch_size=8),
+    optim: OptimConfig = OptimConfig(lr=1e-2),
     precision: str = "32",
-):
-    """A model of this rank with drawn weights, and its parts."""
-    ctx = context(layout, precision, step)
-    model = materialize(family(name, "model").Model(config, ctx, groups.stage()), ctx.dtype)
-    parts = weights.parts(model, config.vocab_size)
-    weights.draw(parts, seed=7, std=0.05, num_layers=config.num_layers)
+) -> RunConfig:
+    trainer = TrainerConfig(precision=precision, gradient_clip_val=1.0, max_steps=NUM_STEPS)
+    return RunConfig(name, trainer, ExpManagerConfig(), config, parallel, step, DataConfig(), optim, TokenizerConfig())
+
+
+def build_all(run: RunConfig, layout: Layout):
+    """The chunks of this rank with drawn weights, and their parts."""
+    chunks = build_chunks(run, layout)
+    parts = []
+    for chunk in chunks:
+        materialize(chunk, DTYPES["32" if layout.fsdp else run.trainer.precision])
+        parts += weights.parts(chunk, run.model.vocab_size)
+    weights.draw(parts, seed=7, std=0.05, num_layers=run.model.num_layers)
     with torch.no_grad():  # drawn biases and norms are 0 and 1: parity should not rest on that
         for part in parts:
             if len(part.shape) == 1:
                 noise = torch.randn(part.shape, generator=torch.Generator().manual_seed(len(part.name)))
-                part.inner.add_(0.1 * noise[part.slices])
+                part.data.add_(0.1 * noise[part.slices])
+    return chunks, parts
+
+
+def build(name: str, config: LanguageConfig, layout: Layout):
+    """The whole model in one process, and its parts."""
+    (model,), parts = build_all(run_of(name, config), layout)
     return model, parts
 
 
@@ -163,74 +188,79 @@ def test_logits_gradients_and_weights_equal_hugging_face(variant: str, tmp_path:
 
 
 LAYOUTS = {
-    "ddp": (2, ParallelConfig()),
-    "tp2": (2, ParallelConfig(tensor_model_parallel_size=2)),
-    "tp2_sp": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
-    "pp2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
-    "pp2_empty_first": (
-        2,
-        ParallelConfig(pipeline_model_parallel_size=2, first_pipeline_num_layers=0),
-    ),
-    "tp2_pp2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
-    "tp4": (
-        4,
-        ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True),
-    ),  # more ranks than query groups
-    "pp4": (4, ParallelConfig(pipeline_model_parallel_size=4)),
-    "tp2_sp_pp2": (
-        4,
-        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
-    ),
-    "tp2_dp2": (4, ParallelConfig(tensor_model_parallel_size=2)),
+    name: (world_size, ParallelConfig(**settings))
+    for name, world_size, settings in [
+        ("ddp", 2, {}),
+        ("tp2", 2, dict(tensor_model_parallel_size=2)),
+        ("tp2_sp", 2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
+        ("pp2", 2, dict(pipeline_model_parallel_size=2)),
+        ("pp2_empty_first", 2, dict(pipeline_model_parallel_size=2, first_pipeline_num_layers=0)),
+        ("pp2_vpp2", 2, dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+        ("fsdp", 2, dict(fsdp=True)),
+        ("fsdp_grad", 2, dict(fsdp=True, fsdp_sharding_strategy="grad")),
+        ("hsdp", 4, dict(fsdp=True, fsdp_sharding_strategy="hybrid")),
+        ("fsdp_tp2", 4, dict(fsdp=True, tensor_model_parallel_size=2)),
+        ("fsdp_tp2_sp", 4, dict(fsdp=True, tensor_model_parallel_size=2, sequence_parallel=True)),
+        ("tp2_pp2", 4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+        (
+            "tp2_pp2_vpp2",
+            4,
+            dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+        ),
+        ("tp4", 4, dict(tensor_model_parallel_size=4, sequence_parallel=True)),  # more ranks than query groups
+        ("pp4", 4, dict(pipeline_model_parallel_size=4)),
+        (
+            "tp2_sp_pp2",
+            4,
+            dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
+        ),
+        ("tp2_dp2", 4, dict(tensor_model_parallel_size=2)),
+        ("pp2_dp2", 4, dict(pipeline_model_parallel_size=2)),
+    ]
 }
 
 
-def make_layout(config: LanguageConfig, world_size: int, parallel: ParallelConfig, micro_batch_size: int) -> Layout:
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    count = GLOBAL_BATCH // (world_size // tp // pp) // micro_batch_size
-    return Layout(
-        1,
-        world_size,
-        tp,
-        pp,
-        parallel.sequence_parallel,
-        stage_layers(config.num_layers, parallel),
-        micro_batch_size,
-        count,
-    )
+def make_layout(run: RunConfig, world_size: int) -> Layout:
+    return resolve(replace(run, trainer=replace(run.trainer, devices=world_size)), 0, {})
 
 
-def train(
-    name: str,
-    config: LanguageConfig,
-    layout: Layout,
-    step: StepConfig,
-    optim: OptimConfig,
-    precision: str = "32",
-):
+def sharded(run: RunConfig, layout: str, micro_batch_size: int = 1) -> tuple[RunConfig, Layout]:
+    """The run under one of LAYOUTS."""
+    world_size, parallel = LAYOUTS[layout]
+    run = replace(run, parallel=parallel, step=replace(run.step, micro_batch_size=micro_batch_size))
+    return run, make_layout(run, world_size)
+
+
+def micro_batches(layout: Layout, samples: list[Sample]):
+    """This rank's share of a global batch."""
+    first, size = groups.data_parallel_rank() * layout.samples_per_rank, layout.micro_batch_size
+    mine = samples[first : first + layout.samples_per_rank]
+    pad = layout.tensor if layout.sequence_parallel else 1
+    return [collate(mine[i : i + size], pad) for i in range(0, len(mine), size)]
+
+
+def steps_of(engine: Engine, run: RunConfig, layout: Layout, first: int = 0, count: int = NUM_STEPS):
+    """Loss, gradient norm and tokens of steps on fixed batches."""
+    samples = family(run.family, "tiny").samples
+    results = []
+    for number in range(first, first + count):
+        batch = samples(run.model, run.step.global_batch_size, torch.Generator().manual_seed(number))
+        results.append(engine.step(micro_batches(layout, batch), lr=run.optim.lr))
+    return [(result.loss, result.grad_norm, result.counts[0]) for result in results]
+
+
+def train(run: RunConfig, layout: Layout):
     """Losses and gradient norms of a few steps, and the whole weights after them (on rank 0)."""
     groups.initialize(layout, seed=1)
-    model, _ = build(name, config, layout, step, precision)
-    engine = Engine(model, optim, REDUCTIONS[step.loss_reduction], max_grad_norm=1.0)
-    results = []
-    for number in range(NUM_STEPS):
-        samples = family(name, "tiny").samples(config, GLOBAL_BATCH, torch.Generator().manual_seed(number))
-        first = groups.data_parallel_rank() * layout.samples_per_rank
-        mine, size = samples[first : first + layout.samples_per_rank], layout.micro_batch_size
-        pad = layout.tensor if layout.sequence_parallel else 1
-        results.append(engine.step([collate(mine[i : i + size], pad) for i in range(0, len(mine), size)], lr=optim.lr))
-    final = whole(weights.parts(model, config.vocab_size))  # anew: the distributed optimizer moves parameters
+    engine = make_engine(run, layout, build_all(run, layout)[0])
+    results = steps_of(engine, run, layout)
+    final = whole(engine.parts())
     groups.shut_down()
-    return [(result.loss, result.grad_norm, result.counts[0]) for result in results], final
+    return results, final
 
 
-def single(
-    name: str,
-    config: LanguageConfig,
-    step: StepConfig = StepConfig(),
-    optim: OptimConfig = OptimConfig(lr=1e-2),
-):
-    return run_ranks(train, 1, name, config, make_layout(config, 1, ParallelConfig(), 2), step, optim)[0]
+def single(run: RunConfig):
+    return run_ranks(train, 1, run, make_layout(run, 1))[0]
 
 
 def assert_same_run(got, expected, loss: float = 1e-5, norm: float = 1e-4) -> None:
@@ -253,7 +283,7 @@ def reference():
 
     def get(variant: str):
         if variant not in known:
-            known[variant] = single(*VARIANTS[variant])
+            known[variant] = single(run_of(*VARIANTS[variant]))
         return known[variant]
 
     return get
@@ -262,45 +292,40 @@ def reference():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layout_trains_as_one_process(name: str, layout: str, reference) -> None:
-    config = TINY[name]
-    sharded = make_layout(config, *LAYOUTS[layout], micro_batch_size=1)
-    results = run_ranks(train, sharded.world_size, name, config, sharded, StepConfig(), OptimConfig(lr=1e-2))
+    run, where = sharded(run_of(name, TINY[name]), layout)
+    results = run_ranks(train, where.world_size, run, where)
     expected, expected_weights = reference(name)
     for steps, _ in results:  # every rank reports the same
         assert_same_run(steps, expected)
     assert_same_weights(results[0][1], expected_weights)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2_sp"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2_sp", "fsdp", "fsdp_tp2"])
 @pytest.mark.parametrize("variant", ["llava_odd", "gpt_tied", "gpt_biased"])
 def test_odd_shapes_train_as_one_process(variant: str, layout: str, reference) -> None:
-    name, config = VARIANTS[variant]
-    sharded = make_layout(config, *LAYOUTS[layout], micro_batch_size=2)
-    results = run_ranks(train, sharded.world_size, name, config, sharded, StepConfig(), OptimConfig(lr=1e-2))
+    run, where = sharded(run_of(*VARIANTS[variant]), layout, micro_batch_size=2)
+    results = run_ranks(train, where.world_size, run, where)
     assert_same_run(results[0][0], reference(variant)[0])
 
 
-def train_on(name: str, config: LanguageConfig, layout: Layout, samples: list[Sample]):
+def train_on(run: RunConfig, layout: Layout, samples: list[Sample]):
     """One step on the given samples."""
     groups.initialize(layout, seed=1)
-    model, _ = build(name, config, layout)
-    engine = Engine(model, OptimConfig(), REDUCTIONS["token"], max_grad_norm=1.0)
-    first, size = groups.data_parallel_rank() * layout.samples_per_rank, layout.micro_batch_size
-    mine = samples[first : first + layout.samples_per_rank]
-    result = engine.step([collate(mine[i : i + size]) for i in range(0, len(mine), size)], lr=1e-3)
+    engine = make_engine(run, layout, build_all(run, layout)[0])
+    result = engine.step(micro_batches(layout, samples), lr=1e-3)
     groups.shut_down()
     return [(result.loss, result.grad_norm, result.counts[3])]
 
 
-@pytest.mark.parametrize("layout", ["ddp", "tp2", "pp2", "tp2_dp2"])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "hsdp", "tp2", "pp2", "tp2_dp2", "pp2_dp2"])
 def test_text_only_ranks_and_batches_do_not_hang(layout: str) -> None:
-    config = TINY["llava"]
-    samples = family("llava", "tiny").samples(config, 2 * GLOBAL_BATCH, torch.Generator().manual_seed(0))
+    run = run_of("llava", TINY["llava"])
+    samples = family("llava", "tiny").samples(run.model, 16, torch.Generator().manual_seed(0))
     samples.sort(key=lambda sample: len(sample.images))  # the first data-parallel rank sees fewer, or none
     samples = samples[:4] + samples[-4:]
-    expected = run_ranks(train_on, 1, "llava", config, make_layout(config, 1, ParallelConfig(), 2), samples)[0]
-    sharded = make_layout(config, *LAYOUTS[layout], micro_batch_size=2)
-    results = run_ranks(train_on, sharded.world_size, "llava", config, sharded, samples)
+    expected = run_ranks(train_on, 1, run, make_layout(run, 1), samples)[0]
+    run, where = sharded(run, layout, micro_batch_size=2)
+    results = run_ranks(train_on, where.world_size, run, where, samples)
     assert expected[0][2] == sum(len(sample.images) for sample in samples) > 0 == len(samples[3].images)
     for steps in results:
         assert_same_run(steps, expected)
@@ -310,10 +335,7 @@ def test_text_only_ranks_and_batches_do_not_hang(layout: str) -> None:
 def test_steps_equal_torch_adamw(name: str) -> None:
     """One process against torch's own parts: cross entropy over the global batch, clipping, AdamW with weight decay."""
     config, optim = TINY[name], OptimConfig(lr=1e-2, weight_decay=0.3, betas=(0.9, 0.95))
-    (steps, trained), theirs = (
-        run_ranks(train, 1, name, config, make_layout(config, 1, ParallelConfig(), 2), StepConfig(), optim)[0],
-        {},
-    )
+    steps, trained = single(run_of(name, config, optim=optim))
     with one_rank(config):
         model, _ = build(name, config, one_process(config))
         kinds = [

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from distributed import run_ranks
 from test_cli import TRAIN, metrics, run
+from test_families import TINY, assert_same_run, build_all, make_layout, run_of, steps_of, train_on
+
+from nemo_vlm.config import OptimConfig, RunConfig
+from nemo_vlm.layout import Layout
+from nemo_vlm.mcore import groups
+from nemo_vlm.models.base import family
+from nemo_vlm.training.build import make_engine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,3 +34,36 @@ def test_a_gpu_trains_as_the_cpu(tmp_path, transformer_impl: str) -> None:
     for on_gpu, on_cpu in zip(metrics(tmp_path, "gpu"), metrics(tmp_path, "cpu"), strict=True):
         assert on_gpu["reduced_train_loss"] == pytest.approx(on_cpu["reduced_train_loss"], rel=1e-3)
         assert on_gpu["grad_norm"] == pytest.approx(on_cpu["grad_norm"], rel=1e-2)
+
+
+def moments(settled: RunConfig, layout: Layout):
+    """Steps, and the devices of what the optimizer keeps after them."""
+    groups.initialize(layout, seed=1)
+    engine = make_engine(settled, layout, build_all(settled, layout)[0])
+    results = steps_of(engine, settled, layout)
+    devices = {value.device.type for shard in engine.updater.shards() for value in shard.tensors.values()}
+    groups.shut_down()
+    return results, devices
+
+
+@pytest.mark.parametrize("name", ["fused_adam", "distributed_fused_adam"])
+def test_offload_moves_the_optimizer_and_changes_no_results(name: str) -> None:
+    optim = OptimConfig(name=name, lr=1e-2)
+    plain = run_of("llava", TINY["llava"], optim=optim, precision="bf16-mixed")
+    moved = replace(plain, optim=replace(optim, offload=1.0))
+    (expected, on_gpu), (results, on_host) = (
+        run_ranks(moments, 1, settled, make_layout(settled, 1))[0] for settled in (plain, moved)
+    )
+    assert "cuda" in on_gpu and "cpu" in on_host
+    assert_same_run(results, expected, loss=1e-3, norm=1e-2)
+
+
+@pytest.mark.parametrize("transformer_impl", ["local", "auto"])
+def test_text_alone_trains_a_vision_language_model(transformer_impl: str) -> None:
+    settled = run_of("llava", TINY["llava"])
+    settled = replace(settled, step=replace(settled.step, transformer_impl=transformer_impl))
+    samples = family("llava", "tiny").samples(settled.model, 40, torch.Generator().manual_seed(0))
+    text = [sample for sample in samples if not len(sample.images)][:8]
+    assert len(text) == 8
+    (result,) = run_ranks(train_on, 1, settled, make_layout(settled, 1), text)[0]
+    assert result[2] == 0 and result[1] > 0

@@ -22,6 +22,7 @@ FILES = ("train.json", "heldout.json")
 NUM_TRAIN = 1500
 CHOICE_EVERY = 3  # each third training digit is also asked as multiple choice
 PIXELS = 32
+NUM_TOKENS = 363  # of the tokenizer, which runs out of pairs to merge
 
 OPEN_QUESTION = "<image>\nWhich digit is this?"
 CHOICE_QUESTION = "\n".join(

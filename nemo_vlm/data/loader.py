@@ -6,13 +6,23 @@ The order depends on the seed alone: sample k of a run is the same under every l
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nemo_vlm.batch import Batch, Sample, collate
+from nemo_vlm.config import StepConfig
 from nemo_vlm.layout import Layout
+
+
+@dataclass(frozen=True)
+class Share:
+    """A data-parallel rank."""
+
+    rank: int
+    of: int
 
 
 class Order:
@@ -30,24 +40,43 @@ class Order:
         return int(self.permutation[position])
 
 
-class StepSampler(Sampler[list[int]]):
-    """For each step, the samples that one data-parallel rank reads of the global batch."""
+def batch_size_at(consumed_samples: int, step: StepConfig) -> int:
+    """The global batch of a step that begins after so many samples; ramp-up as Megatron's num_microbatches_calculator.
 
-    def __init__(self, order: Order, num_steps: int, layout: Layout, data_parallel_rank: int) -> None:
-        self.order, self.num_steps = order, num_steps
-        self.per_rank, self.global_batch_size = (
-            layout.samples_per_rank,
-            layout.samples_per_rank * layout.data,
-        )
-        self.offset = data_parallel_rank * self.per_rank
+    The batch grows by equal increments, each held for an equal share of the ramp-up's samples.
+    """
+    if step.rampup_batch_size is None:
+        return step.global_batch_size
+    start, increment, samples = step.rampup_batch_size
+    increments = (step.global_batch_size - start) // increment
+    if consumed_samples > samples or not increments:
+        return step.global_batch_size
+    return min(start + consumed_samples // (samples // increments or 1) * increment, step.global_batch_size)
+
+
+class StepSampler(Sampler[list[int]]):
+    """For each step, the samples that one data-parallel rank reads of the global batch.
+
+    Args:
+        num_steps: steps that are left.
+        consumed_samples: where the first of them begins.
+    """
+
+    def __init__(self, order: Order, num_steps: int, consumed_samples: int, step: StepConfig, share: Share) -> None:
+        self.order, self.num_steps, self.consumed_samples = order, num_steps, consumed_samples
+        self.step, self.share = step, share
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.num_steps):
-            first = step * self.global_batch_size + self.offset
-            yield [self.order[k] for k in range(first, first + self.per_rank)]
+        consumed = self.consumed_samples
+        for _ in range(self.num_steps):
+            size = batch_size_at(consumed, self.step)
+            each = size // self.share.of
+            first = consumed + self.share.rank * each
+            yield [self.order[k] for k in range(first, first + each)]
+            consumed += size
 
 
 def make_loader(dataset: Dataset, sampler: StepSampler, layout: Layout, num_workers: int) -> DataLoader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,4 +66,4 @@ class RecordDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.processor.sample(self.records[index])
+        return replace(self.processor.sample(self.records[index]), record=index)

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from nemo_vlm.config import TokenizerConfig
 from nemo_vlm.errors import ConfigError
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+
+
+def tokenizer_exists(config: TokenizerConfig) -> bool:
+    """Whether there is a directory, or a repository in the local cache, of the name; it is not opened."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if config.type is None:
+        return False
+    return Path(config.type).is_dir() or Path(HF_HUB_CACHE, f"models--{config.type.replace('/', '--')}").is_dir()
 
 
 def load_tokenizer(config: TokenizerConfig) -> Any:

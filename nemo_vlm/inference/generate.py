@@ -30,7 +30,7 @@ def greedy(model: nn.Module, prompts: list[Sample], limit: int, stop_id: int | N
     running = torch.ones(len(prompts), dtype=torch.bool)
     for _ in range(limit):
         visible = tokens[:, : int(lengths.max())]
-        batch = Batch(visible, visible, lengths, images).to(cpu.device())
+        batch = Batch(visible, visible, lengths, images, torch.full_like(lengths, -1)).to(cpu.device())
         chosen = model(batch)[rows, lengths - 1].argmax(-1).cpu()
         if stop_id is not None:
             running &= chosen != stop_id

@@ -45,9 +45,10 @@ def restore(path: str, precision: str) -> Iterator[Restored]:
     config = family(name, "processor").settle(parts["model"], tokenizer)
     torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1, backend="gloo")
     try:
-        groups.initialize(one_process(config), seed=0)
-        build = one_process_context(config, precision)
-        model = materialize(family(name, "model").Model(config, build, groups.stage()), build.dtype)
+        layout = one_process(config)
+        groups.initialize(layout, seed=0)
+        build, (stage,) = one_process_context(config, precision), groups.stages(layout)
+        model = materialize(family(name, "model").Model(config, build, stage), build.dtype)
         assert config.vocab_size is not None
         weights.load(weights.parts(model, config.vocab_size), archive)
         yield Restored(

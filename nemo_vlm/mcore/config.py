@@ -13,7 +13,13 @@ from nemo_vlm.config import LanguageConfig, StepConfig
 from nemo_vlm.layout import Layout, one_process
 from nemo_vlm.mcore.layers import Kernels, kernels
 
-DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "bf16-mixed": torch.bfloat16}
+DTYPES = {
+    "32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "16": torch.float16,
+}
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -56,6 +62,9 @@ def language_config(model: LanguageConfig, build: BuildContext) -> TransformerCo
     layers = "|".join("t" * count for count in layout.stage_layers)  # Megatron's notation of a pipeline
     return TransformerConfig(
         **shared(build),
+        recompute_granularity=step.activations_checkpoint_granularity,
+        recompute_method=step.activations_checkpoint_method,
+        recompute_num_layers=step.activations_checkpoint_num_layers,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -72,13 +81,12 @@ def language_config(model: LanguageConfig, build: BuildContext) -> TransformerCo
         pipeline_model_parallel_size=layout.pipeline,
         pipeline_model_parallel_layout=f"E{layers}L" if layout.pipeline > 1 else None,
         pipeline_dtype=build.dtype,
+        overlap_p2p_comm=layout.virtual > 1,  # batched messages of two ranks are mixed up between virtual stages
+        batch_p2p_comm=layout.virtual == 1,
         sequence_parallel=layout.sequence_parallel,
         variable_seq_lengths=layout.pipeline > 1,  # each micro-batch is padded to its own longest sample
         moe_token_dispatcher_type="alltoall",  # the default is refused with variable_seq_lengths, even without experts
         calculate_per_token_loss=True,
-        recompute_granularity=step.activations_checkpoint_granularity,
-        recompute_method=step.activations_checkpoint_method,
-        recompute_num_layers=step.activations_checkpoint_num_layers,
     )
 
 
@@ -89,9 +97,11 @@ def encoder_config(build: BuildContext, tensor_parallel: bool, **shape: Any) -> 
         tensor_parallel: split it over the tensor-parallel ranks, or hold it whole on each.
         shape: TransformerConfig's fields for the part itself.
     """
+    selective = build.step.activations_checkpoint_granularity == "selective"  # full: the tower runs its own layers
     return TransformerConfig(
         **shared(build),
         **shape,
+        recompute_granularity="selective" if selective else None,
         tensor_model_parallel_size=build.layout.tensor if tensor_parallel else 1,
     )
 
@@ -103,6 +113,7 @@ def shared(build: BuildContext) -> dict[str, Any]:
     return dict(
         params_dtype=build.dtype,
         bf16=build.dtype is torch.bfloat16,
+        fp16=build.dtype is torch.float16,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method=leave,

@@ -1,26 +1,24 @@
-"""One rank's share of training: model, gradients, schedule and optimizer, as Megatron-Core runs them."""
+"""One rank's share of training: a step through Megatron's schedule, and what a checkpoint holds of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from megatron.core.enums import ModelType
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from nemo_vlm import heartbeat
 from nemo_vlm.batch import Batch
-from nemo_vlm.config import OptimConfig
-from nemo_vlm.mcore import cpu, groups
+from nemo_vlm.layout import Layout
+from nemo_vlm.mcore import cpu, groups, weights
+from nemo_vlm.mcore.fsdp import FullySharded
+from nemo_vlm.mcore.replicated import Replicated
+from nemo_vlm.mcore.updates import UpdateConfig, Updater, finite
 
 LossFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -31,13 +29,17 @@ class StepResult:
 
     Attributes:
         loss: reduced over the global batch.
-        grad_norm: global, before clipping.
+        grad_norm: global, before clipping; where it is not finite, the step changed nothing.
         counts: Batch.counts of the global batch.
     """
 
     loss: float
     grad_norm: float
     counts: tuple[float, ...]
+
+    @property
+    def skipped(self) -> bool:
+        return not finite(self.grad_norm)
 
 
 class StageModule(MegatronModule):
@@ -51,6 +53,7 @@ class StageModule(MegatronModule):
         self.model: Any = model
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
+        self.vp_stage = language_model.vp_stage
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
 
     def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
@@ -64,51 +67,51 @@ class StageModule(MegatronModule):
 
 
 class Engine:
-    """Runs optimizer steps of a model whose weights are in place.
+    """Runs optimizer steps of a model.
 
     Args:
+        chunks: the stages that this rank holds, with their weights in place.
         loss_function: (losses [b, s], labels [b, s]) -> (weighted sum, weight); the reported and differentiated loss is
             the sum over the global batch divided by the weight over the global batch.
-        max_grad_norm: 0 turns clipping off.
+        reduce_dtype: dtype in which FSDP reduces gradients.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        optim: OptimConfig,
+        chunks: list[nn.Module],
+        layout: Layout,
+        updates: UpdateConfig,
         loss_function: LossFunction,
-        max_grad_norm: float,
+        vocab_size: int,
+        reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
-        sharded = optim.name == "distributed_fused_adam"
-        self.model, self.loss_function = model, loss_function
-        stage = StageModule(model)
-        self.config = stage.config
-        ddp = DistributedDataParallelConfig(use_distributed_optimizer=sharded, grad_reduce_in_fp32=True)
-        self.wrapped = DistributedDataParallel(self.config, ddp, stage)
-        settings = optimizer_config(optim, self.config, sharded, max_grad_norm)
-        self.optimizer = get_megatron_optimizer(settings, [self.wrapped], use_gloo_process_groups=False)
-        for (
-            group
-        ) in self.optimizer.param_groups:  # norms and biases: wd_mult is 0; only Megatron's scheduler applies it
-            group["weight_decay"] = optim.weight_decay * group["wd_mult"]
-        self.config.finalize_model_grads_func = finalize_model_grads
-        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.loss_function = loss_function
+        self.regions = [weights.regions(chunk, vocab_size) for chunk in chunks]  # before they are moved
+        stages = [StageModule(chunk) for chunk in chunks]
+        self.updater: Updater = (
+            FullySharded(stages, updates, layout, reduce_dtype) if layout.fsdp else Replicated(stages, updates)
+        )
+        self.config = stages[0].config
+        self.config.finalize_model_grads_func = self.updater.finalize
+        self.config.grad_scale_func = self.updater.scale_loss
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
         """Forward, backward, reduction, clipping and update on this rank's micro-batches of a global batch."""
-        for group in self.optimizer.param_groups:
+        for group in self.updater.param_groups:
             group["lr"] = lr * group["lr_mult"]
-        self.wrapped.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.updater.start()
+        heartbeat.at("forward and backward pass")
         loss, counts = self._run(micro_batches)
-        _, grad_norm, _ = self.optimizer.step()
-        return StepResult(loss, float(grad_norm), counts)
+        heartbeat.at("optimizer")
+        return StepResult(loss, self.updater.update(), counts)
 
     def _run(self, micro_batches: list[Batch]) -> tuple[float, tuple[float, ...]]:
+        modules = self.updater.modules
+        batches = [iter(micro_batches) for _ in modules]
         reports = get_forward_backward_func()(
             forward_step_func=self._forward,
-            data_iterator=iter(micro_batches),
-            model=[self.wrapped],
+            data_iterator=batches if len(modules) > 1 else batches[0],
+            model=modules,
             num_microbatches=len(micro_batches),
             seq_length=1,  # the pipeline's shapes are sent along (variable_seq_lengths)
             micro_batch_size=1,
@@ -128,25 +131,52 @@ class Engine:
 
         return model(batch), reduce
 
+    def parts(self) -> list[weights.Part]:
+        """This rank's weights as they are now, in place."""
+        return [
+            part
+            for chunk, places in enumerate(self.regions)
+            for name, first, values in self.updater.local_weights(chunk)
+            for part in weights.view(places[name], values, first)
+        ]
 
-def optimizer_config(optim: OptimConfig, config: object, sharded: bool, max_grad_norm: float) -> OptimizerConfig:
-    dtype = config.params_dtype  # type: ignore[attr-defined]
-    return OptimizerConfig(
-        optimizer="adam",  # AdamW: decoupled_weight_decay is Megatron's default
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        adam_beta1=optim.betas[0],
-        adam_beta2=optim.betas[1],
-        adam_eps=optim.eps,
-        bf16=dtype is torch.bfloat16,
-        params_dtype=dtype,
-        use_distributed_optimizer=sharded,
-        clip_grad=max_grad_norm or float("inf"),  # the norm is reported even where nothing is clipped
-    )
+    def saved_parts(self) -> list[weights.Part]:
+        """This rank's weights in the precision of the model; FSDP keeps them in fp32."""
+        return [replace(part, data=part.data.to(self.config.params_dtype)) for part in self.parts()]
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """What the optimizer keeps beside tensors: Adam's count of updates, the loss scale."""
+        scaler = self.updater.scaler
+        scale = {key: float(value) for key, value in scaler.state_dict().items()} if scaler else None
+        return {"step": self.updater.get_step(), "scaler": scale}
+
+    def set_optimizer_state(self, state: dict[str, Any]) -> None:
+        """To be called after optimizer_parts were loaded."""
+        self.updater.main_weights_changed()
+        self.updater.set_step(state["step"])
+        if self.updater.scaler and state["scaler"]:
+            scale = torch.tensor([state["scaler"]["scale"]], device=cpu.device())
+            self.updater.scaler.load_state_dict(
+                {"scale": scale} | {key: int(value) for key, value in state["scaler"].items() if key != "scale"}
+            )
+
+    @property
+    def loss_scale(self) -> float | None:
+        """Of 16-mixed precision."""
+        return float(self.updater.scaler.scale) if self.updater.scaler else None
+
+    def optimizer_parts(self) -> list[weights.Part]:
+        """This rank's part of the optimizer, named as in Megatron's fully reshardable format."""
+        return [
+            replace(part, name=f"optimizer.state.{key}.{part.name}")
+            for shard in self.updater.shards()
+            for key, values in shard.tensors.items()
+            for part in weights.view(self.regions[shard.chunk][shard.name], values, shard.first)
+        ]
 
 
 def materialize(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Move freshly built parameters to this rank's device and dtype, keeping Megatron's marks on them."""
+    """Move freshly built parameters to this rank's device and dtype, zero, keeping Megatron's marks on them."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(cpu.device(), dtype)
+        parameter.data = parameter.data.to(cpu.device(), dtype).zero_()
     return model

@@ -19,10 +19,9 @@ def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTMo
     assert model.vocab_size is not None, "the vocabulary size is settled before a model is built"
     config = language_config(model, build)
     layer = layer_spec(config, build.kernels, causal=True)
-    count = build.layout.stage_layers[parallel_state.get_pipeline_model_parallel_rank()]
     gpt = GPTModel(
         config,
-        TransformerBlockSubmodules([layer] * count, norm_class(config, build.kernels)),
+        TransformerBlockSubmodules([layer] * stage.num_layers, norm_class(config, build.kernels)),
         vocab_size=padded_vocab_size(model, build.layout.tensor),
         max_sequence_length=model.encoder_seq_length,
         pre_process=stage.first,
@@ -31,6 +30,7 @@ def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTMo
         rotary_base=model.rotary_base,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         scatter_embedding_sequence_parallel=False,  # vision features are merged into the whole sequence first
+        vp_stage=stage.chunk,
     )
     if stage.last:
         gpt.output_layer.register_forward_hook(HidePadding(model.vocab_size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -13,19 +14,32 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import cpu
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Stage:
-    """All that a model knows of parallelism: whether it holds the first and the last part of the pipeline."""
+    """All that a model knows of parallelism: which part of the pipeline it is.
 
+    Attributes:
+        chunk: which of this rank's virtual stages; None without virtual stages.
+    """
+
+    num_layers: int
     first: bool = True
     last: bool = True
+    chunk: int | None = None
 
 
 def initialize(layout: Layout, seed: int) -> None:
     """Make Megatron's groups; torch.distributed must be running with `layout.world_size` ranks."""
     cpu.enable()
-    parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline, create_gloo_process_groups=False)
+    parallel_state.initialize_model_parallel(
+        layout.tensor,
+        layout.pipeline,
+        layout.virtual if layout.virtual > 1 else None,
+        create_gloo_process_groups=False,
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
@@ -33,8 +47,14 @@ def shut_down() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def stage() -> Stage:
-    return Stage(parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage())
+def stages(layout: Layout) -> list[Stage]:
+    """The stages that this rank holds, in the order of the pipeline."""
+    rank, last = parallel_state.get_pipeline_model_parallel_rank(), len(layout.stage_layers) - 1
+    indices = range(rank, last + 1, layout.pipeline)
+    return [
+        Stage(layout.stage_layers[index], index == 0, index == last, chunk if layout.virtual > 1 else None)
+        for chunk, index in enumerate(indices)
+    ]
 
 
 def data_parallel_rank() -> int:
@@ -43,10 +63,41 @@ def data_parallel_rank() -> int:
 
 def sum_over_data(values: torch.Tensor) -> torch.Tensor:
     """Sum over the data-parallel ranks of values that the last pipeline stage holds; every rank gets the result."""
-    torch.distributed.all_reduce(values, group=parallel_state.get_data_parallel_group())
-    last = parallel_state.get_pipeline_model_parallel_last_rank()
-    torch.distributed.broadcast(values, last, group=parallel_state.get_pipeline_model_parallel_group())
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    if not last or parallel_state.get_tensor_model_parallel_rank() > 0:
+        values = torch.zeros_like(values)
+    torch.distributed.all_reduce(values)
     return values
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """For each flag, whether any rank has raised it."""
+    raised = torch.tensor(flags, dtype=torch.int32, device=cpu.device())
+    torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in raised.tolist()]
+
+
+def from_first_rank(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def from_every_rank(value: T) -> list[T]:
+    """Each rank's value, in order of ranks, on every rank."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    torch.distributed.barrier()
+
+
+def background_group() -> torch.distributed.ProcessGroup:
+    """All ranks once more, for a thread beside the training; every rank must call it."""
+    return torch.distributed.new_group(backend="gloo")
 
 
 def without_tensor_parallel() -> ProcessGroupCollection:

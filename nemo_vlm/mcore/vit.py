@@ -12,7 +12,9 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from nemo_vlm.config import StepConfig
 from nemo_vlm.mcore.config import ACTIVATIONS, BuildContext, encoder_config
 from nemo_vlm.mcore.groups import without_tensor_parallel
 from nemo_vlm.mcore.layers import layer_spec, norm_class
@@ -53,7 +55,7 @@ class VisionTransformer(MegatronModule):
         split = shape.num_attention_heads % tp == 0 and shape.ffn_hidden_size % tp == 0
         config = vision_config(shape, build, split)
         super().__init__(config)
-        self.depth = depth
+        self.depth, self.step = depth, build.step
         groups = ProcessGroupCollection.use_mpu_process_groups() if split else without_tensor_parallel()
         self.tp_group = groups.tp
         norm, hidden = norm_class(config, build.kernels), shape.hidden_size
@@ -85,9 +87,17 @@ class VisionTransformer(MegatronModule):
         if self.class_token is not None:
             hidden = torch.cat([self.class_token.expand(len(hidden), -1, -1), hidden], dim=1)
         hidden = self.ln_pre(hidden + self.position_embeddings.weight).transpose(0, 1).contiguous()
-        for layer in self.layers[: self.depth]:
-            hidden, _ = layer(hidden, attention_mask=None)
+        for start, stop, recompute in recompute_runs(self.depth, self.step):
+            if recompute and torch.is_grad_enabled():
+                hidden = checkpoint(self.run_layers, start, stop, hidden, use_reentrant=False)
+            else:
+                hidden = self.run_layers(start, stop, hidden)
         return hidden.transpose(0, 1)
+
+    def run_layers(self, start: int, stop: int, hidden: Tensor) -> Tensor:
+        for layer in self.layers[start:stop]:
+            hidden, _ = layer(hidden, attention_mask=None)
+        return hidden
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """As MegatronModule's, which would take the list of layers for one unsharded module."""
@@ -101,6 +111,21 @@ class VisionTransformer(MegatronModule):
                 layer, f"{prefix}layers.{i}.", sharded_offsets, metadata, self.tp_group
             )
         return shards
+
+
+def recompute_runs(depth: int, step: StepConfig) -> list[tuple[int, int, bool]]:
+    """Runs of layers [start, stop) and whether the backward pass recomputes them, as Megatron's TransformerBlock does.
+
+    uniform: all, in runs of activations_checkpoint_num_layers, of which only the inputs are kept; block: the first
+    activations_checkpoint_num_layers, each by itself.
+    """
+    count = step.activations_checkpoint_num_layers
+    if step.activations_checkpoint_granularity != "full" or not count:
+        return [(0, depth, False)]
+    if step.activations_checkpoint_method == "uniform":
+        return [(start, min(start + count, depth), True) for start in range(0, depth, count)]
+    first = min(count, depth)
+    return [*((layer, layer + 1, True) for layer in range(first)), (first, depth, False)]
 
 
 def vision_config(shape: VisionShape, build: BuildContext, split: bool) -> TransformerConfig:

@@ -2,12 +2,15 @@
 
 Megatron's sharded_state_dict knows, for every parameter of a rank, the name and shape of the whole tensor and which
 part of it this rank holds: global layer number, gate and up halves, query groups. The vocabulary's padding, which
-depends on the layout, is not part of the whole tensor.
+depends on the layout, is not part of the whole tensor. That is read once, as regions of each parameter, before
+gradient buffers or FSDP move the parameters; any run of a parameter's elements (a shard of the distributed optimizer
+or of FSDP, a moment of Adam) then has its place in the whole tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,35 +20,52 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
+from nemo_vlm import heartbeat
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.mcore.groups import from_every_rank
 
 Slices = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of the whole tensor `name`, held by this rank as a view of a parameter.
+class Region:
+    """A run of a local parameter's elements, in memory order, that is a box of the whole tensor `name`.
 
     Attributes:
         shape: of the whole tensor, without padding.
-        slices: where the part lies in the whole.
-        data: the parameter's memory; with padding rows, if any, at the end.
+        slices: where the box lies in the whole.
+        start: first element of the run in the flattened parameter.
+        primary: False for a tied weight's copy on another pipeline stage.
     """
 
     name: str
     shape: tuple[int, ...]
     slices: Slices
+    start: int
+    primary: bool
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return tuple(s.stop - s.start for s in self.slices)
+
+
+Regions = dict[str, list[Region]]  # by the parameter's name in its module
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the whole tensor `name`, held by this rank as a view of its memory."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole tensor
+    slices: Slices  # where the part lies in the whole
     data: Tensor
+    primary: bool = True
 
     @property
     def bounds(self) -> Bounds:
         return tuple((s.start, s.stop) for s in self.slices)
-
-    @property
-    def inner(self) -> Tensor:
-        """The part without padding."""
-        return self.data[tuple(slice(0, s.stop - s.start) for s in self.slices)]
 
 
 class Reader(Protocol):
@@ -56,17 +76,27 @@ class Reader(Protocol):
     def names(self) -> set[str]: ...
 
 
-def parts(model: nn.Module, vocab_size: int) -> list[Part]:
-    """Every parameter of this rank as parts of whole tensors. Tied weights appear once."""
+def regions(model: nn.Module, vocab_size: int) -> Regions:
+    """Where each parameter of a freshly built model lies in whole tensors. Tied weights appear once."""
     shards: dict = {}
     for name, child in model.named_children():
         shards |= sharded_state_dict_default(child, f"{name}.", metadata={"non_homogeneous_layers": True})
     apply_factories(shards)  # a gated linear_fc1 becomes two shards, which are views of the parameter
     flat = [shard for entry in shards.values() for shard in (entry if isinstance(entry, list) else [entry])]
-    return [part_of(shard, vocab_size) for shard in flat if isinstance(shard, ShardedTensor)]
+    names = {memory(parameter): name for name, parameter in model.named_parameters()}
+    found: Regions = {name: [] for name in names.values()}
+    for shard in flat:
+        if isinstance(shard, ShardedTensor):
+            found[names[memory(shard.data)]].append(region_of(shard, vocab_size))
+    return found
 
 
-def part_of(shard: ShardedTensor, vocab_size: int) -> Part:
+def memory(tensor: Tensor) -> int:
+    """Tells parameters apart by their memory, which views share, on the meta device too."""
+    return tensor.untyped_storage()._cdata
+
+
+def region_of(shard: ShardedTensor, vocab_size: int) -> Region:
     shape = list(shard.global_shape)
     if shard.allow_shape_mismatch:  # Megatron's mark of the vocabulary
         shape[0] = vocab_size
@@ -75,7 +105,57 @@ def part_of(shard: ShardedTensor, vocab_size: int) -> Part:
         for offset, size, limit in zip(shard.global_offset, shard.local_shape, shape, strict=True)
     ]
     slices = tuple(slice(min(offset, end), end) for offset, end in zip(shard.global_offset, ends, strict=True))
-    return Part(shard.key, tuple(shape), slices, shard.data.detach())
+    copy = isinstance(shard.replica_id, tuple) and shard.replica_id[0] > 0
+    return Region(shard.key, tuple(shape), slices, shard.data.storage_offset(), not copy)
+
+
+def view(places: list[Region], values: Tensor, first: int = 0) -> list[Part]:
+    """A run of a parameter's elements as parts of whole tensors.
+
+    Args:
+        places: the parameter's regions.
+        values: the run, contiguous.
+        first: its first element in the flattened parameter.
+    """
+    flat = values.detach().view(-1)
+    parts = []
+    for place in places:
+        begin = max(place.start, first)
+        end = min(place.start + math.prod(place.size), first + len(flat))
+        at = begin - first
+        for offsets, size in boxes(place.size, begin - place.start, end - place.start):
+            slices = tuple(
+                slice(s.start + offset, s.start + offset + length)
+                for s, offset, length in zip(place.slices, offsets, size, strict=True)
+            )
+            data = flat[at : at + math.prod(size)].view(size)
+            parts.append(Part(place.name, place.shape, slices, data, place.primary))
+            at += math.prod(size)
+    return parts
+
+
+def boxes(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The elements [begin, end) of a tensor in memory order as boxes (offsets, size), in the same order."""
+    if begin >= end:
+        return
+    if len(shape) == 1:
+        yield (begin,), (end - begin,)
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-begin // row), end // row  # whole rows
+    edges = [(begin, min(end, first * row)), (max(begin, last * row), end)] if first <= last else [(begin, end)]
+    for number, (start, stop) in enumerate(edges):
+        if number == 1 and first < last:
+            yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
+        index = start // row
+        for offsets, size in boxes(shape[1:], start - index * row, stop - index * row):
+            yield (index, *offsets), (1, *size)
+
+
+def parts(model: nn.Module, vocab_size: int) -> list[Part]:
+    """Every parameter of a freshly built model as parts of whole tensors."""
+    places = regions(model, vocab_size)
+    return [part for name, parameter in model.named_parameters() for part in view(places[name], parameter.data)]
 
 
 @torch.no_grad()
@@ -86,9 +166,8 @@ def draw(model_parts: list[Part], seed: int, std: float, num_layers: int) -> Non
     with std / sqrt(2 * num_layers) (GPT-2's rule, Megatron's scaled_init_method_normal).
     """
     for part in model_parts:
-        part.data.zero_()
         residual = ".linear_proj.weight" in part.name or ".linear_fc2.weight" in part.name
-        part.inner.copy_(whole_initial(part, seed, std / (2 * num_layers) ** 0.5 if residual else std)[part.slices])
+        part.data.copy_(whole_initial(part, seed, std / (2 * num_layers) ** 0.5 if residual else std)[part.slices])
 
 
 def whole_initial(part: Part, seed: int, std: float) -> Tensor:
@@ -115,9 +194,8 @@ def load(model_parts: list[Part], reader: Reader) -> None:
             raise ConfigError(
                 f"{reader}: the tensor '{part.name}' has shape {reader.shape(part.name)}, the model needs {part.shape}"
             )
-        part.data.zero_()
-        part.inner.copy_(reader.read(part.name, part.slices))
-    held = gather_objects({part.name for part in model_parts})
+        part.data.copy_(reader.read(part.name, part.slices))
+    held = from_every_rank({part.name for part in model_parts})
     extra = reader.names() - set().union(*held)
     if extra:
         raise ConfigError(f"{reader}: the model has no place for the tensors {', '.join(sorted(extra)[:5])}")
@@ -134,10 +212,10 @@ class Placement:
 
 def placements(model_parts: list[Part]) -> dict[str, Placement]:
     """All whole tensors over all ranks, in a fixed order; each part is taken from the lowest rank that has it."""
-    mine = [(part.name, part.shape, part.data.dtype, part.bounds) for part in model_parts]
+    mine = [(part.name, part.shape, part.data.dtype, part.bounds) for part in model_parts if part.primary]
     holders: dict[str, dict[Bounds, int]] = {}
     kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for rank, theirs in enumerate(gather_objects(mine)):
+    for rank, theirs in enumerate(from_every_rank(mine)):
         for name, shape, dtype, bounds in theirs:
             kinds[name] = (shape, dtype)
             holders.setdefault(name, {}).setdefault(bounds, rank)
@@ -147,8 +225,9 @@ def placements(model_parts: list[Part]) -> dict[str, Placement]:
 def gather(model_parts: list[Part], placed: dict[str, Placement]) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors one by one on rank 0, on the CPU; every rank must run through it, the others get nothing."""
     rank, device = torch.distributed.get_rank(), model_parts[0].data.device
-    mine = {(part.name, part.bounds): part.inner for part in model_parts}
+    mine = {(part.name, part.bounds): part.data for part in model_parts}
     for name, placement in placed.items():
+        heartbeat.at("gathering weights")  # a large model's take longer than any step
         if rank == 0:
             yield name, collect(name, placement, mine, device)
             continue
@@ -168,9 +247,3 @@ def collect(name: str, placement: Placement, mine: dict, device: torch.device) -
             torch.distributed.recv(part, holder)
         whole[tuple(slice(*bound) for bound in bounds)] = part.cpu()
     return whole
-
-
-def gather_objects(mine: object) -> list:
-    everyone: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone

@@ -21,7 +21,5 @@ def merge(embeddings: Tensor, tokens: Tensor, features: Tensor, placeholder_id: 
     count = int(mask.sum())
     if count != len(features):
         raise ValueError(f"{count} image placeholders in the tokens, {len(features)} vision features")
-    if not count:
-        return embeddings
     by_sample = embeddings.transpose(0, 1)
     return by_sample.masked_scatter(mask.unsqueeze(-1), features.to(embeddings.dtype)).transpose(0, 1).contiguous()

@@ -18,8 +18,8 @@ class MegatronStrategy(DDPStrategy):
 
     strategy_name = "megatron"
 
-    def __init__(self, layout: Layout, seed: int) -> None:
-        super().__init__(timeout=timedelta(minutes=30))
+    def __init__(self, layout: Layout, seed: int, hang_timeout: float) -> None:
+        super().__init__(timeout=timedelta(seconds=hang_timeout + 60))  # whoever finds the hang says more than gloo
         self.layout, self.seed = layout, seed
 
     @override
@@ -37,10 +37,6 @@ class MegatronStrategy(DDPStrategy):
     @property
     def data_parallel_rank(self) -> int:
         return groups.data_parallel_rank()
-
-    @property
-    def stage(self) -> groups.Stage:
-        return groups.stage()
 
     @override
     def teardown(self) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from nemo_vlm.config import RunConfig
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.layout import Layout
+from nemo_vlm.layout import Layout, under_slurm
 from nemo_vlm.planning.memory import heaviest
 
 GIB = 1024**3
@@ -50,7 +50,7 @@ def lacking_devices(layout: Layout, gpus: int) -> list[str]:
 
 def lacking_nodes(layout: Layout, env: Mapping[str, str]) -> list[str]:
     missing = [key for key in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if not env.get(key)]
-    launched = "LOCAL_RANK" in env or "SLURM_NTASKS" in env  # torchrun, Slurm, or a rank that Lightning started
+    launched = "LOCAL_RANK" in env or under_slurm(env)  # torchrun, or a rank that the supervisor started
     if layout.num_nodes > 1 and missing and not launched:
         return [f"trainer.num_nodes={layout.num_nodes} needs {', '.join(missing)} in the environment"]
     return []
@@ -65,9 +65,9 @@ def lacking_memory(run: RunConfig, layout: Layout, gpus: int) -> list[str]:
             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // layout.ranks_per_node,
             "its share of this CPU's memory",
         )
-    if need.total <= have:
+    if need.memory.total <= have:
         return []
     return [
-        f"a rank needs {need.total / GIB:.1f} GiB for weights, gradients and optimizer state of "
+        f"a rank needs {need.memory.total / GIB:.1f} GiB for weights, gradients and optimizer state of "
         f"{need.num_parameters / 1e9:.2f} B parameters, {where} is {have / GIB:.1f} GiB"
     ]

@@ -1,23 +1,28 @@
-"""Bytes that the tensors of a run take on each rank, counted from its real modules on the meta device."""
+"""What each rank holds of a run's model, and the bytes of it; counted from the real modules on the meta device."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import torch
+from torch import Tensor
 
 from nemo_vlm.config import RunConfig
 from nemo_vlm.layout import Layout
-from nemo_vlm.mcore import groups
-from nemo_vlm.mcore.config import DTYPES, context
-from nemo_vlm.models.base import family
+from nemo_vlm.mcore import groups, weights
+from nemo_vlm.mcore.config import DTYPES
+from nemo_vlm.mcore.ranks import first_replica
+from nemo_vlm.models.build import build_chunks
+
+FP32_BYTES = 4  # gradients are accumulated, main weights kept in fp32
+ADAM_BYTES = 8  # two fp32 moments
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Parameters of one rank, and bytes of what training keeps of them; activations are not counted."""
+    """Bytes of what a rank keeps from step to step; activations are not counted."""
 
-    num_parameters: int
     weights: int
     gradients: int
     optimizer: int
@@ -27,26 +32,81 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer
 
 
-def rank_memory(run: RunConfig, layout: Layout, rank: int) -> RankMemory:
-    """Build rank `rank`'s part of a settled run's model, without memory, and count."""
-    with groups.pretend(layout, rank):
-        model = family(run.family, "model").Model(
-            run.model, context(layout, run.trainer.precision, run.step), groups.stage()
-        )
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+@dataclass(frozen=True)
+class Holding:
+    """One rank's share of the model.
+
+    Attributes:
+        sizes: elements of each part of a whole tensor that it holds, by the tensor's name and the part's bounds.
+        num_padding: elements that only pad the vocabulary, no part of a whole tensor.
+    """
+
+    sizes: dict[tuple[str, weights.Bounds], int]
+    num_padding: int
+    memory: RankMemory
+
+    @property
+    def num_parameters(self) -> int:
+        """Without the padding."""
+        return sum(self.sizes.values())
+
+
+def hold(run: RunConfig, layout: Layout, stage: int, tensor_rank: int, trains: bool = True) -> Holding:
+    """Build a rank's part of a settled run's model, without memory, and count; every data-parallel rank's is the same.
+
+    Args:
+        stage: the rank's place in its pipeline.
+        trains: gradients and the optimizer's state are kept.
+    """
+    one_replica = replace(layout, num_nodes=1, ranks_per_node=layout.tensor * layout.pipeline, fsdp=None)
+    with groups.pretend(one_replica, first_replica(one_replica)[stage][tensor_rank]):
+        chunks = build_chunks(run, one_replica)
+        parts = [part for chunk in chunks for part in weights.parts(chunk, run.model.vocab_size)]
+    held = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    trained = [parameter for parameter in held if parameter.requires_grad and trains]
+    sizes = {(part.name, part.bounds): math.prod(stop - start for start, stop in part.bounds) for part in parts}
     size = DTYPES[run.trainer.precision].itemsize
-    trained = sum(count for count, trains in sizes if trains)
-    shards = layout.data if run.optim.name == "distributed_fused_adam" else 1
-    main_weights = 0 if DTYPES[run.trainer.precision] is torch.float32 else 4
-    return RankMemory(
-        num_parameters=sum(count for count, _ in sizes),
-        weights=size * sum(count for count, _ in sizes),
-        gradients=4 * trained,
-        optimizer=(8 + main_weights) * trained // shards,
-    )
+    if layout.fsdp is not None:
+        memory = fsdp_memory(layout, size, held, trained)
+    else:
+        memory = replicated_memory(size, layout.data if run.optim.distributed else 1, held, trained)
+    return Holding(sizes, num_elements(held) - sum(sizes.values()), memory)
 
 
-def heaviest(run: RunConfig, layout: Layout) -> RankMemory:
-    """The rank that needs most, of one rank of each pipeline stage."""
-    ranks = range(0, layout.world_size, layout.world_size // layout.pipeline)
-    return max((rank_memory(run, layout, rank) for rank in ranks), key=lambda memory: memory.total)
+def replicated_memory(size: int, shards: int, held: Sequence[Tensor], trained: Sequence[Tensor]) -> RankMemory:
+    """Under Megatron's gradient buffers and its optimizer, which counts main weights of reduced precision as its own.
+
+    Args:
+        size: bytes of a weight.
+        shards: data-parallel ranks that share the optimizer's state.
+    """
+    state = ADAM_BYTES if size == FP32_BYTES else ADAM_BYTES + FP32_BYTES
+    count = num_elements(trained)
+    return RankMemory(size * num_elements(held), FP32_BYTES * count, -(-state * count // shards))
+
+
+def fsdp_memory(layout: Layout, size: int, held: Sequence[Tensor], trained: Sequence[Tensor]) -> RankMemory:
+    """Under FSDP: shards of fp32 weights, which are the main weights too, of their gradients and of the moments.
+
+    What is gathered of `size` bytes a weight counts under the strategy grad alone, which holds it all from the forward
+    pass to the end of the backward pass; full and hybrid gather a layer at a time.
+    """
+    shards = sum(first_shard(parameter, layout.shards) for parameter in held)
+    trained_shards = sum(first_shard(parameter, layout.shards) for parameter in trained)
+    gathered = size * num_elements(held) if layout.fsdp == "grad" else 0
+    return RankMemory(FP32_BYTES * shards + gathered, FP32_BYTES * trained_shards, ADAM_BYTES * trained_shards)
+
+
+def first_shard(parameter: Tensor, shards: int) -> int:
+    """Elements of a parameter with the first of `shards` ranks: FSDP2 shards rows, the last ranks may get fewer."""
+    return -(-parameter.shape[0] // shards) * parameter[0].numel()
+
+
+def num_elements(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def heaviest(run: RunConfig, layout: Layout) -> Holding:
+    """The rank that needs most, of one rank of each pipeline stage: tensor-parallel ranks hold equally much."""
+    holdings = [hold(run, layout, stage, tensor_rank=0) for stage in range(layout.pipeline)]
+    return max(holdings, key=lambda holding: holding.memory.total)

@@ -1,10 +1,12 @@
-"""What happens beside the steps: the progress bar, the archive at the end, the picture of the curves."""
+"""What happens beside the steps: progress bar, checkpoints, the end on request, the archive and the curves."""
 
 from __future__ import annotations
 
-import csv
 import logging
+import math
+import signal
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,14 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 
+from nemo_vlm import heartbeat
 from nemo_vlm.archive import TensorSpec, write_archive
-from nemo_vlm.mcore import weights
-from nemo_vlm.training.exp_manager import archive_path, run_folder
+from nemo_vlm.config import RunConfig, seconds
+from nemo_vlm.mcore import groups, weights
+from nemo_vlm.parallel import rank
+from nemo_vlm.training.exp_manager import archive_path, read_rows, run_folder
 from nemo_vlm.training.module import TrainingModule
+from nemo_vlm.training.saving import Saver
 from nemo_vlm.typed import model_tree
 
 log = logging.getLogger(__name__)
@@ -27,7 +33,7 @@ class Progress(TQDMProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
         assert isinstance(module, TrainingModule)
-        latest = module.latest
+        latest = module.position.metrics
         if not latest:
             return {}
         seconds = latest["train_step_timing in s"]
@@ -39,15 +45,108 @@ class Progress(TQDMProgressBar):
         }
 
 
+class EndAtOnce(Callback):
+    """Where a checkpoint leaves no step to take, Lightning leaves out the end as well; the archive may be missing."""
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, TrainingModule)
+        if module.finished:
+            log.info("nothing is left to do: step %d was the last", module.position.global_step)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                callback.on_train_end(trainer, module)
+
+
+class FailFast(Callback):
+    """Lets a supervisor know of an error at once."""
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        rank.fail(exception)
+
+
+class Stop:
+    """Whether the run should end after this step: a signal came, or its time is over."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, run: RunConfig) -> None:
+        limits = [
+            seconds("trainer.max_time", run.trainer.max_time),
+            seconds("exp_manager.max_time_per_run", run.exp_manager.max_time_per_run),
+        ]
+        self.limit = min((limit for limit in limits if limit is not None), default=math.inf)
+        self.started = time.monotonic()
+        self.reason: str | None = None
+        self.signalled = False
+
+    def listen(self) -> None:
+        for number in self.SIGNALS:
+            signal.signal(number, self.hear)
+
+    def hear(self, number: int, frame: Any) -> None:
+        if self.signalled and number == signal.SIGINT:
+            raise KeyboardInterrupt  # whoever presses Ctrl-C twice does not want to wait
+        self.reason, self.signalled = signal.Signals(number).name, True
+
+    def asked(self) -> bool:
+        if time.monotonic() - self.started > self.limit:
+            self.reason = self.reason or "its time is over"
+        return self.reason is not None
+
+
+class SaveCheckpoints(Callback):
+    """Writes training checkpoints by steps and by time, and the last one; ends the run when it is asked to.
+
+    The ranks agree on it after every step, since signals and clocks reach them at different moments.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run, self.config = run, run.exp_manager.checkpoint_callback_params
+        key = "exp_manager.checkpoint_callback_params.train_time_interval"
+        self.interval = seconds(key, self.config.train_time_interval) or math.inf
+        self.stop, self.saved_at = Stop(run), time.monotonic()
+        self.saver: Saver | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, TrainingModule)
+        if self.run.exp_manager.create_checkpoint_callback:
+            self.saver = Saver(self.run, module.plan.layout)
+            self.saver.last_step = module.position.global_step
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.stop.listen()  # here, because Lightning sets its own handlers shortly before
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *unused: Any) -> None:
+        step, every = module.position.global_step, self.config.every_n_train_steps
+        stop, due = groups.any_rank(self.stop.asked(), time.monotonic() - self.saved_at > self.interval)
+        if self.saver and (stop or due or (every and step % every == 0)):
+            self.saver.save(module.engine, module.position)
+            self.saved_at = time.monotonic()
+        heartbeat.at("data", step + 1)
+        if stop:
+            kept = f"saved in {self.saver.folder}" if self.saver else "nothing is saved"
+            log.info("stopped after step %d (%s), %s", step, self.stop.reason or "another rank was told to", kept)
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, TrainingModule)
+        if self.saver:
+            if self.saver.last_step != module.position.global_step:
+                self.saver.save(module.engine, module.position)
+            self.saver.wait()
+
+
 class SaveArchive(Callback):
-    """Writes <name>.nemo when training ends: weights gathered one by one from all ranks, config, tokenizer."""
+    """Writes <name>.nemo when training is done: weights gathered one by one from all ranks, config, tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)
-        parts = module.parts()
+        if not module.finished or not module.run.exp_manager.checkpoint_callback_params.save_nemo_on_train_end:
+            return
+        heartbeat.at("archive")
+        parts = module.engine.saved_parts()
         placed = weights.placements(parts)
         tensors = weights.gather(parts, placed)
         if not trainer.is_global_zero:
@@ -80,8 +179,7 @@ def draw_curves(folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(folder / "metrics.csv")
     figure, axes = pyplot.subplots(3, 1, figsize=(8, 9), sharex=True, constrained_layout=True)
     titles = {"reduced_train_loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
     for axis, (column, title) in zip(axes, titles.items(), strict=True):

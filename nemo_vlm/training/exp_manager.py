@@ -1,24 +1,30 @@
-"""What is kept of a run: its folder, settings, command line and metrics.
+"""What is kept of a run: its folder, settings, command line and metrics; and from where it goes on.
 
-<exp_dir>/<name>/  config.yaml  cmd-args.log  metrics.csv  tensorboard/  loss.png  checkpoints/<name>.nemo
+<exp_dir>/<name>/  config.yaml  cmd-args.log  metrics.csv  tensorboard/  loss.png  checkpoints/  run_0/ ...
+
+A run that starts from zero under a name that exists moves what the earlier one left into run_0, run_1, ...
 """
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import logging
+import os
 import shlex
+import shutil
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from nemo_vlm.config import ExpManagerConfig
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.training import checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +41,10 @@ COLUMNS = (
     "tflops_per_gpu",
     "mfu",
     "padding_fraction",
+    "skipped_steps",
+    "loss_scale",
 )
+OF_ONE_RUN = ("metrics.csv", "checkpoints", "tensorboard", "loss.png")
 
 
 def run_folder(config: ExpManagerConfig) -> Path:
@@ -43,35 +52,137 @@ def run_folder(config: ExpManagerConfig) -> Path:
 
 
 def archive_path(config: ExpManagerConfig) -> Path:
-    return run_folder(config) / "checkpoints" / f"{config.name}.nemo"
+    return checkpoints.folder_of(config) / f"{config.name}.nemo"
+
+
+def choose(config: ExpManagerConfig) -> Path | None:
+    """The checkpoint that the run goes on from.
+
+    Raises:
+        ConfigError: the one that is asked for does not exist.
+    """
+    found = checkpoints.complete(checkpoints.folder_of(config))
+    if config.resume_from_step is not None:
+        for path in found:
+            if checkpoints.step_of(path) == config.resume_from_step:
+                return path
+        steps = ", ".join(str(checkpoints.step_of(path)) for path in found) or "none"
+        raise ConfigError(
+            f"exp_manager.resume_from_step={config.resume_from_step}: no complete checkpoint of that step in "
+            f"{checkpoints.folder_of(config)}; there are: {steps}"
+        )
+    if config.resume_if_exists and not found and not config.resume_ignore_no_checkpoint:
+        raise ConfigError(
+            f"exp_manager.resume_if_exists=true: no complete checkpoint in {checkpoints.folder_of(config)}; "
+            "resume_ignore_no_checkpoint=true starts from zero"
+        )
+    return found[-1] if config.resume_if_exists and found else None
 
 
 @rank_zero_only
-def open_run(config: ExpManagerConfig, settings: dict[str, Any]) -> None:
-    """Make the run's folder and write down what was asked for."""
+def open_run(config: ExpManagerConfig, settings: dict[str, Any]) -> Path | None:
+    """Make the run's folder ready and write down what was asked for; the checkpoint to go on from, if any."""
     folder = run_folder(config)
-    if (folder / "metrics.csv").exists():
-        log.warning(
-            "STARTING FROM ZERO: a run named %s exists in %s, its metrics are replaced",
-            config.name,
-            folder,
-        )
-        (folder / "metrics.csv").unlink()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"exp_manager.exp_dir={config.exp_dir}: {folder} cannot be made ({error.strerror})") from None
+    for name in checkpoints.clean(checkpoints.folder_of(config)):
+        log.warning("removed the unfinished checkpoint %s", name)
+    checkpoint = choose(config)
+    if checkpoint is None:
+        set_aside(folder)
+    else:
+        go_on(folder, checkpoint)
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     with open(folder / "cmd-args.log", "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
+    return checkpoint
+
+
+def set_aside(folder: Path) -> None:
+    """An earlier run's files make room, and nothing of them is lost."""
+    left = [name for name in OF_ONE_RUN if (folder / name).exists()]
+    if not left:
+        return
+    number = next(n for n in range(sys.maxsize) if not (folder / f"run_{n}").exists())
+    log.warning(
+        "STARTING FROM ZERO: a run of this name exists in %s; its %s are moved to run_%d "
+        "(exp_manager.resume_if_exists=true goes on from its last checkpoint)",
+        folder,
+        ", ".join(left),
+        number,
+    )
+    (folder / f"run_{number}").mkdir()
+    for name in left:
+        shutil.move(folder / name, folder / f"run_{number}" / name)
+
+
+def go_on(folder: Path, checkpoint: Path) -> None:
+    """Drop what lies beyond the checkpoint: later ones, and rows of metrics.csv."""
+    step = checkpoints.step_of(checkpoint)
+    for path in checkpoints.complete(checkpoint.parent):
+        if checkpoints.step_of(path) > step:
+            checkpoints.remove(path)
+    metrics = folder / "metrics.csv"
+    rows = [row for row in read_rows(metrics) if int(row["global_step"]) <= step]
+    partial = metrics.with_name(".metrics.csv.partial")
+    with open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, metrics)
+    log.info("going on from step %d (%s)", step, checkpoint)
+
+
+def read_rows(metrics: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; a last one that a killed process left unfinished is none."""
+    if not metrics.exists():
+        return []
+    text = metrics.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    return list(csv.DictReader(whole.splitlines()))
+
+
+class MetricsFile(Logger):
+    """metrics.csv: one row a step, on disk when log_metrics returns, appended to across restarts.
+
+    Lightning's own writes every hundredth step, and deletes the file of a folder that is used again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """They stand in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        new = not self.path.exists()
+        with open(self.path, "a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(metrics)
 
 
 def loggers(config: ExpManagerConfig) -> list[Logger]:
     """CSV always; TensorBoard and W&B as configured."""
     folder = run_folder(config)
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
-    csv = CSVLogger(folder.parent, name=config.name, version="", flush_logs_every_n_steps=1)
-    chosen: list[Logger] = [csv]
+    chosen: list[Logger] = [MetricsFile(folder / "metrics.csv")]
     if config.create_tensorboard_logger:
         chosen.append(TensorBoardLogger(folder, name="", version="tensorboard"))
     if config.create_wandb_logger:
@@ -80,14 +191,3 @@ def loggers(config: ExpManagerConfig) -> list[Logger]:
         kwargs = config.wandb_logger_kwargs
         chosen.append(WandbLogger(project=kwargs.project, name=kwargs.name or config.name, save_dir=folder))
     return chosen
-
-
-@rank_zero_only
-def log_step(run_loggers: list[Logger], row: dict[str, float], step: int) -> None:
-    """One row a step, on disk when this returns. Values go past Lightning's own log(), which rounds to float32."""
-    for logger in run_loggers:
-        if isinstance(logger, CSVLogger):
-            logger.experiment.metrics_keys = sorted({*COLUMNS, "step"})
-        logger.log_metrics(row, step)
-        if isinstance(logger, CSVLogger):
-            logger.save()

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from nemo_vlm import heartbeat
 from nemo_vlm.batch import Batch
 from nemo_vlm.config import RunConfig
-from nemo_vlm.data.loader import Order, StepSampler, make_loader
+from nemo_vlm.data.loader import Order, Share, StepSampler, batch_size_at, make_loader
 from nemo_vlm.layout import Layout
-from nemo_vlm.mcore import weights
-from nemo_vlm.mcore.config import context
-from nemo_vlm.mcore.engine import Engine, StepResult, materialize
-from nemo_vlm.models.base import family
+from nemo_vlm.mcore import groups
+from nemo_vlm.mcore.engine import StepResult
 from nemo_vlm.planning.flops import peak_tflops, step_flops
-from nemo_vlm.training.exp_manager import log_step
-from nemo_vlm.training.loss import REDUCTIONS
+from nemo_vlm.training import saving
+from nemo_vlm.training.build import build_engine
+from nemo_vlm.training.checkpoints import Position
 from nemo_vlm.training.schedules import learning_rate
 
 log = logging.getLogger(__name__)
@@ -38,39 +40,41 @@ class Plan:
 
 
 class TrainingModule(pl.LightningModule):
-    """Builds the model on its rank, and takes one optimizer step for each item of the loader."""
+    """Builds the model on its rank, and takes one optimizer step for each item of the loader.
 
-    def __init__(self, plan: Plan) -> None:
+    Args:
+        checkpoint: the one to go on from; rank 0's counts.
+    """
+
+    def __init__(self, plan: Plan, checkpoint: Path | None = None) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.plan, self.run = plan, plan.run
-        self.latest: dict[str, float] = {}
+        self.plan, self.run, self.checkpoint = plan, plan.run, checkpoint
+        self.position = Position()
         self.last_time = 0.0
+        self.faults: list[str] = []
 
     def configure_model(self) -> None:
-        """Build this rank's part of the model, draw its weights, and hand it to the engine."""
-        run, layout = self.run, self.plan.layout
-        build = context(layout, run.trainer.precision, run.step)
-        model = family(run.family, "model").Model(run.model, build, self.trainer.strategy.stage)
-        materialize(model, build.dtype)
-        weights.draw(
-            weights.parts(model, run.model.vocab_size), run.step.seed, run.model.init_method_std, run.model.num_layers
-        )
-        reduction = REDUCTIONS[run.step.loss_reduction]
-        self.engine = Engine(model, run.optim, reduction, run.trainer.gradient_clip_val)
-
-    def parts(self) -> list[weights.Part]:
-        """This rank's parameters as they are now; the distributed optimizer moves them when the engine is made."""
-        return weights.parts(self.engine.model, self.run.model.vocab_size)
+        """Build this rank's part of the model, and put it where the checkpoint was."""
+        self.engine = build_engine(self.run, self.plan.layout)
+        path = groups.from_first_rank(self.checkpoint)
+        if path is not None:
+            self.position = saving.load(self.engine, path, self.run.exp_manager, self.plan.layout)
 
     def configure_optimizers(self) -> None:
         """The engine owns the optimizer."""
 
     def train_dataloader(self) -> DataLoader:
-        data, layout = self.run.data, self.plan.layout
-        order = Order(len(self.plan.dataset), self.run.step.seed, shuffle=data.dataloader_type == "cyclic")  # type: ignore[arg-type]
-        sampler = StepSampler(order, self.run.trainer.max_steps, layout, self.trainer.strategy.data_parallel_rank)
-        return make_loader(self.plan.dataset, sampler, layout, data.num_workers)
+        run, layout, position = self.run, self.plan.layout, self.position
+        order = Order(len(self.plan.dataset), run.step.seed, shuffle=run.data.dataloader_type == "cyclic")  # type: ignore[arg-type]
+        left = max(run.trainer.max_steps - position.global_step, 0)
+        share = Share(self.trainer.strategy.data_parallel_rank, layout.data)
+        sampler = StepSampler(order, left, position.consumed_samples, run.step, share)
+        return make_loader(self.plan.dataset, sampler, layout, run.data.num_workers)
+
+    @property
+    def finished(self) -> bool:
+        return self.position.global_step >= self.run.trainer.max_steps
 
     def on_train_start(self) -> None:
         self.last_time = time.perf_counter()
@@ -79,24 +83,32 @@ class TrainingModule(pl.LightningModule):
         """Left where they are: the schedule moves each micro-batch when its turn comes."""
         return batch
 
-    def training_step(self, micro_batches: list[Batch], step: int) -> None:
-        lr = learning_rate(step, self.run.optim, self.run.trainer.max_steps)
+    def training_step(self, micro_batches: list[Batch], index: int) -> None:
+        position = self.position
+        lr = learning_rate(position.global_step, self.run.optim, self.run.trainer.max_steps)
+        heartbeat.at("step", position.global_step + 1)
         result = self.engine.step(micro_batches, lr)
+        position.consumed_samples += batch_size_at(position.consumed_samples, self.run.step)
+        position.global_step += 1
+        position.skipped_steps += result.skipped
         now = time.perf_counter()
-        self.latest = self._row(result, step, lr, now - self.last_time)
+        position.metrics = self._row(result, lr, now - self.last_time)
         self.last_time = now
-        log_step(self.trainer.loggers, self.latest, step)
+        for logger in self.trainer.loggers:
+            logger.log_metrics(position.metrics, position.global_step)
+        if result.skipped:
+            self._report_skip(result, micro_batches)
+        heartbeat.at("data", position.global_step + 1)
 
-    def _row(self, result: StepResult, step: int, lr: float, seconds: float) -> dict[str, float]:
+    def _row(self, result: StepResult, lr: float, seconds: float) -> dict[str, float]:
         """The columns of metrics.csv; mfu only where the device's peak is known."""
         tokens, positions, squares, images = result.counts
-        layout = self.plan.layout
-        global_batch_size = layout.samples_per_rank * layout.data
-        tflops = step_flops(self.run.model, tokens, squares, images) / seconds / layout.world_size / 1e12
+        world_size, position = self.plan.layout.world_size, self.position
+        tflops = step_flops(self.run.model, tokens, squares, images) / seconds / world_size / 1e12
         row: dict[str, float] = {
-            "global_step": step + 1,
-            "consumed_samples": (step + 1) * global_batch_size,
-            "world_size": layout.world_size,
+            "global_step": position.global_step,
+            "consumed_samples": position.consumed_samples,
+            "world_size": world_size,
             "reduced_train_loss": result.loss,
             "lr": lr,
             "grad_norm": result.grad_norm,
@@ -104,6 +116,32 @@ class TrainingModule(pl.LightningModule):
             "tokens_per_sec": tokens / seconds,
             "tflops_per_gpu": tflops,
             "padding_fraction": 1 - tokens / positions,
+            "skipped_steps": position.skipped_steps,
         }
+        if self.engine.loss_scale is not None:
+            row["loss_scale"] = self.engine.loss_scale
         peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         return row | ({"mfu": tflops / peak} if peak else {})
+
+    def _report_skip(self, result: StepResult, micro_batches: Sequence[Batch]) -> None:
+        """Say which records a skipped step had; give up when there were too many.
+
+        Raises:
+            RuntimeError: more than model.max_skipped_steps; steps that only lower the loss scale do not count.
+        """
+        mine = [record for batch in micro_batches for record in batch.records.tolist()]
+        records = sorted(set().union(*groups.from_every_rank(mine)))
+        scale = self.engine.loss_scale
+        text = (
+            f"step {self.position.global_step}: loss {result.loss}, gradient norm {result.grad_norm}; no weight changed"
+        )
+        if scale is not None and scale > 1:
+            log.info("%s; the loss scale is %g", text, scale)
+            return
+        self.faults.append(f"{text}; records {', '.join(map(str, records))}")
+        log.warning("%s", self.faults[-1])
+        if len(self.faults) > self.run.step.max_skipped_steps:
+            raise RuntimeError(
+                f"{len(self.faults)} steps with gradients that are not finite, more than "
+                f"model.max_skipped_steps={self.run.step.max_skipped_steps}; {self.faults[-1]}"
+            )

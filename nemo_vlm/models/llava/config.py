@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nemo_vlm.config import LanguageConfig, fill
+from nemo_vlm.config import LanguageConfig, PartConfig, fill
 from nemo_vlm.errors import ConfigError
 
 
@@ -24,6 +24,8 @@ class VisionConfig:
     layernorm_epsilon: float | None = None  # null: the model type's own
     vision_select_layer: int = -2  # index into the hidden states, the embeddings counted as the first
     class_token_length: int | None = None  # tokens in front of the patches: 1 in CLIP, 0 in SigLIP
+    freeze: bool = False
+    vision_encoder_lr_ratio: float = 1.0  # of model.optim.lr
 
     def __post_init__(self) -> None:
         clip = self.model_type == "clip"
@@ -65,11 +67,22 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class LlmConfig:
+    """`model.mm_cfg.llm.*`."""
+
+    freeze: bool = False
+    lr_ratio: float = 1.0  # of model.optim.lr
+
+
+@dataclass(frozen=True)
 class MultimodalConfig:
     """`model.mm_cfg.*`."""
 
+    llm: LlmConfig = field(default_factory=LlmConfig)
     vision_encoder: VisionConfig = field(default_factory=VisionConfig)
     mm_mlp_adapter_type: str = "mlp2x_gelu"  # linear, identity, mlpNx_gelu
+    freeze_mm_mlp_adapter: bool = False
+    mm_mlp_adapter_lr_ratio: float = 1.0  # of model.optim.lr
     image_token: str = "<image>"  # placeholder in the text, one token for each feature
     image_token_index: int | None = None  # null: as the tokenizer says
 
@@ -79,6 +92,15 @@ class Config(LanguageConfig):
     """A LLaVA."""
 
     mm_cfg: MultimodalConfig = field(default_factory=MultimodalConfig)
+
+    @property
+    def parts(self) -> dict[str, PartConfig]:
+        llm, vision, mm = self.mm_cfg.llm, self.mm_cfg.vision_encoder, self.mm_cfg
+        return {
+            "language_model": PartConfig(llm.freeze, llm.lr_ratio),
+            "vision_model": PartConfig(vision.freeze, vision.vision_encoder_lr_ratio),
+            "vision_projection": PartConfig(mm.freeze_mm_mlp_adapter, mm.mm_mlp_adapter_lr_ratio),
+        }
 
     @property
     def image_flops(self) -> float:

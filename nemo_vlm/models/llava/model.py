@@ -40,11 +40,18 @@ class Model(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """Word embeddings [s, b, h] with the projected vision features at the image tokens."""
         embeddings = embed(self.language_model, batch.tokens)
-        features = embeddings.new_empty(0, embeddings.shape[-1])
-        if len(batch.images):
-            hidden = self.vision_model(batch.images)[:, self.config.mm_cfg.vision_encoder.class_token_length :]
-            features = self.vision_projection(hidden).flatten(0, 1)
+        features = self.encode(batch.images) if len(batch.images) or self.training else embeddings[0, :0]
         return merge(embeddings, batch.tokens, features, self.config.mm_cfg.image_token_index)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Features [n * tokens, h] of images [n, 3, H, W].
+
+        No image is still an image to compute: ranks gather and reduce the tower's weights together, so all must run it.
+        """
+        vision = self.config.mm_cfg.vision_encoder
+        blank = images.new_zeros(1, 3, vision.image_size, vision.image_size)
+        hidden = self.vision_model(images if len(images) else blank)[:, vision.class_token_length :]
+        return self.vision_projection(hidden)[: len(images)].flatten(0, 1)
 
 
 def vision_shape(vision: VisionConfig) -> VisionShape:

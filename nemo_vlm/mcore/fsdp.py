@@ -1,0 +1,169 @@
+"""Weights sharded over the data-parallel ranks: torch's FSDP2, alone or together with tensor parallelism.
+
+Each layer of the decoder and of the vision tower is gathered when it is used; what stands outside layers is gathered
+with the whole. Sharded weights are fp32 whatever the precision; they are cast when they are gathered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core import parallel_state
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from nemo_vlm.layout import Layout
+from nemo_vlm.mcore import cpu
+from nemo_vlm.mcore.updates import (
+    INITIAL_LOSS_SCALE,
+    MOMENTS,
+    Shard,
+    UpdateConfig,
+    apply_weight_decay,
+    finite,
+    optimizer_config,
+    overrides,
+)
+
+
+class FullySharded:
+    """An Updater (mcore.updates) on FSDP2 and torch's AdamW."""
+
+    def __init__(self, stages: list[Any], updates: UpdateConfig, layout: Layout, reduce_dtype: torch.dtype) -> None:
+        (stage,) = stages
+        self.stage, self.copies = stage, layout.data // layout.shards
+        dtype = stage.config.params_dtype
+        self.narrow = dtype is not torch.float32
+        counted = parallel_state.get_tensor_model_parallel_rank() == 0
+        marks = {
+            name: (
+                counted or param_is_not_tensor_parallel_duplicate(parameter),
+                getattr(parameter, "sequence_parallel", False),
+            )
+            for name, parameter in stage.named_parameters()
+        }
+        shard(stage, layout, MixedPrecisionPolicy(dtype, reduce_dtype), reshard=layout.fsdp != "grad")
+        self.modules: list[nn.Module] = [stage]
+        trained = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
+        self.trained = list(trained.values())
+        self.counted = [parameter for name, parameter in trained.items() if marks[name][0]]
+        self.to_reduce = [parameter for name, parameter in trained.items() if marks[name][1]]
+        settings = optimizer_config(updates, dtype)
+        groups = megatron_optimizer._get_param_groups(stages, settings, overrides(settings, updates.lr_ratios))
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=settings.lr, betas=updates.optim.betas, eps=settings.adam_eps, fused=True
+        )
+        self.param_groups = self.optimizer.param_groups
+        apply_weight_decay(self.param_groups, settings.weight_decay)
+        self.max_norm = settings.clip_grad
+        self.scaler = make_scaler() if dtype is torch.float16 else None
+        for parameter in self.trained:  # state from the start, so that it can be loaded
+            zeros = {key: torch.zeros_like(parameter) for key in MOMENTS}
+            self.optimizer.state[parameter] = {"step": torch.zeros((), device=cpu.device()), **zeros}
+
+    def start(self) -> None:
+        self.optimizer.zero_grad()
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        return loss * self.scaler.scale if self.scaler else loss
+
+    def finalize(self, modules: list[nn.Module], weight: Tensor | None, **unused: Any) -> None:
+        """FSDP has summed over its ranks; what sequence parallelism leaves, and the division, remain."""
+        assert weight is not None
+        torch.distributed.all_reduce(weight, group=parallel_state.get_data_parallel_group())
+        scale = float(self.scaler.scale) if self.scaler else 1.0
+        for parameter in self.trained:
+            if parameter.grad is None:
+                raise RuntimeError("a trained parameter took no part in the step; every part must run on every rank")
+        if parallel_state.get_tensor_model_parallel_world_size() > 1:
+            for parameter in self.to_reduce:
+                torch.distributed.all_reduce(
+                    local(parameter.grad), group=parallel_state.get_tensor_model_parallel_group()
+                )
+        torch._foreach_mul_([local(p.grad) for p in self.trained], 1.0 / (max(int(weight), 1) * scale))
+
+    def update(self) -> float:
+        norms = torch._foreach_norm([local(parameter.grad) for parameter in self.counted])
+        squares = torch.zeros((), device=cpu.device()) + sum(each.square() for each in norms)
+        torch.distributed.all_reduce(squares)
+        norm = float((squares / self.copies).sqrt())
+        if self.scaler:
+            self.scaler.update(not finite(norm))
+        if not finite(norm):
+            return norm
+        if norm > self.max_norm:
+            coefficient = self.max_norm / (norm + 1e-6)  # as Megatron's clip_grad_by_total_norm_fp32
+            torch._foreach_mul_([local(parameter.grad) for parameter in self.trained], coefficient)
+        self.optimizer.step()
+        return norm
+
+    def local_weights(self, chunk: int) -> list[tuple[str, int, Tensor]]:
+        return [(name, first_element(p), local(p.data)) for name, p in self.stage.model.named_parameters()]
+
+    def shards(self) -> list[Shard]:
+        found = []
+        for name, parameter in self.stage.model.named_parameters():
+            if parameter.requires_grad:
+                state = {key: local(self.optimizer.state[parameter][key]) for key in MOMENTS}
+                main = {"param": local(parameter.data)} if self.narrow else {}
+                found.append(Shard(0, name, first_element(parameter), main | state))
+        return found
+
+    def get_step(self) -> int:
+        return int(self.optimizer.state[self.trained[0]]["step"])
+
+    def set_step(self, step: int) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(step)
+
+    def weights_changed(self) -> None:
+        """The sharded weights are the main weights."""
+
+    def main_weights_changed(self) -> None:
+        """Nothing is offloaded."""
+
+
+def shard(stage: Any, layout: Layout, precision: MixedPrecisionPolicy, reshard: bool) -> None:
+    """Each layer a unit, the embedding and the output layer too unless they are tied, the rest with the whole."""
+    mesh = shard_mesh(layout)
+    units = [module for module in stage.modules() if isinstance(module, TransformerLayer)]
+    language_model = stage.model.language_model
+    if not stage.share_embeddings_and_output_weights:
+        units += [language_model.embedding, language_model.output_layer]
+    for unit in (*units, stage):
+        fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+        assert isinstance(unit, FSDPModule)
+        unit.set_gradient_divide_factor(1.0)  # gradients are of sums over tokens; finalize divides
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def shard_mesh(layout: Layout) -> DeviceMesh:
+    """Megatron's order of ranks: tensor parallelism innermost."""
+    sizes = (layout.data // layout.shards, layout.shards, layout.tensor)
+    mesh = init_device_mesh(cpu.device().type, sizes, mesh_dim_names=("copy", "shard", "tensor"))
+    return mesh["copy", "shard"] if sizes[0] > 1 else mesh["shard"]
+
+
+def make_scaler() -> DynamicGradScaler:
+    """With Megatron's settings."""
+    return DynamicGradScaler(
+        INITIAL_LOSS_SCALE, min_scale=1.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=1000, hysteresis=2
+    )
+
+
+def local(tensor: Any) -> Tensor:
+    """This rank's part of a sharded tensor."""
+    return tensor.to_local()
+
+
+def first_element(parameter: Any) -> int:
+    """Where this rank's part begins in the flattened parameter: FSDP gives each rank a run of rows."""
+    rows, ranks = parameter.shape[0], parameter.device_mesh.size(-1)
+    each = -(-rows // ranks)
+    return min(each * parameter.device_mesh.get_local_rank(-1), rows) * (parameter.numel() // max(rows, 1))

@@ -1,0 +1,174 @@
+"""Weights held whole by each data-parallel rank: Megatron's gradient buffers and its (distributed) optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from torch import Tensor, nn
+
+from nemo_vlm.mcore.updates import (
+    MOMENTS,
+    Shard,
+    UpdateConfig,
+    apply_weight_decay,
+    finite,
+    optimizer_config,
+    overrides,
+)
+
+
+class Replicated:
+    """An Updater (mcore.updates) on Megatron's DistributedDataParallel."""
+
+    def __init__(self, stages: list[Any], updates: UpdateConfig) -> None:
+        self.config, optim = stages[0].config, updates.optim
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=optim.distributed,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=optim.overlap_grad_sync or optim.overlap_param_sync,  # the second needs the first
+            overlap_param_gather=optim.overlap_param_sync,
+        )
+        self.modules: list[Any] = [
+            DistributedDataParallel(self.config, ddp, stage, disable_bucketing=number > 0)
+            for number, stage in enumerate(stages)
+        ]
+        settings = optimizer_config(updates, self.config.params_dtype)
+        self.optimizer = get_megatron_optimizer(
+            settings, self.modules, overrides(settings, updates.lr_ratios), use_gloo_process_groups=False
+        )
+        self.optimizers = [each for each in self.optimizer.chained_optimizers if not each.is_stub_optimizer]
+        self.param_groups = self.optimizer.param_groups
+        apply_weight_decay(self.param_groups, optim.weight_decay)
+        self.max_norm = settings.clip_grad
+        self.scaler = getattr(self.optimizer.chained_optimizers[0], "grad_scaler", None)
+        self.overlaps = ddp.overlap_grad_reduce
+        self._tell_schedule()
+        self._make_state()
+
+    def _tell_schedule(self) -> None:
+        """Which of the schedule's hooks start the reductions that overlap."""
+        if not self.overlaps:
+            return
+        hooks = [module.no_sync for module in self.modules]
+        self.config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+
+    def _make_state(self) -> None:
+        """Adam's state from the start, so that it can be loaded."""
+        for optimizer in self._adams():
+            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                state = {key: torch.zeros_like(parameter.data) for key in MOMENTS}
+                counted = {"step": torch.zeros(())} if isinstance(optimizer, torch.optim.AdamW) else {}
+                optimizer.state[parameter] = state | counted
+        for each in self.optimizers:
+            if isinstance(each.optimizer, HybridDeviceOptimizer):
+                each.optimizer._sync_sub_optimizers_state_to_hdo()
+
+    def _adams(self) -> list[Any]:
+        """The optimizers that hold state: those of offloaded and other parameters, or Megatron's one."""
+        return [
+            adam
+            for each in self.optimizers
+            for adam in (
+                each.optimizer.sub_optimizers if isinstance(each.optimizer, HybridDeviceOptimizer) else [each.optimizer]
+            )
+        ]
+
+    def start(self) -> None:
+        for module in self.modules:
+            module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        return self.optimizer.scale_loss(loss)
+
+    def finalize(self, modules: list[nn.Module], weight: Tensor | None, **groups: Any) -> None:
+        finalize_model_grads(modules, weight, **groups)
+
+    def update(self) -> float:
+        overflow = self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if overflow or not finite(norm):
+            return float("inf") if finite(norm) else norm
+        for each in self.optimizers:
+            clip_grad_by_total_norm_fp32(each.get_parameters(), self.max_norm, norm)
+        self.optimizer.step_with_ready_grads()
+        return norm
+
+    def local_weights(self, chunk: int) -> list[tuple[str, int, Tensor]]:
+        module = self.modules[chunk]
+        if module.ddp_config.overlap_param_gather:  # what the last step changed is gathered by the next forward pass
+            module.start_param_sync(force_sync=True)
+        return [(name, 0, parameter.data) for name, parameter in module.module.model.named_parameters()]
+
+    def shards(self) -> list[Shard]:
+        names = {
+            parameter: (chunk, name)
+            for chunk, module in enumerate(self.modules)
+            for name, parameter in module.module.model.named_parameters()
+        }
+        return [
+            Shard(*names[parameter], first, tensors)
+            for each in self.optimizers
+            for parameter, first, tensors in kept(each)
+        ]
+
+    def get_step(self) -> int:
+        for adam in self._adams():
+            for state in adam.state.values():
+                if "step" in state:
+                    return int(state["step"])
+            for group in adam.param_groups:  # Transformer Engine's and Apex's FusedAdam count by group
+                if "step" in group:
+                    return int(group["step"])
+        return 0
+
+    def set_step(self, step: int) -> None:
+        for adam in self._adams():
+            if isinstance(adam, torch.optim.AdamW):
+                for state in adam.state.values():
+                    state["step"].fill_(step)
+            else:
+                for group in adam.param_groups:
+                    group["step"] = step
+
+    def weights_changed(self) -> None:
+        self.optimizer.reload_model_params()
+        self.main_weights_changed()
+
+    def main_weights_changed(self) -> None:
+        for each in self.optimizers:
+            if isinstance(each.optimizer, HybridDeviceOptimizer):
+                for parameter, copy in each.optimizer.gpu_params_map_cpu_copy.items():
+                    copy.data.copy_(parameter.data)
+
+
+def kept(optimizer: Any) -> list[tuple[nn.Parameter, int, dict[str, Tensor]]]:
+    """Each parameter of one of Megatron's optimizers, the first element that this rank updates, and its state."""
+    if isinstance(optimizer, DistributedOptimizer):
+        found = []
+        for parameter in optimizer.model_param_group_index_map:
+            tensors = optimizer._get_main_param_and_optimizer_states(parameter)
+            wanted = MOMENTS if parameter.dtype is torch.float32 else (*MOMENTS, "param")
+            first = optimizer._get_model_param_range_map(parameter)["param"].start
+            found.append((parameter, first, {key: tensors[key] for key in wanted}))
+        return found
+    state = optimizer.optimizer.state
+    if isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        pairs = [
+            (parameter, main)
+            for parameters, mains in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
+            for parameter, main in zip(parameters, mains, strict=True)
+        ]
+        return [(p, 0, {"param": main.data} | {key: state[main][key] for key in MOMENTS}) for p, main in pairs]
+    return [(p, 0, {key: state[p][key] for key in MOMENTS}) for p in optimizer.get_parameters()]

@@ -1,0 +1,233 @@
+"""What a run would be, for any cluster, on any machine: layout, groups, batch, and what every rank holds.
+
+No rank is started and no weight allocated; a tokenizer is read where it is here, data and checkpoints never are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nemo_vlm import layout as layouts
+from nemo_vlm.archive import Archive
+from nemo_vlm.config import ExpManagerConfig, LanguageConfig, RunConfig, TrainerConfig
+from nemo_vlm.data import digits
+from nemo_vlm.data.tokenizer import load_tokenizer, tokenizer_exists
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.layout import Layout
+from nemo_vlm.mcore.ranks import first_replica, rank_groups
+from nemo_vlm.mcore.weights import Bounds
+from nemo_vlm.models.base import family
+from nemo_vlm.planning import machine
+from nemo_vlm.planning.memory import Holding, hold
+from nemo_vlm.planning.report import report
+from nemo_vlm.training import checkpoints
+from nemo_vlm.typed import plain, read_model
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run with everything settled that its plan needs.
+
+    Attributes:
+        trains: gradients and optimizer state are kept.
+        notes: what was not found here, and what was assumed for it.
+    """
+
+    run: RunConfig
+    layout: Layout
+    trains: bool
+    notes: list[str]
+
+
+def show(planned: Planned, plan_file: str | None) -> None:
+    """Print the plan, and write it to `plan_file`."""
+    plan = describe(planned)
+    for line in report(plan):
+        log.info("%s", line)
+    if plan_file is not None:
+        write(plan, Path(plan_file))
+        log.info("wrote %s", plan_file)
+
+
+def training(run: RunConfig, env: Mapping[str, str]) -> Planned:
+    """The plan of a training run.
+
+    Raises:
+        ConfigError: sizes that do not divide, or a vocabulary whose size nothing here tells.
+    """
+    accelerator, notes = run.trainer.accelerator, []
+    gpus = machine.num_gpus("auto" if accelerator == "gpu" else accelerator)
+    given = run.trainer.devices != "auto"
+    if accelerator == "gpu" and not gpus and not given:
+        notes.append("trainer.devices=auto: no GPU is here to be counted; planned with as many as the layout needs")
+    if run.optim.offload is not False:
+        notes.append("model.optim.offload: the optimizer's bytes are counted where they are offloaded to as well")
+    layout = layouts.resolve(run, gpus, {} if given else env)  # another job's WORLD_SIZE does not matter then
+    model, found = settle(run)
+    notes += [*found, *absent_data(run), *absent_checkpoint(run.exp_manager)]
+    return Planned(replace(run, model=model), layout, True, notes)
+
+
+def evaluation(archive_path: str, precision: Any, batch_size: int) -> Planned:
+    """The plan of one process that answers with an archive's model; the archive says what that is."""
+    archive = Archive(archive_path)
+    branch = read_model(archive.config, family(str(archive.config.get("family")), "config").Config)
+    trainer = TrainerConfig(devices=1, precision=precision)
+    run = RunConfig(trainer=trainer, exp_manager=ExpManagerConfig(name=Path(archive_path).stem), **branch)
+    return Planned(run, layouts.one_process(run.model, batch_size), False, [])
+
+
+def settle(run: RunConfig) -> tuple[LanguageConfig, list[str]]:
+    """The model's config with what its tokenizer decides, where that is here; and what to say where it is not."""
+    if tokenizer_exists(run.tokenizer):
+        return family(run.family, "processor").settle(run.model, load_tokenizer(run.tokenizer)), []
+    name = run.tokenizer.type or "null"
+    size = run.model.vocab_size or (digits.NUM_TOKENS if demo_tokenizer(run) else None)
+    if size is None:
+        raise ConfigError(f"model.vocab_size=null: model.tokenizer.type={name} is not here to tell it; give it")
+    note = f"model.tokenizer.type={name}: not here; planned with a vocabulary of {size}"
+    return replace(run.model, vocab_size=size), [note]
+
+
+def demo_tokenizer(run: RunConfig) -> bool:
+    """Whether the tokenizer is the one that the demo's data will bring along when it is written."""
+    path, name = run.data.data_path, run.tokenizer.type
+    known = run.data.prepare == "digits" and path is not None and name is not None
+    return known and Path(path).parent / "tokenizer" == Path(name)
+
+
+def absent_data(run: RunConfig) -> list[str]:
+    path = run.data.data_path
+    if path is not None and Path(path).is_file():
+        return []
+    return [f"model.data.data_path={path or 'null'}: not here; the plan does not need it"]
+
+
+def absent_checkpoint(config: ExpManagerConfig) -> list[str]:
+    step, folder = config.resume_from_step, checkpoints.folder_of(config)
+    if step is None or checkpoints.path_of(folder, step) in checkpoints.complete(folder):
+        return []
+    return [f"exp_manager.resume_from_step={step}: no such checkpoint here; the plan does not need it"]
+
+
+def describe(planned: Planned) -> dict[str, Any]:
+    """The plan as plain containers, fit for JSON."""
+    run, layout, stages = planned.run, planned.layout, describe_ranks(planned)
+    by_part: Counter[str] = Counter()
+    for entry in stages:
+        by_part.update(entry["parameters_by_part"])
+    return {
+        "name": run.exp_manager.name,
+        "family": run.family,
+        "precision": run.trainer.precision,
+        "world_size": layout.world_size,
+        "layout": describe_layout(layout),
+        "groups": rank_groups(layout),
+        "batch": {
+            "micro_batch_size": layout.micro_batch_size,
+            "global_batch_size": layout.global_batch_size,
+            "num_micro_batches": layout.num_micro_batches,
+            "samples_per_rank": layout.samples_per_rank,
+            "data_parallel_size": layout.data,
+        },
+        "stages": stages,
+        "total_parameters": sum(by_part.values()),
+        "total_parameters_by_part": dict(by_part),
+        "notes": planned.notes,
+    }
+
+
+def describe_layout(layout: Layout) -> dict[str, Any]:
+    """The layout without its batch; `stage_layers` in the order of the pipeline, virtual stages counted singly."""
+    fields = plain(layout)
+    del fields["micro_batch_size"], fields["num_micro_batches"]
+    return fields | {"data": layout.data, "shards": layout.shards}
+
+
+def describe_ranks(planned: Planned) -> list[dict[str, Any]]:
+    """An entry for each rank of the first copy of the model; the other copies are like it."""
+    ranks = first_replica(planned.layout)
+    places = [(stage, tensor_rank) for stage, row in enumerate(ranks) for tensor_rank in range(len(row))]
+    holdings = hold_all(planned, places)
+    owned = count_once(holdings)
+    return [
+        {
+            "stage": stage,
+            "tensor_rank": tensor_rank,
+            "rank": ranks[stage][tensor_rank],
+            "parameters": sum(counts.values()),
+            "parameters_by_part": counts,
+            "replicated_parameters": holding.num_parameters - sum(counts.values()),
+            "padding_parameters": holding.num_padding,
+            "bytes": {**plain(holding.memory), "activations": None},
+        }
+        for (stage, tensor_rank), holding, counts in zip(places, holdings, owned, strict=True)
+    ]
+
+
+def hold_all(planned: Planned, places: list[tuple[int, int]]) -> list[Holding]:
+    """What the ranks at each pipeline stage and tensor-parallel rank hold."""
+    # Transformer Engine's modules have the same parameters, and cannot be built where there is no GPU.
+    run = replace(planned.run, step=replace(planned.run.step, transformer_impl="local"))
+    holdings = []
+    for place in places:
+        with only_first_speaks(place):
+            holdings.append(hold(run, planned.layout, *place, planned.trains))
+    return holdings
+
+
+@contextlib.contextmanager
+def only_first_speaks(place: tuple[int, int]) -> Iterator[None]:
+    """Log as in a run: what is built alike on every rank is remarked on by the first."""
+    logging.disable(logging.NOTSET if place == (0, 0) else logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def count_once(holdings: list[Holding]) -> list[dict[str, int]]:
+    """Parameters of each rank by part of the model, each element of a tensor with the first rank that holds it."""
+    seen: set[tuple[str, Bounds]] = set()
+    names = sorted({part_name(name) for holding in holdings for name, _ in holding.sizes})
+    owned = []
+    for holding in holdings:
+        counts = dict.fromkeys(names, 0)
+        for (name, bounds), size in holding.sizes.items():
+            if (name, bounds) not in seen:
+                counts[part_name(name)] += size
+        seen |= holding.sizes.keys()
+        owned.append(counts)
+    return owned
+
+
+def part_name(tensor_name: str) -> str:
+    return tensor_name.partition(".")[0]
+
+
+def write(plan: dict[str, Any], path: Path) -> None:
+    """Write JSON; under its name it appears complete or not at all.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"plan_file={path}: cannot be written ({error.strerror})") from None

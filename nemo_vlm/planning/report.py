@@ -1,0 +1,63 @@
+"""A plan as lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from nemo_vlm.planning.machine import GIB
+
+COLUMNS = ("weights", "gradients", "optimizer")
+HEADER = ("stage", "tensor ranks", "parameters held", *COLUMNS, "total")
+
+
+def report(plan: dict[str, Any]) -> Iterator[str]:
+    """The lines of a plan as planning.plan.describe gives it."""
+    layout, batch = plan["layout"], plan["batch"]
+    parts = ", ".join(f"{name} {count:,}" for name, count in plan["total_parameters_by_part"].items())
+    yield f"{plan['name']}: {plan['family']}, {plan['total_parameters']:,} parameters ({parts})"
+    nodes, ranks_per_node = layout["num_nodes"], layout["ranks_per_node"]
+    yield f"world size {plan['world_size']} (nodes {nodes} x ranks {ranks_per_node}): {sizes(layout)}"
+    yield f"layers of each stage: {', '.join(map(str, layout['stage_layers']))}"
+    groups = (f"{name} {shortened(ranks[0])}" for name, ranks in plan["groups"].items())
+    yield f"groups, the first of each kind: {'; '.join(groups)}"
+    yield (
+        f"global batch {batch['global_batch_size']} = micro-batch {batch['micro_batch_size']} x micro-batches "
+        f"{batch['num_micro_batches']} x data-parallel ranks {batch['data_parallel_size']}"
+    )
+    yield from plan["notes"]
+    yield f"GiB of each rank in precision {plan['precision']}, activations not counted:"
+    yield from aligned([HEADER, *rows(plan["stages"])])
+
+
+def sizes(layout: dict[str, Any]) -> str:
+    """Sizes of the layout in words."""
+    tensor = f"tensor {layout['tensor']}" + " with sequence parallelism" * layout["sequence_parallel"]
+    pipeline = f"pipeline {layout['pipeline']}" + f" x {layout['virtual']} virtual" * (layout["virtual"] > 1)
+    fsdp = [f"fsdp {layout['fsdp']} over {layout['shards']}"] if layout["fsdp"] else []
+    return ", ".join([tensor, pipeline, f"data {layout['data']}", *fsdp])
+
+
+def shortened(ranks: list[int]) -> str:
+    shown = [str(rank) for rank in ranks]
+    return ", ".join(shown if len(shown) <= 8 else [*shown[:3], "...", shown[-1]])
+
+
+def rows(stages: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """A row for neighbouring tensor ranks of a stage that hold equally much."""
+
+    def holding(entry: dict[str, Any]) -> tuple[int, ...]:
+        held = (entry[key] for key in ("parameters", "replicated_parameters", "padding_parameters"))
+        return (entry["stage"], sum(held), *(entry["bytes"][column] for column in COLUMNS))
+
+    for (stage, held, *num_bytes), entries in groupby(stages, holding):
+        ranks = [entry["tensor_rank"] for entry in entries]
+        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+        yield (str(stage), span, f"{held:,}", *(f"{n / GIB:.3f}" for n in (*num_bytes, sum(num_bytes))))
+
+
+def aligned(table: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))

@@ -1,0 +1,62 @@
+"""A run's model on this rank with its first weights, and the engine that trains it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nemo_vlm.config import RunConfig
+from nemo_vlm.layout import Layout
+from nemo_vlm.mcore import weights
+from nemo_vlm.mcore.config import DTYPES
+from nemo_vlm.mcore.engine import Engine, materialize
+from nemo_vlm.mcore.updates import UpdateConfig
+from nemo_vlm.models.build import build_chunks
+from nemo_vlm.planning.memory import replicated_memory
+from nemo_vlm.training.loss import REDUCTIONS
+
+ACTIVATION_ROOM = 0.3  # of a GPU's memory, kept free when model.optim.offload=auto decides
+
+
+def build_engine(run: RunConfig, layout: Layout) -> Engine:
+    """Build this rank's part of a settled run's model, draw its weights, and hand it to the engine."""
+    chunks = build_chunks(run, layout)
+    assert run.model.vocab_size is not None
+    for chunk in chunks:
+        materialize(chunk, DTYPES["32" if layout.fsdp else run.trainer.precision])
+        parts = weights.parts(chunk, run.model.vocab_size)
+        weights.draw(parts, run.step.seed, run.model.init_method_std, run.model.num_layers)
+    return make_engine(run, layout, chunks)
+
+
+def make_engine(run: RunConfig, layout: Layout, chunks: list[nn.Module]) -> Engine:
+    """The engine of chunks whose weights are in place."""
+    ratios = {name: part.lr_ratio for name, part in run.model.parts.items()}
+    updates = UpdateConfig(run.optim, run.trainer.gradient_clip_val, ratios, offload_fraction(run, layout, chunks))
+    return Engine(
+        chunks,
+        layout,
+        updates,
+        REDUCTIONS[run.step.loss_reduction],
+        run.model.vocab_size or 0,
+        DTYPES[run.parallel.fsdp_grad_reduce_dtype],
+    )
+
+
+def offload_fraction(run: RunConfig, layout: Layout, chunks: list[nn.Module]) -> float:
+    """The share of the optimizer that model.optim.offload moves to the host's memory.
+
+    auto: what does not fit into the GPU beside weights, gradients and the room left for activations. On a CPU it is
+    there already.
+    """
+    offload = run.optim.offload
+    if not torch.cuda.is_available():
+        return 0.0
+    if offload != "auto":
+        return 1.0 if offload in (True, "static") else float(offload)
+    held = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    trained = [parameter for parameter in held if parameter.requires_grad]
+    shards = layout.data if run.optim.distributed else 1
+    memory = replicated_memory(DTYPES[run.trainer.precision].itemsize, shards, held, trained)
+    room = torch.cuda.get_device_properties(0).total_memory * (1 - ACTIVATION_ROOM)
+    return min(max((memory.total - room) / max(memory.optimizer, 1), 0.0), 1.0)

@@ -1,0 +1,139 @@
+"""The folder of a run's training checkpoints: which are complete, which are kept, what is known of each.
+
+    checkpoints/step_000020/             tensors (mcore.checkpoint), state.json, model_config.yaml
+    checkpoints/step_000020-unfinished   stands while that folder is written or removed
+
+A folder beside its marker is never read, and cleaned up when the run starts again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from nemo_vlm.config import CheckpointConfig, ExpManagerConfig
+from nemo_vlm.errors import ConfigError
+
+MARK = "-unfinished"
+STATE = "state.json"
+
+
+@dataclass
+class Position:
+    """How far a run has come, all that a checkpoint keeps beside tensors.
+
+    Attributes:
+        global_step: steps taken, skipped ones included.
+        consumed_samples: the sampler's position.
+        optimizer: Engine.optimizer_state.
+        layout: the layout it was saved under; random number generators go on in the same one only.
+        metrics: the row of metrics.csv of the last step.
+    """
+
+    global_step: int = 0
+    consumed_samples: int = 0
+    skipped_steps: int = 0
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    layout: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def folder_of(config: ExpManagerConfig) -> Path:
+    return Path(config.exp_dir, config.name, "checkpoints")
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}"
+
+
+def marker(path: Path) -> Path:
+    return path.with_name(path.name + MARK)
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, the oldest first."""
+    found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted((path for path in found if (path / STATE).exists() and not marker(path).exists()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def begin(path: Path) -> None:
+    """From here on the checkpoint counts as unfinished, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    marker(path).touch()
+    sync(path.parent)
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir()
+
+
+def finish(path: Path, position: Position, model_tree: dict[str, Any]) -> None:
+    """Add what is not tensors, and take the marker away."""
+    (path / "model_config.yaml").write_text(yaml.safe_dump(model_tree, sort_keys=False))
+    # Two files that Megatron's dist_checkpointing looks for; the first may be read with weights_only=True.
+    torch.save(
+        {"iteration": position.global_step, "consumed_train_samples": position.consumed_samples}, path / "common.pt"
+    )
+    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    (path / "metadata.json").write_text(json.dumps(backends | {"common_backend": "torch", "common_backend_version": 1}))
+    (path / STATE).write_text(json.dumps(asdict(position)))
+    for file in path.iterdir():
+        sync(file)
+    sync(path)
+    marker(path).unlink()
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """To disk, so that the order of these steps survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> Position:
+    try:
+        return Position(**json.loads((path / STATE).read_text()))
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"{path / STATE}: cannot be read ({error})") from None
+
+
+def remove(path: Path) -> None:
+    """Marked first: half a checkpoint must not look whole."""
+    marker(path).touch()
+    sync(path.parent)
+    shutil.rmtree(path, ignore_errors=True)
+    marker(path).unlink(missing_ok=True)
+
+
+def clean(folder: Path) -> list[str]:
+    """Remove what was left unfinished; the names of it."""
+    left = sorted(folder.glob(f"step_*{MARK}"))
+    for mark in left:
+        remove(mark.with_name(mark.name.removesuffix(MARK)))
+    return [mark.name.removesuffix(MARK) for mark in left]
+
+
+def prune(folder: Path, config: CheckpointConfig) -> None:
+    """Keep the newest and the best save_top_k by the monitored metric."""
+    *others, _ = found = complete(folder)
+    if config.save_top_k < 0:
+        return
+    sign = 1 if config.mode == "max" else -1
+    ranked = sorted(found, key=lambda path: (sign * read(path).metrics[config.monitor], step_of(path)), reverse=True)
+    for path in others:
+        if path not in ranked[: config.save_top_k]:
+            remove(path)

@@ -1,0 +1,114 @@
+"""Writing and reading a run's training checkpoints: engine, random number generators, position."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from nemo_vlm import heartbeat
+from nemo_vlm.config import CheckpointConfig, ExpManagerConfig, RunConfig
+from nemo_vlm.layout import Layout
+from nemo_vlm.mcore import checkpoint, groups, rng, weights
+from nemo_vlm.mcore.engine import Engine
+from nemo_vlm.training import checkpoints
+from nemo_vlm.training.checkpoints import Position
+from nemo_vlm.typed import model_tree
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes checkpoints, in the background where async_save asks for it; every rank must call every method."""
+
+    def __init__(self, run: RunConfig, layout: Layout) -> None:
+        self.run, self.layout = run, layout
+        self.config: CheckpointConfig = run.exp_manager.checkpoint_callback_params
+        self.folder = checkpoints.folder_of(run.exp_manager)
+        self.first = torch.distributed.get_rank() == 0
+        self.group = groups.background_group() if self.config.async_save else None
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future | None = None
+        self.last_step: int | None = None
+
+    def save(self, engine: Engine, position: Position) -> None:
+        """Write a checkpoint; with async_save this returns when the state has been copied."""
+        self.wait()
+        heartbeat.at("checkpoint")
+        path = checkpoints.path_of(self.folder, position.global_step)
+        position = replace(position, optimizer=engine.optimizer_state(), layout=asdict(self.layout))
+        if self.first:
+            checkpoints.begin(path)
+        groups.barrier()  # nobody writes before the marker stands
+        parts = self.parts(engine)
+        self.last_step = position.global_step
+        if self.config.async_save:
+            copies = [replace(part, data=part.data.to("cpu", copy=True)) for part in parts]
+            self.pending = self.thread.submit(self.write, copies, path, position)
+        else:
+            self.write(parts, path, position)
+
+    def wait(self) -> None:
+        """Until the checkpoint before is complete; its errors are raised here."""
+        if self.pending is not None:
+            heartbeat.at("checkpoint in the background")
+            self.pending.result()
+            self.pending = None
+
+    def parts(self, engine: Engine) -> list[weights.Part]:
+        parts = engine.saved_parts()
+        if self.config.save_optimizer:
+            parts += engine.optimizer_parts()
+        if self.layout.fsdp and not self.run.parallel.fsdp_sharded_checkpoint:
+            parts = gathered(parts)
+        return parts + ([rng.rng_part(torch.distributed.get_rank())] if self.config.save_rng else [])
+
+    def write(self, parts: list[weights.Part], path: Path, position: Position) -> None:
+        checkpoint.save(parts, path, self.group)
+        if self.first:
+            checkpoints.finish(path, position, model_tree(self.run))
+            checkpoints.prune(self.folder, self.config)
+            log.info("wrote %s", path)
+
+
+def gathered(parts: list[weights.Part]) -> list[weights.Part]:
+    """Whole tensors on the first rank, nothing on the others."""
+    whole = weights.gather(parts, weights.placements(parts))
+    return [
+        weights.Part(name, tuple(value.shape), tuple(slice(0, size) for size in value.shape), value)
+        for name, value in whole
+    ]
+
+
+def load(engine: Engine, path: Path, config: ExpManagerConfig, layout: Layout) -> Position:
+    """Put an engine where a checkpoint was, whatever layout wrote it.
+
+    Raises:
+        ConfigError: the checkpoint is of another model.
+    """
+    position, stored = checkpoints.read(path), checkpoint.shapes(path)
+    checkpoint.load(engine.parts(), path)
+    engine.updater.weights_changed()
+    if not config.resume_optimizer:
+        log.info("the optimizer starts anew (exp_manager.resume_optimizer=false)")
+    elif not any(name.startswith("optimizer.") for name in stored):
+        log.warning("%s holds no optimizer: its state starts anew", path)
+    else:
+        # fp32 main weights are missing where the run that saved was in fp32: the weights are as good
+        parts = engine.optimizer_parts()
+        checkpoint.load([part for part in parts if part.name in stored or ".state.param." not in part.name], path)
+        engine.set_optimizer_state(position.optimizer)
+    name = rng.name(torch.distributed.get_rank())
+    if config.resume_rng and position.layout == as_stored(layout) and name in stored:
+        part = rng.empty_part(torch.distributed.get_rank(), stored[name])
+        checkpoint.load([part], path)
+        rng.restore_rng(part)
+    return position
+
+
+def as_stored(layout: Layout) -> dict:
+    """As it looks after a way through JSON."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(layout).items()}

@@ -1,0 +1,322 @@
+"""Plans against Hugging Face's counts, real ranks' weights, Megatron's groups and what engines really hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from distributed import run_ranks
+from megatron.core import parallel_state
+from test_cli import ROOT, TRAIN
+from test_cli import run as command
+from test_families import LAYOUTS, VARIANTS, build_all, micro_batches, run_of, whole
+
+from nemo_vlm.archive import write_archive
+from nemo_vlm.config import LanguageConfig, OptimConfig, ParallelConfig, RunConfig, StepConfig, TokenizerConfig
+from nemo_vlm.data import digits
+from nemo_vlm.data.tokenizer import load_tokenizer
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.layout import Layout
+from nemo_vlm.mcore import groups
+from nemo_vlm.models.base import family
+from nemo_vlm.models.llava.config import Config as LlavaConfig
+from nemo_vlm.models.llava.config import MultimodalConfig
+from nemo_vlm.planning import plan as planning
+from nemo_vlm.training.build import build_engine
+from nemo_vlm.typed import model_tree
+
+PARTS = {"vision_tower": "vision_model", "multi_modal_projector": "vision_projection"}
+
+
+def on_ranks(run: RunConfig, world_size: int) -> RunConfig:
+    return replace(run, trainer=replace(run.trainer, devices=world_size, accelerator="cpu"))
+
+
+def tiny(variant: str, layout: str, **changes: Any) -> RunConfig:
+    name, config = VARIANTS[variant]
+    world_size, parallel = LAYOUTS[layout] if layout != "single" else (1, ParallelConfig())
+    step = StepConfig(micro_batch_size=1, global_batch_size=8)
+    return on_ranks(run_of(name, config, parallel, step, **changes), world_size)
+
+
+def planned(run: RunConfig) -> dict[str, Any]:
+    return planning.describe(planning.training(run, {}))
+
+
+def hugging_face_counts(name: str, config: LanguageConfig) -> dict[str, int]:
+    """Parameters of the Hugging Face model, by our parts."""
+    settings = family(name, "mapping").hf_config(config)
+    cls = getattr(transformers, settings["architectures"][0])
+    with torch.device("meta"):
+        model = cls(cls.config_class.from_dict(settings))
+    counts: dict[str, int] = {}
+    for key, parameter in model.named_parameters():
+        part = next((ours for theirs, ours in PARTS.items() if theirs in key), "language_model")
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
+
+
+def added_up(plan: dict[str, Any]) -> dict[str, int]:
+    parts = plan["total_parameters_by_part"]
+    return {part: sum(entry["parameters_by_part"][part] for entry in plan["stages"]) for part in parts}
+
+
+@pytest.mark.parametrize("layout", ["single", *LAYOUTS])
+@pytest.mark.parametrize("variant", ["llava", "llava_siglip", "llava_odd", "gpt", "gpt_tied", "gpt_biased"])
+def test_counts_equal_hugging_face(variant: str, layout: str) -> None:
+    expected, plan = hugging_face_counts(*VARIANTS[variant]), planned(tiny(variant, layout))
+    assert plan["total_parameters_by_part"] == added_up(plan) == expected
+    assert plan["total_parameters"] == sum(expected.values())
+    for entry in plan["stages"]:
+        assert entry["parameters"] == sum(entry["parameters_by_part"].values())
+
+
+def test_llava_7b_over_two_nodes() -> None:
+    multimodal = MultimodalConfig(image_token_index=32000)
+    config = LlavaConfig(vocab_size=32064, make_vocab_size_divisible_by=64, mm_cfg=multimodal)
+    parallel = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True)
+    run = run_of("llava", config, parallel, StepConfig(micro_batch_size=8, global_batch_size=32))
+    plan = planned(replace(on_ranks(run, 8), trainer=replace(run.trainer, devices=8, num_nodes=2)))
+    assert plan["total_parameters"] == 7_063_427_072 == sum(hugging_face_counts("llava", config).values())
+    assert plan["world_size"] == 16 and [entry["rank"] for entry in plan["stages"]] == [0, 1, 2, 3]
+    assert plan["batch"] == {
+        "micro_batch_size": 8,
+        "global_batch_size": 32,
+        "num_micro_batches": 1,
+        "samples_per_rank": 8,
+        "data_parallel_size": 4,
+    }
+
+
+def really_held(run: RunConfig, layout: Layout) -> tuple[int, dict[str, int]]:
+    """Parameters of this rank; on rank 0 also those of the gathered model, by part."""
+    groups.initialize(layout, seed=1)
+    chunks, parts = build_all(run, layout)
+    gathered: dict[str, int] = {}
+    for name, tensor in whole(parts).items():
+        gathered[planning.part_name(name)] = gathered.get(planning.part_name(name), 0) + tensor.numel()
+    groups.shut_down()
+    return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()), gathered
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [
+        ("llava", "tp2_pp2"),
+        ("llava", "pp2_dp2"),
+        ("llava_odd", "tp2"),
+        ("llava", "pp2"),
+        ("gpt_tied", "pp2"),
+        ("gpt", "tp4"),
+    ],
+)
+def test_counts_equal_real_ranks(variant: str, layout: str) -> None:
+    run = tiny(variant, layout)
+    plan, resolved = planned(run), planning.training(run, {}).layout
+    ranks = run_ranks(really_held, resolved.world_size, run, resolved)
+    assert ranks[0][1] == plan["total_parameters_by_part"]
+    for entry in plan["stages"]:
+        held = entry["parameters"] + entry["replicated_parameters"] + entry["padding_parameters"]
+        assert held == ranks[entry["rank"]][0]
+
+
+def test_replicated_and_tied_parameters_count_once() -> None:
+    tensor = planned(tiny("llava_odd", "tp2"))["stages"]
+    assert tensor[0]["replicated_parameters"] == 0 < tensor[0]["parameters_by_part"]["vision_model"]
+    assert tensor[1]["parameters_by_part"]["vision_model"] == 0
+    first, last = planned(tiny("gpt_tied", "pp2"))["stages"]
+    embedding = 250 * 48
+    assert (first["replicated_parameters"], last["replicated_parameters"]) == (0, embedding)
+
+
+@pytest.mark.parametrize("layout", ["single", "tp2_pp2", "tp2_dp2", "pp2_dp2", "fsdp_tp2", "tp2_pp2_vpp2"])
+def test_groups_are_megatrons(layout: str) -> None:
+    run = tiny("gpt", layout)
+    plan, resolved = planned(run), planning.training(run, {}).layout
+    ours = {
+        rank: {name: of(ranks, rank) for name, ranks in plan["groups"].items()} for rank in range(resolved.world_size)
+    }
+    for rank, expected in ours.items():
+        with groups.pretend(resolved, rank):
+            found = {
+                "tensor": parallel_state.get_tensor_model_parallel_group(),
+                "pipeline": parallel_state.get_pipeline_model_parallel_group(),
+                "data": parallel_state.get_data_parallel_group(),
+            }
+            assert {key: torch.distributed.get_process_group_ranks(group) for key, group in found.items()} == expected
+            place = (
+                parallel_state.get_pipeline_model_parallel_rank(),
+                parallel_state.get_tensor_model_parallel_rank(),
+            )
+        entries = [(entry["stage"], entry["tensor_rank"]) for entry in plan["stages"] if entry["rank"] == rank]
+        assert entries in ([], [place])
+    assert len(plan["stages"]) == resolved.tensor * resolved.pipeline
+
+
+def of(ranks: list[list[int]], rank: int) -> list[int]:
+    (group,) = [group for group in ranks if rank in group]
+    return group
+
+
+def engine_bytes(run: RunConfig, layout: Layout) -> dict[str, int]:
+    """What this rank's engine keeps after a step; Megatron's buffers with their padding."""
+    groups.initialize(layout, seed=1)
+    engine = build_engine(run, layout)
+    updater = engine.updater
+    samples = family(run.family, "tiny").samples(run.model, layout.global_batch_size, torch.Generator().manual_seed(0))
+    engine.step(micro_batches(layout, samples), lr=1e-3)
+    weights = [values for chunk in range(len(updater.modules)) for _, _, values in updater.local_weights(chunk)]
+    if layout.fsdp:
+        gradients = [parameter.grad.to_local() for parameter in updater.trained]
+    else:
+        gradients = [buffer.grad_data for module in updater.modules for buffer in module.buffers]
+    state = [
+        values
+        for shard in updater.shards()
+        for key, values in shard.tensors.items()
+        if key != "param" or not layout.fsdp  # its main weights are its weights
+    ]
+    groups.shut_down()
+    kinds = {"weights": weights, "gradients": gradients, "optimizer": state}
+    return {kind: sum(each.numel() * each.itemsize for each in tensors) for kind, tensors in kinds.items()}
+
+
+def frozen(run: RunConfig) -> RunConfig:
+    llm = replace(run.model.mm_cfg.llm, freeze=True)
+    return replace(run, model=replace(run.model, mm_cfg=replace(run.model.mm_cfg, llm=llm)))
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+@pytest.mark.parametrize("layout", ["single", "tp2", "pp2_vpp2", "fsdp", "fsdp_tp2", "hsdp"])
+def test_bytes_are_what_engines_hold(layout: str, precision: str) -> None:
+    run = tiny("llava", layout, precision=precision)
+    plan, resolved = planned(run), planning.training(run, {}).layout
+    ranks = run_ranks(engine_bytes, resolved.world_size, run, resolved)
+    for entry in plan["stages"]:
+        assert entry["bytes"] == {**ranks[entry["rank"]], "activations": None}
+
+
+def test_gathered_weights_count_under_grad() -> None:
+    full, grad = (
+        planned(tiny("llava", layout, precision="bf16-mixed"))["stages"][0] for layout in ("fsdp", "fsdp_grad")
+    )
+    gathered = 2 * (grad["parameters"] + grad["padding_parameters"])
+    assert grad["bytes"] == full["bytes"] | {"weights": full["bytes"]["weights"] + gathered}
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+def test_the_distributed_optimizer_is_shared(precision: str) -> None:
+    run = tiny("llava", "ddp", precision=precision, optim=OptimConfig(name="distributed_fused_adam"))
+    (entry,), resolved = planned(run)["stages"], planning.training(run, {}).layout
+    ranks = run_ranks(engine_bytes, 2, run, resolved)
+    assert entry["bytes"]["weights"] == ranks[0]["weights"]
+    assert entry["bytes"]["optimizer"] == sum(rank["optimizer"] for rank in ranks) // 2
+    padding = ranks[0]["gradients"] / entry["bytes"]["gradients"]  # of Megatron's buckets, to multiples of 128 a rank
+    assert 1.0 <= padding < 1.1
+
+
+def test_frozen_parts_have_neither_gradients_nor_state() -> None:
+    run = frozen(tiny("llava", "single"))
+    (entry,), resolved = planned(run)["stages"], planning.training(run, {}).layout
+    assert {**run_ranks(engine_bytes, 1, run, resolved)[0], "activations": None} == entry["bytes"]
+    parts = entry["parameters_by_part"]
+    assert entry["bytes"]["gradients"] < 4 * (parts["vision_model"] + parts["vision_projection"])
+
+
+def test_an_unknown_vocabulary_is_an_error() -> None:
+    run = tiny("gpt", "single")
+    run = replace(run, model=replace(run.model, vocab_size=None), tokenizer=TokenizerConfig("nowhere"))
+    with pytest.raises(ConfigError, match="^model.vocab_size=null: model.tokenizer.type=nowhere is not here"):
+        planning.training(run, {})
+
+
+def test_batches_must_divide_and_the_file_be_writable(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="^model.global_batch_size=8: does not divide by model.micro_batch_size=1 x 3"
+    ):
+        planning.training(on_ranks(tiny("gpt", "single"), 3), {})
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "plan.json"):
+        with pytest.raises(ConfigError, match=f"^plan_file={path}: cannot be written"):
+            planning.write({}, path)
+    assert [path.name for path in tmp_path.parent.glob(".*partial*")] == []
+
+
+def test_the_launcher_matters_only_where_devices_are_auto() -> None:
+    run = tiny("gpt", "tp2")
+    assert planning.training(run, {"WORLD_SIZE": "4"}).layout.world_size == 2
+    auto = replace(run, trainer=replace(run.trainer, devices="auto"))
+    assert planning.training(auto, {"WORLD_SIZE": "4"}).layout.world_size == 4
+    assert planning.training(auto, {}).layout.world_size == 2
+
+
+def test_the_demos_vocabulary(tmp_path: Path) -> None:
+    digits.write(tmp_path / "digits")
+    assert len(load_tokenizer(TokenizerConfig(str(tmp_path / "digits/tokenizer")))) == digits.NUM_TOKENS
+
+
+CLUSTER = "model=llava_7b parallel=tp4 trainer.num_nodes=2 trainer.devices=8 dry_run=true plan_file=plans/plan.json"
+
+
+def test_the_command(tmp_path: Path) -> None:
+    elsewhere = (
+        "trainer.accelerator=gpu",
+        "model.transformer_impl=transformer_engine",
+        "exp_manager.resume_from_step=7",
+    )
+    result = command(str(TRAIN), *CLUSTER.split(), *elsewhere, cwd=tmp_path, NCCL_SOCKET_IFNAME="nothing0")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert "model.tokenizer.type=datasets/digits_vqa/tokenizer: not here; planned with a vocabulary of 32064" in lines
+    assert "model.data.data_path=datasets/digits_vqa/train.json: not here; the plan does not need it" in lines
+    assert "exp_manager.resume_from_step=7: no such checkpoint here; the plan does not need it" in lines
+    assert lines[-2].split()[:3] == ["0", "0-3", "1,767,461,888"]
+    plan = json.loads((tmp_path / "plans/plan.json").read_text())
+    assert (plan["world_size"], plan["total_parameters"]) == (16, 7_063_427_072)
+    assert [path.name for path in tmp_path.rglob("*")] == ["plans", "plan.json"]
+
+
+def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
+    result = command("-X", "importtime", str(TRAIN), "dry_run=true", cwd=tmp_path)
+    assert result.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "torch" in imported and not imported & {"transformers", "pytorch_lightning", "lightning"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("parallel=tp2 trainer.devices=3", "trainer.devices=3 x trainer.num_nodes=1: 3 ranks do not divide by"),
+        ("model.tokenizer.type=nowhere", "model.vocab_size=null: model.tokenizer.type=nowhere is not here to tell it"),
+        ("dry_run=maybe", "dry_run=maybe: must be true or false"),
+        ("dry_run=false plan_file=plan.json", "plan_file=plan.json: goes with dry_run=true"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, arguments: str, message: str) -> None:
+    result = command(str(TRAIN), "dry_run=true", *arguments.split(), cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(message)
+
+
+def test_the_evaluation_is_planned_from_its_archive(tmp_path: Path) -> None:
+    name, config = VARIANTS["llava"]
+    tree = model_tree(run_of(name, config))
+    write_archive(tmp_path / "tiny.nemo", tree, {}, [], [])
+    script = str(ROOT / "examples/neva_evaluation.py")
+    arguments = ("neva_model_file=tiny.nemo", "dry_run=true", "plan_file=plan.json", "precision=bf16")
+    result = command(script, *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    count = sum(hugging_face_counts(name, config).values())
+    (entry,) = plan["stages"]
+    assert (plan["world_size"], plan["total_parameters"], entry["parameters"]) == (1, count, count)
+    held = 2 * (count + entry["padding_parameters"])
+    assert entry["bytes"] == {"weights": held, "gradients": 0, "optimizer": 0, "activations": None}
+    missing = command(script, "neva_model_file=nowhere.nemo", "dry_run=true", cwd=tmp_path)
+    assert (missing.returncode, missing.stderr) == (2, "nowhere.nemo: there is no such archive\n")
