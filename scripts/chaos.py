@@ -98,11 +98,13 @@ def wait_for_marker(process: subprocess.Popen, options: argparse.Namespace, draw
 
 
 def markers(options: argparse.Namespace) -> set[tuple[str, int]]:
-    """A marker of the same name that was made anew counts as another."""
+    """Those of checkpoints being written, not removed; one of the same name that was made anew counts as another."""
+    names = sorted(path.name for path in checkpoints(options).glob("step_*"))
+    newest = [name for name in names[-2:] if name.endswith("-unfinished")]
     found = set()
-    for path in checkpoints(options).glob("*-unfinished"):
+    for name in newest:
         with contextlib.suppress(FileNotFoundError):
-            found.add((path.name, path.stat().st_mtime_ns))
+            found.add((name, (checkpoints(options) / name).stat().st_mtime_ns))
     return found
 
 

@@ -49,6 +49,10 @@ class FullySharded:
             for name, parameter in stage.named_parameters()
         }
         shard(stage, layout, MixedPrecisionPolicy(dtype, reduce_dtype), reshard=layout.fsdp != "grad")
+        if next(stage.parameters()).is_meta:
+            stage.to(torch.float32).to_empty(device=cpu.device())
+            for parameter in stage.parameters():
+                nn.init.zeros_(parameter)
         self.modules: list[nn.Module] = [stage]
         trained = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
         self.trained = list(trained.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import weights
 from nemo_vlm.mcore.config import DTYPES
 from nemo_vlm.mcore.engine import Engine, materialize
+from nemo_vlm.mcore.layers import kernels
 from nemo_vlm.mcore.updates import UpdateConfig
 from nemo_vlm.models.build import build_chunks
 from nemo_vlm.planning.memory import replicated_memory
@@ -19,18 +22,21 @@ ACTIVATION_ROOM = 0.3  # of a GPU's memory, kept free when model.optim.offload=a
 
 
 def build_engine(run: RunConfig, layout: Layout) -> Engine:
-    """Build this rank's part of a settled run's model, draw its weights, and hand it to the engine."""
-    chunks = build_chunks(run, layout)
-    assert run.model.vocab_size is not None
-    for chunk in chunks:
+    """Build this rank's part of a settled run's model, hand it to the engine, and draw its weights."""
+    # Under FSDP no rank could hold the whole: memory is taken for the shards. Transformer Engine builds on its device.
+    sharded = layout.fsdp is not None and kernels(run.step.transformer_impl) == "local"
+    with torch.device("meta") if sharded else contextlib.nullcontext():
+        chunks = build_chunks(run, layout)
+    for chunk in chunks if not sharded else []:
         materialize(chunk, DTYPES["32" if layout.fsdp else run.trainer.precision])
-        parts = weights.parts(chunk, run.model.vocab_size)
-        weights.draw(parts, run.step.seed, run.model.init_method_std, run.model.num_layers)
-    return make_engine(run, layout, chunks)
+    engine = make_engine(run, layout, chunks)
+    weights.draw(engine.parts(), run.step.seed, run.model.init_method_std, run.model.num_layers)
+    engine.updater.weights_changed()
+    return engine
 
 
 def make_engine(run: RunConfig, layout: Layout, chunks: list[nn.Module]) -> Engine:
-    """The engine of chunks whose weights are in place."""
+    """The engine of chunks, whose weights may be in place already."""
     ratios = {name: part.lr_ratio for name, part in run.model.parts.items()}
     updates = UpdateConfig(run.optim, run.trainer.gradient_clip_val, ratios, offload_fraction(run, layout, chunks))
     return Engine(
