@@ -124,7 +124,8 @@ class SaveCheckpoints(Callback):
         heartbeat.at("data", step + 1)
         if stop:
             kept = f"saved in {self.saver.folder}" if self.saver else "nothing is saved"
-            log.info("stopped after step %d (%s), %s", step, self.stop.reason or "another rank was told to", kept)
+            reasons = [reason for reason in groups.from_every_rank(self.stop.reason) if reason]
+            log.info("stopped after step %d (%s), %s", step, reasons[0], kept)
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
