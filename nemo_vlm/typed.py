@@ -181,6 +181,8 @@ def show(value: Any) -> str:
 def name(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(get_args(hint))
+    if get_origin(hint) is tuple:
+        return "a list" if get_args(hint)[-1] is Ellipsis else f"a list of {len(get_args(hint))} values"
     names = {
         int: "a whole number",
         float: "a number",
@@ -188,4 +190,4 @@ def name(hint: Any) -> str:
         str: "text",
         type(None): "null",
     }
-    return names.get(hint, "a list" if get_origin(hint) is tuple else str(hint))
+    return names.get(hint, str(hint))

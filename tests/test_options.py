@@ -253,7 +253,9 @@ def poisoned(run: RunConfig, layout: Layout, samples: list[Sample]):
 
 @pytest.mark.parametrize("layout", ["single", "ddp", "pp2_dp2", "tp2", "fsdp", "hsdp"])
 def test_a_step_with_nan_changes_nothing_on_any_rank(layout: str) -> None:
-    run = llava(optim=OptimConfig(lr=1e-2, overlap_grad_sync=layout == "ddp"))
+    run = llava(optim=DISTRIBUTED if layout == "pp2_dp2" else OptimConfig(lr=1e-2))
+    if layout == "ddp":
+        run = replace(run, optim=replace(DISTRIBUTED, overlap_grad_sync=True, overlap_param_sync=True))
     samples = family("llava", "tiny").samples(run.model, 16, torch.Generator().manual_seed(0))
     samples = sorted(samples, key=lambda sample: -len(sample.images))[:8]
     assert len(samples[0].images)

@@ -27,6 +27,7 @@ from nemo_vlm.training.checkpoints import Position
 FIRST, MORE = 2, 2  # steps before and after the checkpoint
 DISTRIBUTED = OptimConfig(name="distributed_fused_adam", lr=1e-2, weight_decay=0.1)
 PLAIN = OptimConfig(name="fused_adam", lr=1e-2, weight_decay=0.1)
+OVERLAPPED = replace(DISTRIBUTED, name="mcore_distributed_optim", overlap_grad_sync=True, overlap_param_sync=True)
 METRICS = {"global_step": float(FIRST)}
 
 
@@ -110,7 +111,7 @@ def test_resume_in_another_layout(a, optim_a, b, optim_b, saved, tmp_path: Path)
 
 
 SAME = [("single", PLAIN), ("ddp", DISTRIBUTED), ("tp2_dp2", DISTRIBUTED), ("tp2_pp2", DISTRIBUTED)]
-SAME += [("pp2_vpp2", DISTRIBUTED), ("fsdp", PLAIN), ("hsdp", PLAIN), ("fsdp_tp2", PLAIN)]
+SAME += [("tp2_dp2", OVERLAPPED), ("pp2_vpp2", DISTRIBUTED), ("fsdp", PLAIN), ("hsdp", PLAIN), ("fsdp_tp2", PLAIN)]
 
 
 @pytest.mark.parametrize(("layout", "optim"), SAME, ids=lambda value: getattr(value, "name", value))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from nemo_vlm.config import LanguageConfig, ParallelConfig, StepConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.layout import check_model, num_micro_batches, ranks_per_node, resolve, stage_layers
+from nemo_vlm.layout import check, check_model, num_micro_batches, ranks_per_node, resolve, stage_layers
 from nemo_vlm.models.base import family
 from nemo_vlm.models.llava.config import Config
 from nemo_vlm.typed import defaults, model_tree, plain_defaults, read_run
@@ -177,3 +178,69 @@ def test_a_layout_on_a_cluster() -> None:
         4,
         32,
     )
+
+
+PP2, FSDP = {"pipeline_model_parallel_size": 2}, {"fsdp": True}
+FULL = {"activations_checkpoint_granularity": "full", "activations_checkpoint_method": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fsdp_use_orig_params": False}, "model.fsdp_use_orig_params=false: FSDP2 always keeps"),
+        (FSDP | PP2, "model.fsdp=true: model.pipeline_model_parallel_size=2; FSDP goes with tensor"),
+        (FSDP | {"optim": {"name": "distributed_fused_adam"}}, "model.fsdp=true: FSDP shards and overlaps"),
+        (FSDP | {"optim": {"overlap_grad_sync": True}}, "model.fsdp=true: FSDP shards and overlaps"),
+        (FSDP | {"fsdp_sharding_strategy": "hybrid"}, "hybrid: 3 data-parallel ranks do not divide into 2 copies"),
+        ({"fsdp_sharding_strategy": "zero"}, "model.fsdp_sharding_strategy=zero: must be one of full, hybrid, grad"),
+        (
+            {"virtual_pipeline_model_parallel_size": 2},
+            "model.virtual_pipeline_model_parallel_size=2: must be 1 without",
+        ),
+        (PP2 | {"virtual_pipeline_model_parallel_size": 2, "global_batch_size": 15}, "virtual stages need a multiple"),
+        ({"optim": {"overlap_param_sync": True}}, "model.optim.overlap_param_sync=true: model.optim.name=fused_adam"),
+        ({"optim": {"offload": 1.5}}, "model.optim.offload=1.5: must be from 0.0 to 1.0"),
+        (
+            {"optim": {"name": "distributed_fused_adam", "offload": 0.5}},
+            "model.optim.offload=0.5: with model.optim.name=distributed_fused_adam it needs trainer.precision",
+        ),
+        ({"rampup_batch_size": [6, 4, 100]}, "model.rampup_batch_size=[6, 4, 100]: must be the first global batch"),
+        ({"rampup_batch_size": [6, 9, 100]}, "model.rampup_batch_size=[6, 9, 100]: must be"),
+        ({"rampup_batch_size": [6, 6]}, "model.rampup_batch_size=[6, 6]: must be a list of 3 values"),
+        (FULL | {"activations_checkpoint_num_layers": 5}, "with activations_checkpoint_method=uniform the layers of"),
+        (
+            {
+                "mm_cfg": {
+                    "llm": {"freeze": True},
+                    "vision_encoder": {"freeze": True},
+                    "freeze_mm_mlp_adapter": True,
+                }
+            },
+            "model.mm_cfg: language_model, vision_model, vision_projection are all frozen",
+        ),
+    ],
+)
+def test_what_does_not_go_together(settings: dict, message: str) -> None:
+    """On three ranks without a pipeline, on two with one."""
+    base = tree(**{"micro_batch_size": 3, "global_batch_size": 36} | settings)
+    base["trainer"]["devices"] = settings.get("pipeline_model_parallel_size", 3)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run = read_run(base, Config)
+        check(run)
+        resolve(run, 0, {})
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"monitor": "bleu"}, "checkpoint_callback_params.monitor=bleu: must be one of global_step"),
+        ({"every_n_train_steps": 0}, "checkpoint_callback_params.every_n_train_steps=0: must be 1 or more, or null"),
+        ({"save_top_k": -2}, "checkpoint_callback_params.save_top_k=-2: must be -1 (all) or more"),
+        ({"train_time_interval": "1h"}, "checkpoint_callback_params.train_time_interval=1h: must be DD:HH:MM:SS"),
+    ],
+)
+def test_checkpoint_settings(params: dict, message: str) -> None:
+    base = tree()
+    base["exp_manager"]["checkpoint_callback_params"] = params
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_run(base, Config)
