@@ -33,7 +33,9 @@ class TrainerConfig:
     hang_timeout: float = 1800.0
 
     def __post_init__(self) -> None:
-        demand(self.hang_timeout > 0, "trainer.hang_timeout", self.hang_timeout, "more than 0 seconds")
+        demand(
+            0 < self.hang_timeout < 1e9, "trainer.hang_timeout", self.hang_timeout, "more than 0 seconds, and finite"
+        )
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class CheckpointConfig:
     every_n_train_steps: int | None = None  # null: only the last
     train_time_interval: str | None = None  # DD:HH:MM:SS between two checkpoints, beside the steps
     monitor: Literal["global_step", "reduced_train_loss", "grad_norm"] = "global_step"  # a column of metrics.csv
-    mode: Literal["min", "max"] = "max"
+    mode: Literal["min", "max"] | None = None  # null: max of global_step, min of the others
     save_top_k: int = 3  # the best by `monitor` are kept, the newest always; -1: all
     save_optimizer: bool = True
     save_rng: bool = True
@@ -62,6 +64,7 @@ class CheckpointConfig:
         key = "exp_manager.checkpoint_callback_params"
         every = self.every_n_train_steps
         demand(every is None or every > 0, f"{key}.every_n_train_steps", every, "1 or more, or null")
+        fill(self, mode="max" if self.monitor == "global_step" else "min")
         demand(self.save_top_k >= -1, f"{key}.save_top_k", self.save_top_k, "-1 (all) or more")
         seconds(f"{key}.train_time_interval", self.train_time_interval)
 
@@ -134,6 +137,10 @@ class StepConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
 
     def __post_init__(self) -> None:
+        count = self.activations_checkpoint_num_layers
+        demand(count is None or count > 0, "model.activations_checkpoint_num_layers", count, "1 or more")
+        demand(self.max_skipped_steps >= 0, "model.max_skipped_steps", self.max_skipped_steps, "0 or more")
+        demand(0 <= self.seed < 2**32, "model.seed", self.seed, "0 or more, and fit into 32 bits")
         if self.activations_checkpoint_granularity == "full":
             fill(self, activations_checkpoint_method="uniform", activations_checkpoint_num_layers=1)
         elif self.activations_checkpoint_method or self.activations_checkpoint_num_layers:
@@ -296,7 +303,9 @@ def seconds(key: str, duration: str | None) -> float | None:
     if len(fields) != 4 or not all(field.isdigit() for field in fields):
         raise ConfigError(f"{key}={duration}: must be DD:HH:MM:SS, days to seconds, as 00:03:55:00")
     days, hours, minutes, rest = map(int, fields)
-    return float(((days * 24 + hours) * 60 + minutes) * 60 + rest)
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + rest
+    demand(total > 0, key, duration, "longer than nothing")
+    return float(total)
 
 
 # Which dataclasses the flat branch `model` is made of, beside the architecture, and its nested branches.

@@ -75,24 +75,23 @@ def train(tree: dict[str, Any]) -> None:
     from nemo_vlm.training.module import TrainingModule
 
     quieten_lightning()
-    checkpoints = callbacks.SaveCheckpoints(run)
+    saving = callbacks.SaveCheckpoints(run)
+    last_acts = [saving, callbacks.Curves(), callbacks.SaveArchive(tokenizer)]
     trainer = pl.Trainer(
         strategy=MegatronStrategy(layout, run.step.seed, run.trainer.hang_timeout),
         **trainer_arguments(run.trainer, plan),
         logger=exp_manager.loggers(run.exp_manager),
         callbacks=[
             callbacks.FailFast(),
-            checkpoints,
-            callbacks.Curves(),
-            callbacks.SaveArchive(tokenizer),
-            callbacks.EndAtOnce(),
+            *last_acts,
+            callbacks.EndAtOnce(*last_acts),
         ]
         + [callbacks.Progress()] * run.trainer.enable_progress_bar,
     )
-    checkpoint = exp_manager.open_run(run.exp_manager, settings(run))  # the Trainer knows which rank this is
+    opened = exp_manager.open_run(run.exp_manager, settings(run))  # the Trainer knows which rank this is
     with rank.watched(run.trainer.hang_timeout):
-        trainer.fit(TrainingModule(plan, checkpoint))
-    if checkpoints.stop.signalled:
+        trainer.fit(TrainingModule(plan, opened))
+    if saving.stop.signalled:
         raise Stopped
 
 
@@ -135,9 +134,11 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
     from nemo_vlm.data import digits, records
     from nemo_vlm.data.tokenizer import load_tokenizer
     from nemo_vlm.planning import machine
+    from nemo_vlm.training import checkpoints
     from nemo_vlm.training.module import Plan
 
     check_interfaces(os.environ)
+    checkpoints.choose(run.exp_manager)
     gpus = machine.num_gpus(run.trainer.accelerator)
     layout = layouts.resolve(run, gpus, os.environ)
     if run.data.data_path is None:
@@ -254,7 +255,10 @@ def become_one_run(tree: dict[str, Any], script: str) -> None:
     if job.mode == RunMode.MULTIRUN and "exp_manager" in tree:
         name = f"{tree['exp_manager']['name']}_{job.job.num}"
         tree["exp_manager"]["name"] = name
-        sys.argv = [script, *job.overrides.task, f"exp_manager.name={name}"]
+        flags = {"main": "--config-path", "command-line": "--config-dir"}
+        sources = [source for source in job.runtime.config_sources if source.provider in flags and source.path]
+        places = [part for source in sources for part in (flags[source.provider], source.path)]
+        sys.argv = [script, *places, *job.overrides.task, f"exp_manager.name={name}"]
         os.environ["NEMO_CONFIG"] = job.job.config_name
     HydraConfig.instance().cfg = None
 

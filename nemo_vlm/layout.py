@@ -105,8 +105,11 @@ def resolve(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> Layout:
 
 def check_recompute(step: StepConfig, layout: Layout) -> None:
     """Megatron cuts every stage into equal runs."""
-    count = step.activations_checkpoint_num_layers
-    if step.activations_checkpoint_method == "uniform" and any(layers % (count or 1) for layers in layout.stage_layers):
+    count = step.activations_checkpoint_num_layers or 1
+    most = max(layout.stage_layers)
+    if step.activations_checkpoint_method == "block" and count > most:
+        raise ConfigError(f"model.activations_checkpoint_num_layers={count}: no stage has more than {most} layers")
+    if step.activations_checkpoint_method == "uniform" and any(layers % count for layers in layout.stage_layers):
         raise ConfigError(
             f"model.activations_checkpoint_num_layers={count}: with activations_checkpoint_method=uniform the "
             f"layers of every stage must divide by it; they are {list(layout.stage_layers)}"
@@ -168,16 +171,22 @@ def check_strategy(run: RunConfig) -> None:
             f"model.fsdp=true: model.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}; "
             "FSDP goes with tensor parallelism, not with a pipeline"
         )
-    if parallel.fsdp and (run.optim.distributed or run.optim.overlap_grad_sync or run.optim.offload is not False):
+    offloads = run.optim.offload not in (False, 0.0)
+    if parallel.fsdp and (run.optim.distributed or run.optim.overlap_grad_sync or offloads):
         raise ConfigError(
             f"model.fsdp=true: FSDP shards and overlaps the optimizer itself; model.optim.name={run.optim.name}, "
             "overlap_grad_sync and offload are for the other layouts, take fused_adam"
         )
-    if run.optim.distributed and run.optim.offload is not False and run.trainer.precision == "32":
+    if run.optim.distributed and offloads and run.trainer.precision == "32":
         raise ConfigError(
             f"model.optim.offload={run.optim.offload}: with model.optim.name={run.optim.name} it needs "
             "trainer.precision=bf16-mixed or 16-mixed (Megatron offloads main weights of their own)"
         )
+    for key in ("fsdp_sharding_strategy", "fsdp_grad_reduce_dtype", "fsdp_sharded_checkpoint"):
+        if not parallel.fsdp and getattr(parallel, key) != getattr(ParallelConfig(), key):
+            raise ConfigError(f"model.{key}={getattr(parallel, key)}: goes with model.fsdp=true")
+    for name, part in run.model.parts.items():
+        demand(part.lr_ratio >= 0, f"learning-rate ratio of {name}", part.lr_ratio, "0 or more")
     if run.model.parts and all(part.freeze for part in run.model.parts.values()):
         raise ConfigError(f"model.mm_cfg: {', '.join(run.model.parts)} are all frozen, nothing is left to train")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -125,7 +126,7 @@ def convert(value: Any, hint: Any, path: str) -> Any:
         return None
     if hint is float:
         number = as_float(value)
-        if number is not None:
+        if number is not None and not math.isnan(number):
             return number
     elif type(value) is hint:
         return value

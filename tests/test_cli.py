@@ -182,7 +182,7 @@ def test_archives_of_every_layout_hold_the_same_model_and_answer(trained, folder
         ),
         (
             "parallel=tp3000",
-            "parallel=tp3000: no such choice; there are ddp, pp2, single, tp2, tp2_pp2",
+            "parallel=tp3000: no such choice; there are ddp, fsdp, fsdp_tp2, hsdp, pp2",
         ),
         ("trainer.precision=bf17", "trainer.precision=bf17: must be one of 32, bf16, bf16-mixed"),
         (

@@ -372,43 +372,49 @@ def test_projectors_train_split_as_whole(kind: str) -> None:
     if kind == "identity":
         vision = replace(config.mm_cfg.vision_encoder, hidden_size=config.hidden_size)
         config = replace(config, mm_cfg=replace(config.mm_cfg, vision_encoder=vision))
-    sharded = make_layout(config, *LAYOUTS["tp2"], micro_batch_size=4)
-    results = run_ranks(train, 2, "llava", config, sharded, StepConfig(), OptimConfig(lr=1e-2))
-    assert_same_run(results[0][0], single("llava", config)[0])
-
-
-@pytest.mark.parametrize("granularity", ["full", "selective"])
-def test_recomputation_changes_nothing(granularity: str, reference) -> None:
-    method = (
-        {"activations_checkpoint_method": "uniform", "activations_checkpoint_num_layers": 1}
-        if granularity == "full"
-        else {}
-    )
-    step = StepConfig(activations_checkpoint_granularity=granularity, **method)
-    sharded = make_layout(TINY["llava"], *LAYOUTS["tp2"], micro_batch_size=2)
-    results = run_ranks(train, 2, "llava", TINY["llava"], sharded, step, OptimConfig(lr=1e-2))
-    assert_same_run(results[0][0], reference("llava")[0])
+    run, where = sharded(run_of("llava", config), "tp2", micro_batch_size=4)
+    assert_same_run(run_ranks(train, 2, run, where)[0][0], single(run_of("llava", config))[0])
 
 
 def test_distributed_optimizer_trains_as_one_process(reference) -> None:
-    sharded = make_layout(TINY["llava"], *LAYOUTS["ddp"], micro_batch_size=2)
     optim = OptimConfig(name="distributed_fused_adam", lr=1e-2)
-    results = run_ranks(train, 2, "llava", TINY["llava"], sharded, StepConfig(), optim)
+    run, where = sharded(run_of("llava", TINY["llava"], optim=optim), "ddp", micro_batch_size=2)
+    results, final = run_ranks(train, 2, run, where)[0]
     expected, expected_weights = reference("llava")
-    assert_same_run(results[0][0], expected)
-    assert_same_weights(results[0][1], expected_weights)
+    assert_same_run(results, expected)
+    assert_same_weights(final, expected_weights)
 
 
 @pytest.mark.parametrize("reduction", ["sample", "token"])
 def test_reductions_do_not_depend_on_the_micro_batch(reduction: str) -> None:
-    step, config = StepConfig(loss_reduction=reduction), TINY["llava"]
-    expected = single("llava", config, step)[0]
-    sharded = make_layout(config, *LAYOUTS["ddp"], micro_batch_size=4)
-    results = run_ranks(train, 2, "llava", config, sharded, step, OptimConfig(lr=1e-2))
-    assert_same_run(results[0][0], expected)
+    whole_run = run_of("llava", TINY["llava"], step=StepConfig(2, 8, loss_reduction=reduction))
+    run, where = sharded(whole_run, "ddp", micro_batch_size=4)
+    assert_same_run(run_ranks(train, 2, run, where)[0][0], single(whole_run)[0])
 
 
-def test_bf16_follows_fp32(reference) -> None:
-    layout = make_layout(TINY["llava"], *LAYOUTS["tp2"], micro_batch_size=2)
-    results = run_ranks(train, 2, "llava", TINY["llava"], layout, StepConfig(), OptimConfig(lr=1e-2), "bf16-mixed")
-    assert_same_run(results[0][0], reference("llava")[0], loss=2e-2, norm=2e-1)
+@pytest.mark.parametrize("layout", ["tp2", "fsdp"])
+def test_bf16_follows_fp32(layout: str, reference) -> None:
+    run, where = sharded(run_of("llava", TINY["llava"], precision="bf16-mixed"), layout, micro_batch_size=2)
+    assert_same_run(run_ranks(train, 2, run, where)[0][0], reference("llava")[0], loss=2e-2, norm=2e-1)
+
+
+def angles_of(run: RunConfig, layout: Layout):
+    """Dtypes of the rotary angles that reach a layer's attention, and of its input."""
+    groups.initialize(layout, seed=1)
+    (model,), _ = build_all(run, layout)
+    seen = set()
+    layer = model.language_model.decoder.layers[0]
+    engine = make_engine(run, layout, [model])
+    layer.self_attention.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.add((args[0].dtype, kwargs["rotary_pos_emb"].dtype)), with_kwargs=True
+    )
+    steps_of(engine, run, layout, 0, 1)
+    groups.shut_down()
+    return seen
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_rotary_angles_stay_exact_in_half_precision(layout: str) -> None:
+    """bf16 cannot tell position 257 from 256."""
+    run, where = sharded(run_of("llava", TINY["llava"], precision="bf16-mixed"), layout)
+    assert run_ranks(angles_of, 2, run, where)[0] == {(torch.bfloat16, torch.float32)}

@@ -266,8 +266,8 @@ def test_a_step_with_nan_changes_nothing_on_any_rank(layout: str) -> None:
 
 
 def test_ramp_up_is_megatrons() -> None:
-    step = StepConfig(micro_batch_size=2, global_batch_size=32, rampup_batch_size=(8, 8, 96))
-    theirs = RampupBatchsizeNumMicroBatchesCalculator(32, 2, 2, False, 0, 8, 8, 96)
+    step = StepConfig(micro_batch_size=2, global_batch_size=32, rampup_batch_size=(8, 8, 100))
+    theirs = RampupBatchsizeNumMicroBatchesCalculator(32, 2, 2, False, 0, 8, 8, 100)
     for consumed in range(0, 200, 4):
         theirs.update(consumed, consistency_check=False)
         assert batch_size_at(consumed, step) == theirs.get_current_global_batch_size(), consumed

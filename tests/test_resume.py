@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from megatron.core import dist_checkpointing, parallel_state
-from test_families import TINY, assert_same_run, build_all, make_layout, run_of, sharded, steps_of
+from test_families import VARIANTS, assert_same_run, build_all, make_layout, run_of, sharded, steps_of
 
 from nemo_vlm.config import CheckpointConfig, ExpManagerConfig, OptimConfig, RunConfig
 from nemo_vlm.errors import ConfigError
@@ -31,8 +32,8 @@ OVERLAPPED = replace(DISTRIBUTED, name="mcore_distributed_optim", overlap_grad_s
 METRICS = {"global_step": float(FIRST)}
 
 
-def run_under(name: str, layout: str, optim: OptimConfig, folder: Path, precision: str = "32"):
-    run = run_of("llava", TINY["llava"], optim=optim, precision=precision)
+def run_under(name: str, layout: str, optim: OptimConfig, folder: Path, precision: str = "32", variant: str = "llava"):
+    run = run_of(*VARIANTS[variant], optim=optim, precision=precision)
     run, where = (run, make_layout(run, 1)) if layout == "single" else sharded(run, layout)
     if where.fsdp:
         run = replace(run, optim=replace(optim, name="fused_adam"))
@@ -120,6 +121,18 @@ def test_resume_in_the_same_layout_is_exact(layout: str, optim: OptimConfig, sav
     path, expected = saved(layout, optim)
     run, where = run_under("resumed", layout, optim, tmp_path)
     assert run_ranks(resume, where.world_size, run, where, path) == expected
+
+
+@pytest.mark.parametrize(("variant", "b"), [("gpt_tied", "fsdp"), ("gpt_tied", "single"), ("llava_odd", "fsdp_tp2")])
+def test_copies_on_other_ranks_are_written_once(variant: str, b: str, tmp_path: Path) -> None:
+    """A tied embedding on two stages, a tower that both tensor-parallel ranks hold; sharded moments differ in place."""
+    a = "pp2_dp2" if variant == "gpt_tied" else "tp2_dp2"
+    run, where = run_under("saved", a, DISTRIBUTED, tmp_path, variant=variant)
+    expected = run_ranks(save_and_go_on, where.world_size, run, where)
+    path = checkpoints.complete(checkpoints.folder_of(run.exp_manager))[-1]
+    for layout, optim in ((a, DISTRIBUTED), (b, PLAIN)):
+        run, where = run_under("resumed", layout, optim, tmp_path, variant=variant)
+        assert_same_run(run_ranks(resume, where.world_size, run, where, path)[-1][0], expected[0][0])
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
@@ -251,15 +264,28 @@ def test_unfinished_checkpoints_do_not_count_and_are_removed(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("config", "kept"),
     [
-        (CheckpointConfig(save_top_k=2), [3, 4]),
-        (CheckpointConfig(save_top_k=0), [4]),
-        (CheckpointConfig(save_top_k=-1), [1, 2, 3, 4]),
-        (CheckpointConfig(save_top_k=2, monitor="reduced_train_loss", mode="min"), [2, 3, 4]),
+        (CheckpointConfig(save_top_k=2), [4, 5]),
+        (CheckpointConfig(save_top_k=0), [5]),
+        (CheckpointConfig(save_top_k=-1), [1, 2, 3, 4, 5]),
+        (CheckpointConfig(save_top_k=2, monitor="reduced_train_loss"), [2, 3, 5]),
+        (CheckpointConfig(save_top_k=1, monitor="reduced_train_loss", mode="max"), [4, 5]),
     ],
 )
 def test_the_best_and_the_newest_are_kept(config: CheckpointConfig, kept: list[int], tmp_path: Path) -> None:
-    for step, loss in enumerate([4.0, 1.0, 2.0, 3.0], start=1):
+    for step, loss in enumerate([math.nan, 1.0, 2.0, 4.0, 3.0], start=1):
         make(tmp_path, step, reduced_train_loss=loss)
         checkpoints.prune(tmp_path, config)
     assert steps_in(tmp_path) == kept
-    assert json.loads((tmp_path / "step_000004/state.json").read_text())["global_step"] == 4
+    assert json.loads((tmp_path / "step_000005/state.json").read_text())["global_step"] == 5
+
+
+def test_a_removal_that_the_file_system_refuses_leaves_no_whole_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    path = make(tmp_path, 1)
+
+    def refuse(*unused, **settings) -> None:
+        raise OSError("busy")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(OSError, match="busy"):
+        checkpoints.remove(path)
+    assert not checkpoints.complete(tmp_path)

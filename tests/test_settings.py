@@ -207,6 +207,17 @@ FULL = {"activations_checkpoint_granularity": "full", "activations_checkpoint_me
         ({"rampup_batch_size": [6, 4, 100]}, "model.rampup_batch_size=[6, 4, 100]: must be the first global batch"),
         ({"rampup_batch_size": [6, 9, 100]}, "model.rampup_batch_size=[6, 9, 100]: must be"),
         ({"rampup_batch_size": [6, 6]}, "model.rampup_batch_size=[6, 6]: must be a list of 3 values"),
+        (FULL | {"activations_checkpoint_num_layers": 0}, "activations_checkpoint_num_layers=0: must be 1 or more"),
+        (
+            {"activations_checkpoint_granularity": "full", "activations_checkpoint_method": "block"}
+            | {"activations_checkpoint_num_layers": 99},
+            "model.activations_checkpoint_num_layers=99: no stage has more than 32 layers",
+        ),
+        ({"fsdp_grad_reduce_dtype": "bf16"}, "model.fsdp_grad_reduce_dtype=bf16: goes with model.fsdp=true"),
+        ({"mm_cfg": {"llm": {"lr_ratio": -1.0}}}, "learning-rate ratio of language_model=-1.0: must be 0 or more"),
+        ({"optim": {"lr": float("nan")}}, "model.optim.lr=nan: must be a number"),
+        ({"max_skipped_steps": -1}, "model.max_skipped_steps=-1: must be 0 or more"),
+        ({"seed": -1}, "model.seed=-1: must be 0 or more"),
         (FULL | {"activations_checkpoint_num_layers": 5}, "with activations_checkpoint_method=uniform the layers of"),
         (
             {

@@ -51,7 +51,7 @@ def batch_size_at(consumed_samples: int, step: StepConfig) -> int:
     increments = (step.global_batch_size - start) // increment
     if consumed_samples > samples or not increments:
         return step.global_batch_size
-    return min(start + consumed_samples // (samples // increments or 1) * increment, step.global_batch_size)
+    return min(start + int(consumed_samples / (samples / increments)) * increment, step.global_batch_size)
 
 
 class StepSampler(Sampler[list[int]]):
@@ -91,6 +91,7 @@ def make_loader(dataset: Dataset, sampler: StepSampler, layout: Layout, num_work
         ),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own: the run's random numbers do not depend on when a loader starts
     )
 
 

@@ -152,7 +152,7 @@ class Engine:
 
     def set_optimizer_state(self, state: dict[str, Any]) -> None:
         """To be called after optimizer_parts were loaded."""
-        self.updater.main_weights_changed()
+        self.updater.main_weights_loaded()
         self.updater.set_step(state["step"])
         if self.updater.scaler and state["scaler"]:
             scale = torch.tensor([state["scaler"]["scale"]], device=cpu.device())

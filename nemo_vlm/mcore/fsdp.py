@@ -37,18 +37,16 @@ class FullySharded:
 
     def __init__(self, stages: list[Any], updates: UpdateConfig, layout: Layout, reduce_dtype: torch.dtype) -> None:
         (stage,) = stages
-        self.stage, self.copies = stage, layout.data // layout.shards
+        self.stage, self.num_copies = stage, layout.data // layout.shards
         dtype = stage.config.params_dtype
-        self.narrow = dtype is not torch.float32
-        counted = parallel_state.get_tensor_model_parallel_rank() == 0
-        marks = {
-            name: (
-                counted or param_is_not_tensor_parallel_duplicate(parameter),
-                getattr(parameter, "sequence_parallel", False),
-            )
-            for name, parameter in stage.named_parameters()
-        }
-        shard(stage, layout, MixedPrecisionPolicy(dtype, reduce_dtype), reshard=layout.fsdp != "grad")
+        self.keeps_main_weights = dtype is not torch.float32
+        first = parallel_state.get_tensor_model_parallel_rank() == 0
+        original = dict(stage.named_parameters())  # sharding drops Megatron's marks
+        once = {name for name, p in original.items() if first or param_is_not_tensor_parallel_duplicate(p)}
+        sequence_parallel = {name for name, p in original.items() if getattr(p, "sequence_parallel", False)}
+        # Inputs stay as they are: in half precision the angles of rotary positions would be rounded to each other.
+        precision = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
+        shard(stage, layout, precision, reshard=layout.fsdp != "grad")
         if next(stage.parameters()).is_meta:
             stage.to(torch.float32).to_empty(device=cpu.device())
             for parameter in stage.parameters():
@@ -56,8 +54,8 @@ class FullySharded:
         self.modules: list[nn.Module] = [stage]
         trained = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
         self.trained = list(trained.values())
-        self.counted = [parameter for name, parameter in trained.items() if marks[name][0]]
-        self.to_reduce = [parameter for name, parameter in trained.items() if marks[name][1]]
+        self.counted = [parameter for name, parameter in trained.items() if name in once]
+        self.to_reduce = [parameter for name, parameter in trained.items() if name in sequence_parallel]
         settings = optimizer_config(updates, dtype)
         groups = megatron_optimizer._get_param_groups(stages, settings, overrides(settings, updates.lr_ratios))
         self.optimizer = torch.optim.AdamW(
@@ -77,10 +75,10 @@ class FullySharded:
     def scale_loss(self, loss: Tensor) -> Tensor:
         return loss * self.scaler.scale if self.scaler else loss
 
-    def finalize(self, modules: list[nn.Module], weight: Tensor | None, **unused: Any) -> None:
+    def finalize(self, modules: list[nn.Module], num_tokens: Tensor | None, **unused: Any) -> None:
         """FSDP has summed over its ranks; what sequence parallelism leaves, and the division, remain."""
-        assert weight is not None
-        torch.distributed.all_reduce(weight, group=parallel_state.get_data_parallel_group())
+        assert num_tokens is not None
+        torch.distributed.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group())
         scale = float(self.scaler.scale) if self.scaler else 1.0
         for parameter in self.trained:
             if parameter.grad is None:
@@ -90,13 +88,13 @@ class FullySharded:
                 torch.distributed.all_reduce(
                     local(parameter.grad), group=parallel_state.get_tensor_model_parallel_group()
                 )
-        torch._foreach_mul_([local(p.grad) for p in self.trained], 1.0 / (max(int(weight), 1) * scale))
+        torch._foreach_mul_([local(p.grad) for p in self.trained], 1.0 / (max(int(num_tokens), 1) * scale))
 
     def update(self) -> float:
         norms = torch._foreach_norm([local(parameter.grad) for parameter in self.counted])
         squares = torch.zeros((), device=cpu.device()) + sum(each.square() for each in norms)
         torch.distributed.all_reduce(squares)
-        norm = float((squares / self.copies).sqrt())
+        norm = float((squares / self.num_copies).sqrt())
         if self.scaler:
             self.scaler.update(not finite(norm))
         if not finite(norm):
@@ -115,7 +113,7 @@ class FullySharded:
         for name, parameter in self.stage.model.named_parameters():
             if parameter.requires_grad:
                 state = {key: local(self.optimizer.state[parameter][key]) for key in MOMENTS}
-                main = {"param": local(parameter.data)} if self.narrow else {}
+                main = {"param": local(parameter.data)} if self.keeps_main_weights else {}
                 found.append(Shard(0, name, first_element(parameter), main | state))
         return found
 
@@ -126,10 +124,10 @@ class FullySharded:
         for state in self.optimizer.state.values():
             state["step"].fill_(step)
 
-    def weights_changed(self) -> None:
+    def model_weights_loaded(self) -> None:
         """The sharded weights are the main weights."""
 
-    def main_weights_changed(self) -> None:
+    def main_weights_loaded(self) -> None:
         """Nothing is offloaded."""
 
 

@@ -66,10 +66,12 @@ class Replicated:
     def _make_state(self) -> None:
         """Adam's state from the start, so that it can be loaded."""
         for optimizer in self._adams():
-            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-                state = {key: torch.zeros_like(parameter.data) for key in MOMENTS}
-                counted = {"step": torch.zeros(())} if isinstance(optimizer, torch.optim.AdamW) else {}
-                optimizer.state[parameter] = state | counted
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    optimizer.state[parameter] = {key: torch.zeros_like(parameter.data) for key in MOMENTS}
+                    if isinstance(optimizer, torch.optim.AdamW):  # torch wants the count where its kernel looks for it
+                        where = parameter.device if group.get("fused") else None
+                        optimizer.state[parameter]["step"] = torch.zeros((), device=where)
         for each in self.optimizers:
             if isinstance(each.optimizer, HybridDeviceOptimizer):
                 each.optimizer._sync_sub_optimizers_state_to_hdo()
@@ -92,8 +94,8 @@ class Replicated:
     def scale_loss(self, loss: Tensor) -> Tensor:
         return self.optimizer.scale_loss(loss)
 
-    def finalize(self, modules: list[nn.Module], weight: Tensor | None, **groups: Any) -> None:
-        finalize_model_grads(modules, weight, **groups)
+    def finalize(self, modules: list[nn.Module], num_tokens: Tensor | None, **groups: Any) -> None:
+        finalize_model_grads(modules, num_tokens, **groups)
 
     def update(self) -> float:
         overflow = self.optimizer.prepare_grads()
@@ -142,11 +144,11 @@ class Replicated:
                 for group in adam.param_groups:
                     group["step"] = step
 
-    def weights_changed(self) -> None:
+    def model_weights_loaded(self) -> None:
         self.optimizer.reload_model_params()
-        self.main_weights_changed()
+        self.main_weights_loaded()
 
-    def main_weights_changed(self) -> None:
+    def main_weights_loaded(self) -> None:
         for each in self.optimizers:
             if isinstance(each.optimizer, HybridDeviceOptimizer):
                 for parameter, copy in each.optimizer.gpu_params_map_cpu_copy.items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nemo_vlm.config import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-INITIAL_LOSS_SCALE = 2.0**16  # as torch's GradScaler; Megatron's 2^32 wastes the first steps
+INITIAL_LOSS_SCALE = 2.0**10  # gradients are of sums over tokens; a larger one only wastes the first steps
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Updater(Protocol):
 
     def scale_loss(self, loss: Tensor) -> Tensor: ...
 
-    def finalize(self, modules: list[nn.Module], weight: Tensor | None, **unused: Any) -> None:
-        """Reduce the gradients over all ranks and divide them by the weight of the global batch."""
+    def finalize(self, modules: list[nn.Module], num_tokens: Tensor | None, **unused: Any) -> None:
+        """Reduce the gradients over all ranks and divide them by `num_tokens`, the loss's weight, of all of them."""
 
     def update(self) -> float:
         """Clip and step, unless the norm of the gradients is not finite; that norm."""
@@ -78,10 +78,10 @@ class Updater(Protocol):
 
     def set_step(self, step: int) -> None: ...
 
-    def weights_changed(self) -> None:
+    def model_weights_loaded(self) -> None:
         """To be called after weights were loaded: the optimizer's own follow them."""
 
-    def main_weights_changed(self) -> None:
+    def main_weights_loaded(self) -> None:
         """To be called after the optimizer's weights were loaded: copies of them in the host's memory follow."""
 
 

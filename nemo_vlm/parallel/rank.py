@@ -94,9 +94,9 @@ def supervised() -> bool:
     return _files is not None
 
 
-def fail(error: BaseException) -> None:
-    """End a supervised rank at once: tearing down would wait for ranks that may be gone."""
-    if supervised():
+def fail(error: BaseException, world_size: int) -> None:
+    """End one of several ranks at once: tearing down would wait for ranks that may be gone."""
+    if supervised() or world_size > 1:
         leave(explain(error))
 
 

@@ -51,9 +51,16 @@ def lacking_devices(layout: Layout, gpus: int) -> list[str]:
 def lacking_nodes(layout: Layout, env: Mapping[str, str]) -> list[str]:
     missing = [key for key in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if not env.get(key)]
     launched = "LOCAL_RANK" in env or under_slurm(env)  # torchrun, or a rank that the supervisor started
-    if layout.num_nodes > 1 and missing and not launched:
+    if launched:
+        return []
+    if layout.num_nodes > 1 and missing:
         return [f"trainer.num_nodes={layout.num_nodes} needs {', '.join(missing)} in the environment"]
-    return []
+    lacking, limits = [], {"NODE_RANK": layout.num_nodes, "MASTER_PORT": 2**16}
+    for key, limit in limits.items():
+        value = env.get(key) or "0"
+        if not value.isdigit() or int(value) >= limit:
+            lacking.append(f"{key}={value} must be a number below {limit}")
+    return lacking
 
 
 def lacking_memory(run: RunConfig, layout: Layout, gpus: int) -> list[str]:

@@ -21,8 +21,12 @@ from nemo_vlm.training.loss import REDUCTIONS
 ACTIVATION_ROOM = 0.3  # of a GPU's memory, kept free when model.optim.offload=auto decides
 
 
-def build_engine(run: RunConfig, layout: Layout) -> Engine:
-    """Build this rank's part of a settled run's model, hand it to the engine, and draw its weights."""
+def build_engine(run: RunConfig, layout: Layout, first_weights: bool = True) -> Engine:
+    """Build this rank's part of a settled run's model and hand it to the engine.
+
+    Args:
+        first_weights: draw them; not where a checkpoint brings them.
+    """
     # Under FSDP no rank could hold the whole: memory is taken for the shards. Transformer Engine builds on its device.
     sharded = layout.fsdp is not None and kernels(run.step.transformer_impl) == "local"
     with torch.device("meta") if sharded else contextlib.nullcontext():
@@ -30,8 +34,9 @@ def build_engine(run: RunConfig, layout: Layout) -> Engine:
     for chunk in chunks if not sharded else []:
         materialize(chunk, DTYPES["32" if layout.fsdp else run.trainer.precision])
     engine = make_engine(run, layout, chunks)
-    weights.draw(engine.parts(), run.step.seed, run.model.init_method_std, run.model.num_layers)
-    engine.updater.weights_changed()
+    if first_weights:
+        weights.draw(engine.parts(), run.step.seed, run.model.init_method_std, run.model.num_layers)
+        engine.updater.model_weights_loaded()
     return engine
 
 

@@ -19,7 +19,8 @@ from nemo_vlm.archive import TensorSpec, write_archive
 from nemo_vlm.config import RunConfig, seconds
 from nemo_vlm.mcore import groups, weights
 from nemo_vlm.parallel import rank
-from nemo_vlm.training.exp_manager import archive_path, read_rows, run_folder
+from nemo_vlm.training.checkpoints import run_folder
+from nemo_vlm.training.exp_manager import archive_path, read_rows
 from nemo_vlm.training.module import TrainingModule
 from nemo_vlm.training.saving import Saver
 from nemo_vlm.typed import model_tree
@@ -37,7 +38,7 @@ class Progress(TQDMProgressBar):
         if not latest:
             return {}
         seconds = latest["train_step_timing in s"]
-        samples = latest["consumed_samples"] / latest["global_step"] / seconds
+        samples = module.batch_size / seconds
         return {
             "loss": f"{latest['reduced_train_loss']:.4f}",
             "s/step": f"{seconds:.3f}",
@@ -48,11 +49,14 @@ class Progress(TQDMProgressBar):
 class EndAtOnce(Callback):
     """Where a checkpoint leaves no step to take, Lightning leaves out the end as well; the archive may be missing."""
 
+    def __init__(self, *last_acts: Callback) -> None:
+        self.last_acts = last_acts
+
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)
         if module.finished:
             log.info("nothing is left to do: step %d was the last", module.position.global_step)
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for callback in self.last_acts:
                 callback.on_train_end(trainer, module)
 
 
@@ -60,13 +64,14 @@ class FailFast(Callback):
     """Lets a supervisor know of an error at once."""
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        rank.fail(exception)
+        rank.fail(exception, trainer.world_size)
 
 
 class Stop:
     """Whether the run should end after this step: a signal came, or its time is over."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    OF_SUBMITIT = signal.SIGUSR2  # what it lets Slurm send before the time is over; a supervisor has another use for it
 
     def __init__(self, run: RunConfig) -> None:
         limits = [
@@ -79,7 +84,7 @@ class Stop:
         self.signalled = False
 
     def listen(self) -> None:
-        for number in self.SIGNALS:
+        for number in self.SIGNALS if rank.supervised() else (*self.SIGNALS, self.OF_SUBMITIT):
             signal.signal(number, self.hear)
 
     def hear(self, number: int, frame: Any) -> None:
@@ -121,6 +126,7 @@ class SaveCheckpoints(Callback):
         if self.saver and (stop or due or (every and step % every == 0)):
             self.saver.save(module.engine, module.position)
             self.saved_at = time.monotonic()
+            module.last_time = time.perf_counter()  # saving is no part of the next step
         heartbeat.at("data", step + 1)
         if stop:
             kept = f"saved in {self.saver.folder}" if self.saver else "nothing is saved"

@@ -9,6 +9,7 @@ A folder beside its marker is never read, and cleaned up when the run starts aga
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -46,8 +47,12 @@ class Position:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+def run_folder(config: ExpManagerConfig) -> Path:
+    return Path(config.exp_dir, config.name)
+
+
 def folder_of(config: ExpManagerConfig) -> Path:
-    return Path(config.exp_dir, config.name, "checkpoints")
+    return run_folder(config) / "checkpoints"
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -66,6 +71,30 @@ def complete(folder: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
+
+
+def choose(config: ExpManagerConfig) -> Path | None:
+    """The checkpoint that the run goes on from.
+
+    Raises:
+        ConfigError: the one that is asked for does not exist.
+    """
+    found = complete(folder_of(config))
+    if config.resume_from_step is not None:
+        for path in found:
+            if step_of(path) == config.resume_from_step:
+                return path
+        steps = ", ".join(str(step_of(path)) for path in found) or "none"
+        raise ConfigError(
+            f"exp_manager.resume_from_step={config.resume_from_step}: no complete checkpoint of that step in "
+            f"{folder_of(config)}; there are: {steps}"
+        )
+    if config.resume_if_exists and not found and not config.resume_ignore_no_checkpoint:
+        raise ConfigError(
+            f"exp_manager.resume_if_exists=true: no complete checkpoint in {folder_of(config)}; "
+            "resume_ignore_no_checkpoint=true starts from zero"
+        )
+    return found[-1] if config.resume_if_exists and found else None
 
 
 def begin(path: Path) -> None:
@@ -112,11 +141,16 @@ def read(path: Path) -> Position:
 
 
 def remove(path: Path) -> None:
-    """Marked first: half a checkpoint must not look whole."""
+    """Marked first, and until nothing is left: half a checkpoint must not look whole.
+
+    Raises:
+        OSError: the file system refuses; the marker stays.
+    """
     marker(path).touch()
     sync(path.parent)
-    shutil.rmtree(path, ignore_errors=True)
-    marker(path).unlink(missing_ok=True)
+    if path.exists():
+        shutil.rmtree(path)
+    marker(path).unlink()
 
 
 def clean(folder: Path) -> list[str]:
@@ -132,8 +166,15 @@ def prune(folder: Path, config: CheckpointConfig) -> None:
     *others, _ = found = complete(folder)
     if config.save_top_k < 0:
         return
-    sign = 1 if config.mode == "max" else -1
-    ranked = sorted(found, key=lambda path: (sign * read(path).metrics[config.monitor], step_of(path)), reverse=True)
+    ranked = sorted(found, key=lambda path: (merit(path, config), step_of(path)), reverse=True)
     for path in others:
         if path not in ranked[: config.save_top_k]:
             remove(path)
+
+
+def merit(path: Path, config: CheckpointConfig) -> float:
+    """The monitored metric, more is better; a step that was skipped had none."""
+    value = read(path).metrics[config.monitor]
+    if not math.isfinite(value):
+        return -math.inf
+    return value if config.mode == "max" else -value

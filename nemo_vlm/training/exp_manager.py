@@ -12,9 +12,9 @@ import importlib.util
 import logging
 import os
 import shlex
-import shutil
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,78 +44,62 @@ COLUMNS = (
     "skipped_steps",
     "loss_scale",
 )
-OF_ONE_RUN = ("metrics.csv", "checkpoints", "tensorboard", "loss.png")
+OF_ONE_RUN = ("metrics.csv", "checkpoints", "loss.png", "tensorboard/*")
 
 
-def run_folder(config: ExpManagerConfig) -> Path:
-    return Path(config.exp_dir) / config.name
+@dataclass(frozen=True)
+class Opened:
+    """What a run finds in its folder: the checkpoint that it goes on from, and an earlier run's files."""
+
+    checkpoint: Path | None
+    left: list[Path]
 
 
 def archive_path(config: ExpManagerConfig) -> Path:
     return checkpoints.folder_of(config) / f"{config.name}.nemo"
 
 
-def choose(config: ExpManagerConfig) -> Path | None:
-    """The checkpoint that the run goes on from.
-
-    Raises:
-        ConfigError: the one that is asked for does not exist.
-    """
-    found = checkpoints.complete(checkpoints.folder_of(config))
-    if config.resume_from_step is not None:
-        for path in found:
-            if checkpoints.step_of(path) == config.resume_from_step:
-                return path
-        steps = ", ".join(str(checkpoints.step_of(path)) for path in found) or "none"
-        raise ConfigError(
-            f"exp_manager.resume_from_step={config.resume_from_step}: no complete checkpoint of that step in "
-            f"{checkpoints.folder_of(config)}; there are: {steps}"
-        )
-    if config.resume_if_exists and not found and not config.resume_ignore_no_checkpoint:
-        raise ConfigError(
-            f"exp_manager.resume_if_exists=true: no complete checkpoint in {checkpoints.folder_of(config)}; "
-            "resume_ignore_no_checkpoint=true starts from zero"
-        )
-    return found[-1] if config.resume_if_exists and found else None
-
-
 @rank_zero_only
-def open_run(config: ExpManagerConfig, settings: dict[str, Any]) -> Path | None:
-    """Make the run's folder ready and write down what was asked for; the checkpoint to go on from, if any."""
-    folder = run_folder(config)
+def open_run(config: ExpManagerConfig, settings: dict[str, Any]) -> Opened:
+    """Make the run's folder ready and write down what was asked for; nothing of an earlier run is touched yet."""
+    folder = checkpoints.run_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"exp_manager.exp_dir={config.exp_dir}: {folder} cannot be made ({error.strerror})") from None
     for name in checkpoints.clean(checkpoints.folder_of(config)):
         log.warning("removed the unfinished checkpoint %s", name)
-    checkpoint = choose(config)
-    if checkpoint is None:
-        set_aside(folder)
-    else:
-        go_on(folder, checkpoint)
+    for partial in checkpoints.folder_of(config).glob(f".{config.name}.nemo.partial-*"):
+        partial.unlink()
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     with open(folder / "cmd-args.log", "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
-    return checkpoint
+    return Opened(checkpoints.choose(config), [path for name in OF_ONE_RUN for path in folder.glob(name)])
 
 
-def set_aside(folder: Path) -> None:
+@rank_zero_only
+def begin(config: ExpManagerConfig, opened: Opened) -> None:
+    """Drop or move what an earlier run of this name left; only now, when all ranks stand where they should."""
+    if opened.checkpoint is not None:
+        go_on(checkpoints.run_folder(config), opened.checkpoint)
+    elif opened.left:
+        set_aside(checkpoints.run_folder(config), opened.left)
+
+
+def set_aside(folder: Path, left: list[Path]) -> None:
     """An earlier run's files make room, and nothing of them is lost."""
-    left = [name for name in OF_ONE_RUN if (folder / name).exists()]
-    if not left:
-        return
     number = next(n for n in range(sys.maxsize) if not (folder / f"run_{n}").exists())
     log.warning(
         "STARTING FROM ZERO: a run of this name exists in %s; its %s are moved to run_%d "
         "(exp_manager.resume_if_exists=true goes on from its last checkpoint)",
         folder,
-        ", ".join(left),
+        ", ".join(str(path.relative_to(folder)) for path in left if path.parent == folder),
         number,
     )
-    (folder / f"run_{number}").mkdir()
-    for name in left:
-        shutil.move(folder / name, folder / f"run_{number}" / name)
+    for path in left:
+        target = folder / f"run_{number}" / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
 
 
 def go_on(folder: Path, checkpoint: Path) -> None:
@@ -147,7 +131,7 @@ def read_rows(metrics: Path) -> list[dict[str, str]]:
 
 
 class MetricsFile(Logger):
-    """metrics.csv: one row a step, on disk when log_metrics returns, appended to across restarts.
+    """metrics.csv: one row a step, written out when log_metrics returns, appended to across restarts.
 
     Lightning's own writes every hundredth step, and deletes the file of a folder that is used again.
     """
@@ -180,7 +164,7 @@ class MetricsFile(Logger):
 
 def loggers(config: ExpManagerConfig) -> list[Logger]:
     """CSV always; TensorBoard and W&B as configured."""
-    folder = run_folder(config)
+    folder = checkpoints.run_folder(config)
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
     chosen: list[Logger] = [MetricsFile(folder / "metrics.csv")]
     if config.create_tensorboard_logger:

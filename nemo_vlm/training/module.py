@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import pytorch_lightning as pl
@@ -24,6 +23,7 @@ from nemo_vlm.planning.flops import peak_tflops, step_flops
 from nemo_vlm.training import saving
 from nemo_vlm.training.build import build_engine
 from nemo_vlm.training.checkpoints import Position
+from nemo_vlm.training.exp_manager import Opened, begin
 from nemo_vlm.training.schedules import learning_rate
 
 log = logging.getLogger(__name__)
@@ -43,23 +43,25 @@ class TrainingModule(pl.LightningModule):
     """Builds the model on its rank, and takes one optimizer step for each item of the loader.
 
     Args:
-        checkpoint: the one to go on from; rank 0's counts.
+        opened: what rank 0 found in the run's folder.
     """
 
-    def __init__(self, plan: Plan, checkpoint: Path | None = None) -> None:
+    def __init__(self, plan: Plan, opened: Opened | None) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.plan, self.run, self.checkpoint = plan, plan.run, checkpoint
+        self.plan, self.run, self.opened = plan, plan.run, opened
         self.position = Position()
-        self.last_time = 0.0
+        self.batch_size, self.last_time = 0, 0.0
         self.faults: list[str] = []
 
     def configure_model(self) -> None:
         """Build this rank's part of the model, and put it where the checkpoint was."""
-        self.engine = build_engine(self.run, self.plan.layout)
-        path = groups.from_first_rank(self.checkpoint)
+        path = groups.from_first_rank(self.opened.checkpoint if self.opened else None)
+        self.engine = build_engine(self.run, self.plan.layout, first_weights=path is None)
         if path is not None:
             self.position = saving.load(self.engine, path, self.run.exp_manager, self.plan.layout)
+        groups.barrier()  # a rank that could not load ends the run before anything of an earlier one is touched
+        begin(self.run.exp_manager, self.opened)
 
     def configure_optimizers(self) -> None:
         """The engine owns the optimizer."""
@@ -88,7 +90,8 @@ class TrainingModule(pl.LightningModule):
         lr = learning_rate(position.global_step, self.run.optim, self.run.trainer.max_steps)
         heartbeat.at("step", position.global_step + 1)
         result = self.engine.step(micro_batches, lr)
-        position.consumed_samples += batch_size_at(position.consumed_samples, self.run.step)
+        self.batch_size = batch_size_at(position.consumed_samples, self.run.step)
+        position.consumed_samples += self.batch_size
         position.global_step += 1
         position.skipped_steps += result.skipped
         now = time.perf_counter()

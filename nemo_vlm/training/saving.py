@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from nemo_vlm.mcore import checkpoint, groups, rng, weights
 from nemo_vlm.mcore.engine import Engine
 from nemo_vlm.training import checkpoints
 from nemo_vlm.training.checkpoints import Position
-from nemo_vlm.typed import model_tree
+from nemo_vlm.typed import model_tree, plain
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Saver:
         self.folder = checkpoints.folder_of(run.exp_manager)
         self.first = torch.distributed.get_rank() == 0
         self.group = groups.background_group() if self.config.async_save else None
-        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.thread = ThreadPoolExecutor(1, "checkpoint", use_device)
         self.pending: Future | None = None
         self.last_step: int | None = None
 
@@ -39,7 +40,7 @@ class Saver:
         self.wait()
         heartbeat.at("checkpoint")
         path = checkpoints.path_of(self.folder, position.global_step)
-        position = replace(position, optimizer=engine.optimizer_state(), layout=asdict(self.layout))
+        position = replace(position, optimizer=engine.optimizer_state(), layout=plain(self.layout))
         if self.first:
             checkpoints.begin(path)
         groups.barrier()  # nobody writes before the marker stands
@@ -69,9 +70,18 @@ class Saver:
     def write(self, parts: list[weights.Part], path: Path, position: Position) -> None:
         checkpoint.save(parts, path, self.group)
         if self.first:
+            metrics = checkpoints.run_folder(self.run.exp_manager) / "metrics.csv"
+            if metrics.exists():  # a checkpoint counts on the rows up to it
+                checkpoints.sync(metrics)
             checkpoints.finish(path, position, model_tree(self.run))
             checkpoints.prune(self.folder, self.config)
             log.info("wrote %s", path)
+
+
+def use_device() -> None:
+    """A new thread would use the first GPU, whatever its rank."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def gathered(parts: list[weights.Part]) -> list[weights.Part]:
@@ -90,8 +100,8 @@ def load(engine: Engine, path: Path, config: ExpManagerConfig, layout: Layout) -
         ConfigError: the checkpoint is of another model.
     """
     position, stored = checkpoints.read(path), checkpoint.shapes(path)
-    checkpoint.load(engine.parts(), path)
-    engine.updater.weights_changed()
+    checkpoint.load([best_source(part, set(stored)) for part in engine.parts()], path)
+    engine.updater.model_weights_loaded()
     if not config.resume_optimizer:
         log.info("the optimizer starts anew (exp_manager.resume_optimizer=false)")
     elif not any(name.startswith("optimizer.") for name in stored):
@@ -102,13 +112,16 @@ def load(engine: Engine, path: Path, config: ExpManagerConfig, layout: Layout) -
         checkpoint.load([part for part in parts if part.name in stored or ".state.param." not in part.name], path)
         engine.set_optimizer_state(position.optimizer)
     name = rng.name(torch.distributed.get_rank())
-    if config.resume_rng and position.layout == as_stored(layout) and name in stored:
+    if config.resume_rng and position.layout != plain(layout):
+        log.info("another layout than the one that saved: random numbers start anew")
+    elif config.resume_rng and name in stored:
         part = rng.empty_part(torch.distributed.get_rank(), stored[name])
         checkpoint.load([part], path)
         rng.restore_rng(part)
     return position
 
 
-def as_stored(layout: Layout) -> dict:
-    """As it looks after a way through JSON."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(layout).items()}
+def best_source(part: weights.Part, stored: set[str]) -> weights.Part:
+    """fp32 weights from the main weights of a run in half precision, where these were saved."""
+    main = f"optimizer.state.param.{part.name}"
+    return replace(part, name=main) if part.data.dtype is torch.float32 and main in stored else part

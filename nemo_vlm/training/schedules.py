@@ -23,9 +23,10 @@ def check(optim: OptimConfig, max_steps: int) -> None:
     if not 0 <= sched.min_lr <= optim.lr < math.inf:
         raise ConfigError(f"model.optim.sched.min_lr={sched.min_lr}: must lie between 0 and model.optim.lr={optim.lr}")
     if not 0 <= warmup_steps(sched, max_steps) <= max_steps:
-        raise ConfigError(
-            f"model.optim.sched.warmup_steps={sched.warmup_steps}: must lie between 0 and max_steps={max_steps}"
-        )
+        by_steps = sched.warmup_steps is not None
+        key, value = ("warmup_steps", sched.warmup_steps) if by_steps else ("warmup_ratio", sched.warmup_ratio)
+        limit = f"max_steps={max_steps}" if by_steps else "1"
+        raise ConfigError(f"model.optim.sched.{key}={value}: must lie between 0 and {limit}")
 
 
 def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
