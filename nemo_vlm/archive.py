@@ -14,7 +14,6 @@ import io
 import json
 import math
 import mmap
-import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import yaml
 from torch import Tensor
 
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.files import written_whole
 
 CONFIG, WEIGHTS, INDEX = (
     "model_config.yaml",
@@ -65,24 +65,15 @@ def write_archive(
         specs: every tensor, in the order in which `tensors` yields them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                add_bytes(tar, CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
-                for name, folder in folders.items():
-                    for source in sorted(p for p in folder.rglob("*") if p.is_file()):
-                        add_bytes(
-                            tar,
-                            f"{name}/{source.relative_to(folder).as_posix()}",
-                            source.read_bytes(),
-                        )
-                add_weights(tar, specs, ((name, tensor) for name, tensor in tensors if tensor.numel()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        written_whole(path, "wb") as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        add_bytes(tar, CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
+        for name, folder in folders.items():
+            for source in sorted(p for p in folder.rglob("*") if p.is_file()):
+                add_bytes(tar, f"{name}/{source.relative_to(folder).as_posix()}", source.read_bytes())
+        add_weights(tar, specs, ((name, tensor) for name, tensor in tensors if tensor.numel()))
 
 
 def add_weights(tar: tarfile.TarFile, specs: list[TensorSpec], tensors: Iterator[tuple[str, Tensor]]) -> None:

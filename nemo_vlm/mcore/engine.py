@@ -25,7 +25,7 @@ LossFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports, equal on every rank.
+    """What one optimizer step reports, equal on every rank: all of it was summed over the run.
 
     Attributes:
         loss: reduced over the global batch.
@@ -70,7 +70,7 @@ class Engine:
     """Runs optimizer steps of a model.
 
     Args:
-        chunks: the stages that this rank holds, with their weights in place.
+        chunks: the stages that this rank holds, freshly built; their weights may be set before or after.
         loss_function: (losses [b, s], labels [b, s]) -> (weighted sum, weight); the reported and differentiated loss is
             the sum over the global batch divided by the weight over the global batch.
         reduce_dtype: dtype in which FSDP reduces gradients.
@@ -176,7 +176,10 @@ class Engine:
 
 
 def materialize(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Move freshly built parameters to this rank's device and dtype, zero, keeping Megatron's marks on them."""
+    """Move freshly built parameters to this rank's device and dtype, keeping Megatron's marks on them.
+
+    They are zero: nobody sets the rows that pad the vocabulary.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(cpu.device(), dtype).zero_()
     return model

@@ -92,7 +92,7 @@ def regions(model: nn.Module, vocab_size: int) -> Regions:
 
 
 def memory(tensor: Tensor) -> int:
-    """Tells parameters apart by their memory, which views share, on the meta device too."""
+    """Tells parameters apart by their memory, which views share; data_ptr() is 0 for all on the meta device."""
     return tensor.untyped_storage()._cdata
 
 

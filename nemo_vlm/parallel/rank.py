@@ -21,7 +21,9 @@ from pathlib import Path
 
 from nemo_vlm import heartbeat
 from nemo_vlm.errors import Failure, explain
+from nemo_vlm.files import written_whole
 
+ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # ask a run to finish its step, save and end
 VARIABLE = "NEMO_VLM_SUPERVISOR"  # pid:folder
 PR_SET_PDEATHSIG = 1
 
@@ -106,9 +108,8 @@ def leave(failure: Failure) -> None:
         sys.stderr.write(f"{prefix()}{failure.message}\n")
     else:
         report = Report(time.monotonic(), failure.message, failure.code, failure.trace)
-        scratch = _files.report.with_suffix(".tmp")
-        scratch.write_text(json.dumps(asdict(report)))
-        scratch.rename(_files.report)
+        with contextlib.suppress(OSError), written_whole(_files.report) as file:  # a full disk: the exit code is left
+            json.dump(asdict(report), file)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(failure.code)

@@ -24,13 +24,12 @@ from types import FrameType
 from nemo_vlm import heartbeat
 from nemo_vlm.errors import Failure, RunError, Stopped
 from nemo_vlm.layout import under_slurm
-from nemo_vlm.parallel.rank import VARIABLE, Files, Report
+from nemo_vlm.parallel.rank import ENDING, VARIABLE, Files, Report
 
 POLL = 0.1  # seconds
 GRACE = 2.0  # after the first failure, for the others' reports
 PATIENCE = 10.0  # the same, while all that is known is that contact was lost
 ANSWER = 5.0  # for a rank to say where it hangs
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOST_CONTACT = re.compile(
     r"closed by peer|reset by peer|Connection refused|Broken pipe|Socket [Tt]imeout|pair closure|connectFullMesh"
     r"|ncclRemoteError|remote process exited|ncclSystemError|Timed out waiting|recvValue failed|DistNetworkError",
@@ -88,7 +87,7 @@ class Signals:
         self.forwarded: set[int] = set()
 
     def __enter__(self) -> Signals:
-        self.before = {number: signal.signal(number, self._receive) for number in FORWARDED}
+        self.before = {number: signal.signal(number, self._receive) for number in ENDING}
         return self
 
     def __exit__(self, *_: object) -> None:

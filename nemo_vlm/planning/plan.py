@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from nemo_vlm.config import ExpManagerConfig, LanguageConfig, RunConfig, Trainer
 from nemo_vlm.data import digits
 from nemo_vlm.data.tokenizer import load_tokenizer, tokenizer_exists
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.files import written_whole
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore.ranks import first_replica, rank_groups
 from nemo_vlm.mcore.weights import Bounds
@@ -221,13 +221,9 @@ def write(plan: dict[str, Any], path: Path) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with written_whole(path) as file:
+            file.write(json.dumps(plan, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"plan_file={path}: cannot be written ({error.strerror})") from None

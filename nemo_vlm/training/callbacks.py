@@ -70,7 +70,6 @@ class FailFast(Callback):
 class Stop:
     """Whether the run should end after this step: a signal came, or its time is over."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     OF_SUBMITIT = signal.SIGUSR2  # what it lets Slurm send before the time is over; a supervisor has another use for it
 
     def __init__(self, run: RunConfig) -> None:
@@ -84,7 +83,7 @@ class Stop:
         self.signalled = False
 
     def listen(self) -> None:
-        for number in self.SIGNALS if rank.supervised() else (*self.SIGNALS, self.OF_SUBMITIT):
+        for number in rank.ENDING if rank.supervised() else (*rank.ENDING, self.OF_SUBMITIT):
             signal.signal(number, self.hear)
 
     def hear(self, number: int, frame: Any) -> None:

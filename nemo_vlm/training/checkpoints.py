@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ import yaml
 
 from nemo_vlm.config import CheckpointConfig, ExpManagerConfig
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.files import sync
 
 MARK = "-unfinished"
 STATE = "state.json"
@@ -29,7 +29,7 @@ STATE = "state.json"
 
 @dataclass
 class Position:
-    """How far a run has come, all that a checkpoint keeps beside tensors.
+    """How far a run has come: state.json.
 
     Attributes:
         global_step: steps taken, skipped ones included.
@@ -122,15 +122,6 @@ def finish(path: Path, position: Position, model_tree: dict[str, Any]) -> None:
     sync(path)
     marker(path).unlink()
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """To disk, so that the order of these steps survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read(path: Path) -> Position:

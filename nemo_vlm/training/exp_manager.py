@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import logging
-import os
 import shlex
 import sys
 import warnings
@@ -24,6 +23,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from nemo_vlm.config import ExpManagerConfig
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.files import remove_partial, written_whole
 from nemo_vlm.training import checkpoints
 
 log = logging.getLogger(__name__)
@@ -69,8 +69,7 @@ def open_run(config: ExpManagerConfig, settings: dict[str, Any]) -> Opened:
         raise ConfigError(f"exp_manager.exp_dir={config.exp_dir}: {folder} cannot be made ({error.strerror})") from None
     for name in checkpoints.clean(checkpoints.folder_of(config)):
         log.warning("removed the unfinished checkpoint %s", name)
-    for partial in checkpoints.folder_of(config).glob(f".{config.name}.nemo.partial-*"):
-        partial.unlink()
+    remove_partial(archive_path(config))
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     with open(folder / "cmd-args.log", "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
@@ -110,14 +109,10 @@ def go_on(folder: Path, checkpoint: Path) -> None:
             checkpoints.remove(path)
     metrics = folder / "metrics.csv"
     rows = [row for row in read_rows(metrics) if int(row["global_step"]) <= step]
-    partial = metrics.with_name(".metrics.csv.partial")
-    with open(partial, "w", newline="") as file:
+    with written_whole(metrics) as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, metrics)
     log.info("going on from step %d (%s)", step, checkpoint)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from nemo_vlm import heartbeat
 from nemo_vlm.config import CheckpointConfig, ExpManagerConfig, RunConfig
+from nemo_vlm.files import sync
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import checkpoint, groups, rng, weights
 from nemo_vlm.mcore.engine import Engine
@@ -72,7 +73,7 @@ class Saver:
         if self.first:
             metrics = checkpoints.run_folder(self.run.exp_manager) / "metrics.csv"
             if metrics.exists():  # a checkpoint counts on the rows up to it
-                checkpoints.sync(metrics)
+                sync(metrics)
             checkpoints.finish(path, position, model_tree(self.run))
             checkpoints.prune(self.folder, self.config)
             log.info("wrote %s", path)

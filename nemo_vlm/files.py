@@ -1,0 +1,41 @@
+"""Files that appear whole or not at all, and survive a power cut."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+PARTIAL = ".{name}.partial-{writer}"  # beside the file while it is written
+
+
+@contextmanager
+def written_whole(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file to write, which takes its name, replacing what bore it, when all of it is on disk."""
+    partial = path.with_name(PARTIAL.format(name=path.name, writer=os.getpid()))
+    try:
+        with open(partial, mode, newline=None if "b" in mode else "") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partial(path: Path) -> None:
+    """What a killed process left of such a file."""
+    for partial in path.parent.glob(PARTIAL.format(name=glob.escape(path.name), writer="*")):
+        partial.unlink()
+
+
+def sync(path: Path) -> None:
+    """A file's or folder's content to disk, so that the order of changes survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
