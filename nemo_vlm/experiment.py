@@ -131,10 +131,10 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
     Returns:
         the plan of the run, and its tokenizer.
     """
+    from nemo_vlm import checkpoints
     from nemo_vlm.data import digits, records
     from nemo_vlm.data.tokenizer import load_tokenizer
     from nemo_vlm.planning import machine
-    from nemo_vlm.training import checkpoints
     from nemo_vlm.training.module import Plan
 
     check_interfaces(os.environ)

@@ -17,7 +17,7 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 # Lower layers first; a module imports from its own layer or below.
 LAYERS = (
-    ("errors", "files", "heartbeat", "config", "typed", "layout", "batch", "archive", "mapping"),
+    ("errors", "files", "heartbeat", "config", "typed", "layout", "batch", "archive", "mapping", "checkpoints"),
     ("mcore",),
     ("models", "data"),
     ("parallel",),

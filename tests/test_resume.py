@@ -17,13 +17,14 @@ from distributed import run_ranks
 from megatron.core import dist_checkpointing, parallel_state
 from test_families import VARIANTS, assert_same_run, build_all, make_layout, run_of, sharded, steps_of
 
+from nemo_vlm import checkpoints
+from nemo_vlm.checkpoints import Position
 from nemo_vlm.config import CheckpointConfig, ExpManagerConfig, OptimConfig, RunConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import checkpoint, groups, weights
-from nemo_vlm.training import checkpoints, saving
+from nemo_vlm.training import saving
 from nemo_vlm.training.build import make_engine
-from nemo_vlm.training.checkpoints import Position
 
 FIRST, MORE = 2, 2  # steps before and after the checkpoint
 DISTRIBUTED = OptimConfig(name="distributed_fused_adam", lr=1e-2, weight_decay=0.1)

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from test_cli import ROOT, TRAIN, metrics, run
 
+from nemo_vlm import checkpoints
+from nemo_vlm.checkpoints import Position
 from nemo_vlm.config import ExpManagerConfig, seconds
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.training import checkpoints, exp_manager
-from nemo_vlm.training.checkpoints import Position
+from nemo_vlm.training import exp_manager
 
 QUIET = ("trainer.enable_progress_bar=false", "model.data.num_workers=0")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import cpu, groups, weights
 from nemo_vlm.mcore.fsdp import FullySharded
 from nemo_vlm.mcore.replicated import Replicated
-from nemo_vlm.mcore.updates import UpdateConfig, Updater, finite
+from nemo_vlm.mcore.updates import UpdateConfig, Updater
 
 LossFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -39,7 +40,7 @@ class StepResult:
 
     @property
     def skipped(self) -> bool:
-        return not finite(self.grad_norm)
+        return not math.isfinite(self.grad_norm)
 
 
 class StageModule(MegatronModule):

@@ -6,6 +6,7 @@ with the whole. Sharded weights are fp32 whatever the precision; they are cast w
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,12 +22,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import cpu
 from nemo_vlm.mcore.updates import (
-    INITIAL_LOSS_SCALE,
     MOMENTS,
     Shard,
     UpdateConfig,
     apply_weight_decay,
-    finite,
     optimizer_config,
     overrides,
 )
@@ -64,7 +63,7 @@ class FullySharded:
         self.param_groups = self.optimizer.param_groups
         apply_weight_decay(self.param_groups, settings.weight_decay)
         self.max_norm = settings.clip_grad
-        self.scaler = make_scaler() if dtype is torch.float16 else None
+        self.scaler = make_scaler(settings) if dtype is torch.float16 else None
         for parameter in self.trained:  # state from the start, so that it can be loaded
             zeros = {key: torch.zeros_like(parameter) for key in MOMENTS}
             self.optimizer.state[parameter] = {"step": torch.zeros((), device=cpu.device()), **zeros}
@@ -96,8 +95,8 @@ class FullySharded:
         torch.distributed.all_reduce(squares)
         norm = float((squares / self.num_copies).sqrt())
         if self.scaler:
-            self.scaler.update(not finite(norm))
-        if not finite(norm):
+            self.scaler.update(not math.isfinite(norm))
+        if not math.isfinite(norm):
             return norm
         if norm > self.max_norm:
             coefficient = self.max_norm / (norm + 1e-6)  # as Megatron's clip_grad_by_total_norm_fp32
@@ -152,10 +151,15 @@ def shard_mesh(layout: Layout) -> DeviceMesh:
     return mesh["copy", "shard"] if sizes[0] > 1 else mesh["shard"]
 
 
-def make_scaler() -> DynamicGradScaler:
-    """With Megatron's settings."""
+def make_scaler(settings: megatron_optimizer.OptimizerConfig) -> DynamicGradScaler:
+    """As Megatron makes its own."""
     return DynamicGradScaler(
-        INITIAL_LOSS_SCALE, min_scale=1.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=1000, hysteresis=2
+        settings.initial_loss_scale,
+        settings.min_loss_scale,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        growth_interval=int(settings.loss_scale_window),
+        hysteresis=settings.hysteresis,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from nemo_vlm.mcore.updates import (
     Shard,
     UpdateConfig,
     apply_weight_decay,
-    finite,
     optimizer_config,
     overrides,
 )
@@ -52,16 +52,10 @@ class Replicated:
         apply_weight_decay(self.param_groups, optim.weight_decay)
         self.max_norm = settings.clip_grad
         self.scaler = getattr(self.optimizer.chained_optimizers[0], "grad_scaler", None)
-        self.overlaps = ddp.overlap_grad_reduce
-        self._tell_schedule()
+        if ddp.overlap_grad_reduce:  # the schedule starts reductions behind the last micro-batch
+            hooks = [module.no_sync for module in self.modules]
+            self.config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
         self._make_state()
-
-    def _tell_schedule(self) -> None:
-        """Which of the schedule's hooks start the reductions that overlap."""
-        if not self.overlaps:
-            return
-        hooks = [module.no_sync for module in self.modules]
-        self.config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
 
     def _make_state(self) -> None:
         """Adam's state from the start, so that it can be loaded."""
@@ -100,8 +94,8 @@ class Replicated:
     def update(self) -> float:
         overflow = self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
-        if overflow or not finite(norm):
-            return float("inf") if finite(norm) else norm
+        if overflow or not math.isfinite(norm):
+            return float("inf") if math.isfinite(norm) else norm
         for each in self.optimizers:
             clip_grad_by_total_norm_fp32(each.get_parameters(), self.max_norm, norm)
         self.optimizer.step_with_ready_grads()

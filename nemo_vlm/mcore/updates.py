@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -119,7 +118,3 @@ def apply_weight_decay(param_groups: list[dict[str, Any]], weight_decay: float) 
     """Norms and biases have wd_mult 0, which only Megatron's scheduler would apply."""
     for group in param_groups:
         group["weight_decay"] = weight_decay * group["wd_mult"]
-
-
-def finite(norm: float) -> bool:
-    return math.isfinite(norm)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_vlm import checkpoints
 from nemo_vlm import layout as layouts
 from nemo_vlm.archive import Archive
 from nemo_vlm.config import ExpManagerConfig, LanguageConfig, RunConfig, TrainerConfig
@@ -28,7 +29,6 @@ from nemo_vlm.models.base import family
 from nemo_vlm.planning import machine
 from nemo_vlm.planning.memory import Holding, hold
 from nemo_vlm.planning.report import report
-from nemo_vlm.training import checkpoints
 from nemo_vlm.typed import plain, read_model
 
 log = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from nemo_vlm import heartbeat
 from nemo_vlm.archive import TensorSpec, write_archive
+from nemo_vlm.checkpoints import run_folder
 from nemo_vlm.config import RunConfig, seconds
 from nemo_vlm.mcore import groups, weights
 from nemo_vlm.parallel import rank
-from nemo_vlm.training.checkpoints import run_folder
 from nemo_vlm.training.exp_manager import archive_path, read_rows
 from nemo_vlm.training.module import TrainingModule
 from nemo_vlm.training.saving import Saver

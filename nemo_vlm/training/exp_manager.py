@@ -21,10 +21,10 @@ import yaml
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from nemo_vlm import checkpoints
 from nemo_vlm.config import ExpManagerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import remove_partial, written_whole
-from nemo_vlm.training import checkpoints
 
 log = logging.getLogger(__name__)
 

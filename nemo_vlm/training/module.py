@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nemo_vlm import heartbeat
 from nemo_vlm.batch import Batch
+from nemo_vlm.checkpoints import Position
 from nemo_vlm.config import RunConfig
 from nemo_vlm.data.loader import Order, Share, StepSampler, batch_size_at, make_loader
 from nemo_vlm.layout import Layout
@@ -22,7 +23,6 @@ from nemo_vlm.mcore.engine import StepResult
 from nemo_vlm.planning.flops import peak_tflops, step_flops
 from nemo_vlm.training import saving
 from nemo_vlm.training.build import build_engine
-from nemo_vlm.training.checkpoints import Position
 from nemo_vlm.training.exp_manager import Opened, begin
 from nemo_vlm.training.schedules import learning_rate
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 
-from nemo_vlm import heartbeat
+from nemo_vlm import checkpoints, heartbeat
+from nemo_vlm.checkpoints import Position
 from nemo_vlm.config import CheckpointConfig, ExpManagerConfig, RunConfig
 from nemo_vlm.files import sync
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import checkpoint, groups, rng, weights
 from nemo_vlm.mcore.engine import Engine
-from nemo_vlm.training import checkpoints
-from nemo_vlm.training.checkpoints import Position
 from nemo_vlm.typed import model_tree, plain
 
 log = logging.getLogger(__name__)
