@@ -21,11 +21,12 @@ from nemo_vlm.config import LanguageConfig, OptimConfig, ParallelConfig, RunConf
 from nemo_vlm.data import digits
 from nemo_vlm.data.tokenizer import load_tokenizer
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.layout import Layout
+from nemo_vlm.layout import Layout, one_process
 from nemo_vlm.mcore import groups
 from nemo_vlm.models.base import family
 from nemo_vlm.models.llava.config import Config as LlavaConfig
 from nemo_vlm.models.llava.config import MultimodalConfig
+from nemo_vlm.planning import machine
 from nemo_vlm.planning import plan as planning
 from nemo_vlm.training.build import build_engine
 from nemo_vlm.typed import model_tree
@@ -320,3 +321,20 @@ def test_the_evaluation_is_planned_from_its_archive(tmp_path: Path) -> None:
     assert entry["bytes"] == {"weights": held, "gradients": 0, "optimizer": 0, "activations": None}
     missing = command(script, "neva_model_file=nowhere.nemo", "dry_run=true", cwd=tmp_path)
     assert (missing.returncode, missing.stderr) == (2, "nowhere.nemo: there is no such archive\n")
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "env", "lacking"),
+    [
+        (1, {}, []),
+        (1, {"NODE_RANK": "1"}, ["NODE_RANK=1 must be a number below 1"]),  # left over from another run
+        (2, {"MASTER_ADDR": "a", "MASTER_PORT": "1", "NODE_RANK": "1"}, []),
+        (2, {"MASTER_ADDR": "a", "MASTER_PORT": "1", "NODE_RANK": "2"}, ["NODE_RANK=2 must be a number below 2"]),
+        (2, {"MASTER_ADDR": "a", "MASTER_PORT": "x", "NODE_RANK": "0"}, ["MASTER_PORT=x must be a number below 65536"]),
+        (2, {"NODE_RANK": "0"}, ["trainer.num_nodes=2 needs MASTER_ADDR, MASTER_PORT in the environment"]),
+        (2, {"LOCAL_RANK": "0"}, []),  # torchrun has seen to it
+    ],
+)
+def test_what_nodes_must_be_told(num_nodes: int, env: dict[str, str], lacking: list[str]) -> None:
+    layout = replace(one_process(LanguageConfig()), num_nodes=num_nodes)
+    assert machine.lacking_nodes(layout, env) == lacking
