@@ -54,6 +54,7 @@ UNHELPFUL_WARNINGS = (  # true of every run here, and of no use to its user
     ".*Falling back to local implementations",
     ".*CUDA_DEVICE_MAX_CONNECTIONS",
     ".*across ranks is zero",
+    ".*attribute of a Tensor that is not a leaf",
     ".*reduce_scatter_tensor. is deprecated",
     ".*all_gather_into_tensor. is deprecated",
 )
@@ -196,6 +197,7 @@ def launch(task: Task, config_name: str) -> None:
     The environment variable NEMO_CONFIG chooses another recipe of conf/.
     """
     rank.attach(os.environ)
+    sys.argv[1:] = sorted(sys.argv[1:], key=is_override)  # argparse wants the flags, as -m, in front
     store_defaults()
     asked = os.environ.get("HYDRA_FULL_ERROR", "0")
     show_traceback = asked == "1"
@@ -234,6 +236,10 @@ def launch(task: Task, config_name: str) -> None:
     except Stopped:
         pass
     finish(failures + jobs.noted(), show_traceback)
+
+
+def is_override(argument: str) -> bool:
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
 
 def task_or_plan(task: Task, tree: dict[str, Any]) -> Task:
@@ -307,8 +313,8 @@ def finish(failures: list[Failure], show_traceback: bool) -> None:
 
 
 def failure(error: Exception) -> Failure:
-    """Hydra's and OmegaConf's errors are the user's mistakes."""
-    if isinstance(error, HydraException | OmegaConfBaseException):
+    """Hydra's and OmegaConf's errors are the user's mistakes; so is a choice that Hydra cannot even look for."""
+    if isinstance(error, HydraException | OmegaConfBaseException) or "Config group override" in str(error):
         return Failure(one_line(error), 2, "".join(traceback.format_exception(error)))
     return explain(error)
 

@@ -184,6 +184,8 @@ def test_archives_of_every_layout_hold_the_same_model_and_answer(trained, folder
             "parallel=tp3000",
             "parallel=tp3000: no such choice; there are ddp, fsdp, fsdp_tp2, hsdp, pp2",
         ),
+        ("model=null", "Config group override must be a string or a list"),
+        ("model.micro_batch_size=0 --config-name neva_finetune", "model.micro_batch_size=0: must be 1 or more"),
         ("trainer.precision=bf17", "trainer.precision=bf17: must be one of 32, bf16, bf16-mixed"),
         (
             "model.activations_checkpoint_granularity=true",
