@@ -78,14 +78,6 @@ def test_every_layout_trains_as_one_process(trained, parallel: str, world_size: 
     assert_same(rows, trained("single"))
 
 
-ODD = ("model.num_layers=3", "model.mm_cfg.vision_encoder.num_attention_heads=5")
-
-
-@pytest.mark.parametrize("parallel", ["tp2", "pp2"])
-def test_odd_shapes_train_as_one_process(trained, parallel: str) -> None:
-    assert_same(trained(parallel, *ODD), trained("single", *ODD))
-
-
 def test_torchrun_starts_the_ranks_too(trained) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert_same(trained("tp2", launcher=launcher), trained("tp2"))

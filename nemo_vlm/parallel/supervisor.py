@@ -141,7 +141,7 @@ def supervise(ranks_per_node: int, num_nodes: int, hang_timeout: float, env: Map
             for local_rank in range(ranks_per_node):
                 ranks.append(start(local_rank, ranks_per_node, Path(folder), environment))
             failure = wait(ranks, signals, num_nodes, hang_timeout)
-            if failure is not None and any(rank.beat.step is not None for rank in ranks):
+            if failure is not None and sys.stderr.isatty():
                 sys.stderr.write("\n")  # below the progress bar
         finally:
             end(ranks)
