@@ -153,9 +153,11 @@ def parents() -> dict[int, int]:
 def report(options: argparse.Namespace, in_saves: int) -> None:
     calm, chaos = (table(options, name) for name in ("calm", "chaos"))
     print(f"{options.kills} kills, {in_saves} while an unfinished marker stood")
-    differing = [a[0] for a, b in zip(calm, chaos, strict=False) if a != b]
-    if len(calm) != len(chaos) or len(calm) != options.steps or differing:
-        sys.exit(f"DIFFERENT: {len(calm)} and {len(chaos)} rows, first difference at step {(differing or ['-'])[0]}")
+    if not len(calm) == len(chaos) == options.steps:
+        sys.exit(f"DIFFERENT: {len(calm)} and {len(chaos)} rows, {options.steps} steps")
+    differing = [a[0] for a, b in zip(calm, chaos, strict=True) if a != b]
+    if differing:
+        sys.exit(f"DIFFERENT from step {differing[0]}")
     print(f"bit-equal: {', '.join(COMPARED)} of {len(calm)} steps")
 
 
