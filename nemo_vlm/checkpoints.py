@@ -1,6 +1,6 @@
 """The folder of a run's training checkpoints: which are complete, which are kept, what is known of each.
 
-    checkpoints/step_000020/             tensors (mcore.checkpoint), state.json, model_config.yaml
+    checkpoints/step_000020/             tensors (formats.torch_dist), state.json, model_config.yaml
     checkpoints/step_000020-unfinished   stands while that folder is written or removed
 
 A folder beside its marker is never read, and cleaned up when the run starts again.
@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from nemo_vlm.config import CheckpointConfig, ExpManagerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import sync
+from nemo_vlm.formats.torch_dist_writer import write_common
 
 MARK = "-unfinished"
 STATE = "state.json"
@@ -110,12 +110,7 @@ def begin(path: Path) -> None:
 def finish(path: Path, position: Position, model_tree: dict[str, Any]) -> None:
     """Add what is not tensors, and take the marker away."""
     (path / "model_config.yaml").write_text(yaml.safe_dump(model_tree, sort_keys=False))
-    # Two files that Megatron's dist_checkpointing looks for; the first may be read with weights_only=True.
-    torch.save(
-        {"iteration": position.global_step, "consumed_train_samples": position.consumed_samples}, path / "common.pt"
-    )
-    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    (path / "metadata.json").write_text(json.dumps(backends | {"common_backend": "torch", "common_backend_version": 1}))
+    write_common(path, {"iteration": position.global_step, "consumed_train_samples": position.consumed_samples})
     (path / STATE).write_text(json.dumps(asdict(position)))
     for file in path.iterdir():
         sync(file)

@@ -222,6 +222,14 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """`model.*`, the first weights."""
+
+    # Hugging Face's directory, a .nemo, one that is extracted, or a training checkpoint; the optimizer starts anew
+    restore_from_path: str | None = None
+
+
+@dataclass(frozen=True)
 class PartConfig:
     """How one part of a model trains."""
 
@@ -242,7 +250,10 @@ class LanguageConfig:
     vocab_size: int | None = None  # null: as the tokenizer
     make_vocab_size_divisible_by: int = 128
     encoder_seq_length: int = 4096  # longest sample, in tokens
+    max_position_embeddings: int | None = None  # what an export says of it; null: encoder_seq_length
     rotary_base: float = 10000.0
+    seq_len_interpolation_factor: float | None = None  # rotary positions are divided by it
+    rope_scaling_factor: float | None = None  # Llama 3.1's scaling of rotary frequencies
     layernorm_epsilon: float = 1e-5
     bias: bool = False
     qkv_bias: bool = False
@@ -251,7 +262,7 @@ class LanguageConfig:
 
     def __post_init__(self) -> None:
         demand(self.init_method_std > 0, "model.init_method_std", self.init_method_std, "more than 0")
-        fill(self, num_query_groups=self.num_attention_heads)
+        fill(self, num_query_groups=self.num_attention_heads, max_position_embeddings=self.encoder_seq_length)
         if self.kv_channels is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"model.num_attention_heads={self.num_attention_heads}: model.hidden_size={self.hidden_size} "
@@ -262,6 +273,11 @@ class LanguageConfig:
     @property
     def parts(self) -> dict[str, PartConfig]:
         """How the model's top-level modules train, by name; those not named train as usual."""
+        return {}
+
+    @property
+    def pretrained(self) -> dict[str, tuple[str, str | None]]:
+        """For top-level modules, by name: the key that says where their first weights come from, and its value."""
         return {}
 
     @property
@@ -283,6 +299,7 @@ class RunConfig:
     data: DataConfig
     optim: OptimConfig
     tokenizer: TokenizerConfig
+    start: StartConfig = field(default_factory=StartConfig)
 
 
 def demand(condition: bool, key: str, value: Any, right: str) -> None:
@@ -309,7 +326,7 @@ def seconds(key: str, duration: str | None) -> float | None:
 
 
 # Which dataclasses the flat branch `model` is made of, beside the architecture, and its nested branches.
-MODEL_SECTIONS = {"parallel": ParallelConfig, "step": StepConfig}
+MODEL_SECTIONS = {"parallel": ParallelConfig, "step": StepConfig, "start": StartConfig}
 MODEL_BRANCHES = {"data": DataConfig, "optim": OptimConfig, "tokenizer": TokenizerConfig}
 
 

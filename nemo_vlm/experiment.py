@@ -14,7 +14,6 @@ import shutil
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -33,6 +32,8 @@ from nemo_vlm import layout as layouts
 from nemo_vlm import typed
 from nemo_vlm.config import ExpManagerConfig, RunConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError, Failure, Stopped, explain
+from nemo_vlm.inference.settings import GenerateConfig
+from nemo_vlm.logs import quieten_lightning, set_up_logging
 from nemo_vlm.models.base import FAMILIES, family
 from nemo_vlm.parallel import rank, supervisor
 from nemo_vlm.planning.network import check_interfaces
@@ -44,20 +45,6 @@ if TYPE_CHECKING:
 
 Task = Callable[[dict[str, Any]], None]
 CONF = Path(__file__).resolve().parents[1] / "conf"
-UNHELPFUL_WARNINGS = (  # true of every run here, and of no use to its user
-    ".*`LightningModule.configure_optimizers` returned `None`",
-    ".*does not have many workers",
-    ".*`training_step` returned `None`",
-    ".*smaller than the logging interval",
-    ".*isinstance.treespec, LeafSpec",
-    ".*full scope is deprecated",
-    ".*Falling back to local implementations",
-    ".*CUDA_DEVICE_MAX_CONNECTIONS",
-    ".*across ranks is zero",
-    ".*attribute of a Tensor that is not a leaf",
-    ".*reduce_scatter_tensor. is deprecated",
-    ".*all_gather_into_tensor. is deprecated",
-)
 log = logging.getLogger("nemo_vlm")
 
 
@@ -103,12 +90,34 @@ def evaluate(tree: dict[str, Any]) -> None:
     evaluate_archive(typed.read(EvaluateConfig, tree, ""))
 
 
+def generate(tree: dict[str, Any]) -> None:
+    """Let a model answer prompts, greedily."""
+    from nemo_vlm.inference import answers
+
+    generation = answers.prepare(typed.read(GenerateConfig, tree, ""), os.environ)
+    if not rank.supervised():
+        answers.make_ready(generation, os.environ)
+    layout, hang_timeout = generation.layout, generation.run.trainer.hang_timeout
+    if supervisor.needed(layout.world_size, os.environ):
+        return supervisor.supervise(layout.ranks_per_node, layout.num_nodes, hang_timeout, os.environ)
+    try:
+        with rank.watched(hang_timeout):
+            answers.answer(generation)
+    except Exception as error:
+        rank.fail(error, layout.world_size)
+        raise
+
+
 def plan(task: Task, plan_file: str | None, tree: dict[str, Any]) -> None:
     """Print what a task would be, and what each rank would hold; neither its machine nor its data need be here."""
     from nemo_vlm.inference.evaluate import EvaluateConfig
     from nemo_vlm.planning import plan as planning
 
-    if task is evaluate:
+    if task is generate:
+        from nemo_vlm.inference import answers
+
+        planned = answers.prepare(typed.read(GenerateConfig, tree, ""), os.environ).planned
+    elif task is evaluate:
         config = typed.read(EvaluateConfig, tree, "")
         planned = planning.evaluation(config.neva_model_file, config.precision, config.batch_size)
     else:
@@ -117,8 +126,14 @@ def plan(task: Task, plan_file: str | None, tree: dict[str, Any]) -> None:
 
 
 def read(tree: Mapping[str, Any]) -> RunConfig:
-    """The settings, checked as far as that needs neither torch nor a look at the machine."""
+    """The settings, checked as far as that needs no look at the machine; neither torch, where no weights are named."""
     run = typed.read_run(tree, family(str(tree["model"].get("family")), "config").Config)
+    if run.start.restore_from_path or any(path for _, path in run.model.pretrained.values()):
+        from nemo_vlm.sources import starting
+
+        run, decided = starting.settle(run, given_keys())
+        if decided and not rank.supervised():
+            log.info("as the weights that the run starts from: %s", ", ".join(decided))
     layouts.check(run)
     schedules.check(run.optim, run.trainer.max_steps)
     if run.trainer.accelerator == "cpu":
@@ -238,6 +253,11 @@ def launch(task: Task, config_name: str) -> None:
     finish(failures + jobs.noted(), show_traceback)
 
 
+def given_keys() -> set[str]:
+    """The settings on the command line."""
+    return {argument.lstrip("+").partition("=")[0] for argument in sys.argv[1:] if is_override(argument)}
+
+
 def is_override(argument: str) -> bool:
     return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
 
@@ -336,26 +356,12 @@ def one_line(error: Exception) -> str:
     return text.replace("Check that it's in your config search path.", "").strip()
 
 
-def set_up_logging() -> None:
-    """Our own lines, from the first rank of each node; of the libraries' warnings the helpful ones."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO if first else logging.ERROR)
-    logging.getLogger("megatron").setLevel(logging.WARNING)
-    for message in UNHELPFUL_WARNINGS:
-        warnings.filterwarnings("ignore", message)
-
-
-def quieten_lightning() -> None:
-    """Only warnings; to be called after Lightning is imported, which sets its levels then."""
-    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
 def store_defaults() -> None:
     """Offer the dataclasses' defaults to the composition, so that every key is there to be overridden."""
     store = ConfigStore.instance()
     store.store(group="trainer", name="base", node=plain_defaults(TrainerConfig))
     store.store(group="exp_manager", name="base", node=plain_defaults(ExpManagerConfig))
+    store.store(name="generation", node=plain_defaults(GenerateConfig))
     for name in FAMILIES:
         store.store(
             group="model",

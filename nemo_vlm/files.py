@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all, and survive a power cut."""
+"""Files and folders that appear whole or not at all, and survive a power cut."""
 
 from __future__ import annotations
 
 import glob
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +27,40 @@ def written_whole(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name, replacing the folder that bore it, when all of it is on disk."""
+    partial = path.with_name(PARTIAL.format(name=path.name, writer=os.getpid()))
+    partial.mkdir()
+    try:
+        yield partial
+        for entry in sorted(partial.rglob("*")):
+            sync(entry)
+        sync(partial)
+        replace_folder(partial, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(partial: Path, path: Path) -> None:
+    """Rename one folder to another that may exist; no call of the system does both at once."""
+    old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    if path.exists():
+        os.rename(path, old)
+    try:
+        os.rename(partial, path)
+    except BaseException:
+        if old.exists():
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def remove_partial(path: Path) -> None:
-    """What a killed process left of such a file."""
+    """What a killed process left of such a file or folder."""
     for partial in path.parent.glob(PARTIAL.format(name=glob.escape(path.name), writer="*")):
-        partial.unlink()
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def sync(path: Path) -> None:

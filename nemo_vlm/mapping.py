@@ -1,21 +1,23 @@
-"""Weight rules as data: one table a family, read in both directions between Hugging Face's names and ours.
+"""Weight rules as data: one table a family, read in both directions between Hugging Face's tensors and ours.
 
-A rule joins one tensor of ours with one or several of theirs. A table that leaves a tensor of either side unused is an
-error. Values are whole tensors (see mcore.weights), so rules know nothing of layouts.
+A rule joins one tensor of ours with one or several of theirs, and knows all their shapes. A table over a reader of one
+side is a reader of the other: tensors are made one by one, and a slice of one touches only what it needs. A table that
+leaves a tensor of either side unused is an error. Tensors are whole (see mcore.weights), so rules know no layouts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from nemo_vlm.errors import ConfigError
-
-Read = Callable[[str], Tensor]
+from nemo_vlm.formats.reader import Reader, Shape, Slices, check_names
 
 
 class Rule(Protocol):
@@ -24,130 +26,195 @@ class Rule(Protocol):
     @property
     def ours(self) -> str: ...
     @property
-    def theirs(self) -> tuple[str, ...]: ...
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Their tensors, in the order of `theirs`, as ours."""
+    def shape(self) -> Shape: ...
+    @property
+    def theirs(self) -> Mapping[str, Shape]: ...
+    def join(self, theirs: Reader, slices: Slices) -> Tensor:
+        """Ours, or a slice of it, from their tensors."""
         ...
 
-    def split(self, whole: Tensor) -> list[Tensor]:
-        """The inverse."""
+    def split(self, ours: Reader, name: str, slices: Slices) -> Tensor:
+        """Theirs of that name, or a slice of it, from our tensor."""
         ...
 
 
 @dataclass(frozen=True)
-class Rename:
-    """The same tensor under another name."""
+class Run:
+    """Consecutive rows of a tensor."""
 
-    ours: str
-    their_name: str
+    name: str
+    first: int
+    last: int  # the row behind it
 
     @property
-    def theirs(self) -> tuple[str, ...]:
-        return (self.their_name,)
+    def length(self) -> int:
+        return self.last - self.first
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0]
 
-    def split(self, whole: Tensor) -> list[Tensor]:
-        return [whole]
+@dataclass(frozen=True)
+class Rows:
+    """Our tensor is made of rows of theirs: renamed, or several fused into one.
+
+    Attributes:
+        runs: rows of their tensors, in our order; together they are all rows of all of them.
+        rest: the shape behind the first dimension, which is the same everywhere.
+    """
+
+    ours: str
+    runs: tuple[Run, ...]
+    rest: Shape = ()
+
+    @cached_property
+    def shape(self) -> Shape:
+        return (sum(run.length for run in self.runs), *self.rest)
+
+    @cached_property
+    def theirs(self) -> Mapping[str, Shape]:
+        rows: dict[str, int] = {}
+        for run in self.runs:
+            rows[run.name] = max(run.last, rows[run.name]) if run.name in rows else run.last
+        return {name: (count, *self.rest) for name, count in rows.items()}
+
+    def join(self, theirs: Reader, slices: Slices) -> Tensor:
+        return read_runs(theirs, self.runs, slices or whole(self.shape))
+
+    def split(self, ours: Reader, name: str, slices: Slices) -> Tensor:
+        starts = accumulate((run.length for run in self.runs), initial=0)
+        places = sorted(
+            (run.first, Run(self.ours, start, start + run.length))
+            for start, run in zip(starts, self.runs, strict=False)  # the last start is the end
+            if run.name == name
+        )
+        return read_runs(ours, [run for _, run in places], slices or whole(self.theirs[name]))
+
+
+def read_runs(reader: Reader, runs: Sequence[Run], slices: Slices) -> Tensor:
+    """A slice of the tensor that the runs make, one after another; a view where one run holds all of it."""
+    wanted, *rest = slices
+    found: list[Tensor] = []
+    at = 0
+    for run in runs:
+        start, stop = max(wanted.start, at), min(wanted.stop, at + run.length)
+        if start < stop or not found and run is runs[-1]:  # nothing is a tensor, too
+            rows = slice(run.first + start - at, run.first + max(start, stop) - at)
+            found.append(reader.read(run.name, (rows, *rest)))
+        at += run.length
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def whole(shape: Shape) -> Slices:
+    return tuple(slice(0, size) for size in shape)
 
 
 @dataclass(frozen=True)
 class Reshape:
-    """The same values in another shape."""
+    """The same values in another shape; for small tensors, which are read whole."""
 
     ours: str
+    shape: Shape
     their_name: str
-    our_shape: tuple[int, ...]
-    their_shape: tuple[int, ...]
+    their_shape: Shape
 
     @property
-    def theirs(self) -> tuple[str, ...]:
-        return (self.their_name,)
+    def theirs(self) -> Mapping[str, Shape]:
+        return {self.their_name: self.their_shape}
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0].reshape(self.our_shape)
+    def join(self, theirs: Reader, slices: Slices) -> Tensor:
+        return theirs.read(self.their_name).reshape(self.shape)[slices]
 
-    def split(self, whole: Tensor) -> list[Tensor]:
-        return [whole.reshape(self.their_shape)]
+    def split(self, ours: Reader, name: str, slices: Slices) -> Tensor:
+        return ours.read(self.ours).reshape(self.their_shape)[slices]
 
 
-@dataclass(frozen=True)
-class FuseQKV:
+def rename(ours: str, theirs: str, shape: Shape) -> Rows:
+    """The same tensor under another name."""
+    return Rows(ours, (Run(theirs, 0, shape[0]),), shape[1:])
+
+
+def fuse_qkv(ours: str, names: Sequence[str], num_heads: int, num_groups: int, head_size: int, rest: Shape) -> Rows:
     """Query, key and value as Megatron's linear_qkv: group by group, the group's queries, its key, its value.
 
-    Serves weights and biases.
+    Args:
+        names: theirs, in that order; weights, or biases.
     """
-
-    ours: str
-    query: str
-    key: str
-    value: str
-    num_heads: int
-    num_groups: int
-
-    @property
-    def theirs(self) -> tuple[str, ...]:
-        return (self.query, self.key, self.value)
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        grouped = [part.unflatten(0, (self.num_groups, -1)) for part in parts]
-        return torch.cat(grouped, dim=1).flatten(0, 1)
-
-    def split(self, whole: Tensor) -> list[Tensor]:
-        per_group = self.num_heads // self.num_groups
-        grouped = whole.unflatten(0, (self.num_groups, per_group + 2, -1))
-        parts = (
-            grouped[:, :per_group],
-            grouped[:, per_group : per_group + 1],
-            grouped[:, per_group + 1 :],
-        )
-        return [part.flatten(0, 2) for part in parts]
+    rows = (num_heads // num_groups * head_size, head_size, head_size)
+    runs = [
+        Run(name, group * count, (group + 1) * count)
+        for group in range(num_groups)
+        for name, count in zip(names, rows, strict=True)
+    ]
+    return Rows(ours, tuple(runs), rest)
 
 
-@dataclass(frozen=True)
-class FuseGateUp:
+def fuse_gate_up(ours: str, gate: str, up: str, ffn_size: int, rest: Shape) -> Rows:
     """SwiGLU's two projections as Megatron's linear_fc1: the gate above, the other below."""
-
-    ours: str
-    gate: str
-    up: str
-
-    @property
-    def theirs(self) -> tuple[str, ...]:
-        return (self.gate, self.up)
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts))
-
-    def split(self, whole: Tensor) -> list[Tensor]:
-        return list(whole.chunk(2))
+    return Rows(ours, (Run(gate, 0, ffn_size), Run(up, 0, ffn_size)), rest)
 
 
-def to_ours(rules: Iterable[Rule], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's tensors under our names.
+class Ours:
+    """Their tensors under our names.
 
     Raises:
-        ConfigError: a tensor that a rule needs is missing, or one is left over.
+        ConfigError: a tensor that a rule needs is missing or has another shape, or one is left over.
     """
-    rules = list(rules)
-    check_complete({name for rule in rules for name in rule.theirs}, set(theirs))
-    return {rule.ours: rule.join([theirs[name] for name in rule.theirs]) for rule in rules}
+
+    def __init__(self, rules: Iterable[Rule], theirs: Reader) -> None:
+        self.rules, self.theirs = {rule.ours: rule for rule in rules}, theirs
+        check(theirs, {name: shape for rule in self.rules.values() for name, shape in rule.theirs.items()})
+
+    def __str__(self) -> str:
+        return str(self.theirs)
+
+    def names(self) -> set[str]:
+        return set(self.rules)
+
+    def shape(self, name: str) -> Shape:
+        return self.rules[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return reduce(torch.promote_types, (self.theirs.dtype(theirs) for theirs in self.rules[name].theirs))
+
+    def read(self, name: str, slices: Slices = ()) -> Tensor:
+        return self.rules[name].join(self.theirs, slices)
 
 
-def to_theirs(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under Hugging Face's names.
+class Theirs:
+    """Our tensors under their names.
 
     Raises:
-        ConfigError: as to_ours.
+        ConfigError: as Ours.
     """
-    rules = list(rules)
-    check_complete({rule.ours for rule in rules}, set(ours))
-    return {name: part for rule in rules for name, part in zip(rule.theirs, rule.split(ours[rule.ours]), strict=True)}
+
+    def __init__(self, rules: Iterable[Rule], ours: Reader) -> None:
+        self.ours, rules = ours, list(rules)
+        self.rules = {name: rule for rule in rules for name in rule.theirs}
+        check(ours, {rule.ours: rule.shape for rule in rules})
+
+    def __str__(self) -> str:
+        return str(self.ours)
+
+    def names(self) -> set[str]:
+        return set(self.rules)
+
+    def shape(self, name: str) -> Shape:
+        return self.rules[name].theirs[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.ours.dtype(self.rules[name].ours)
+
+    def read(self, name: str, slices: Slices = ()) -> Tensor:
+        return self.rules[name].split(self.ours, name, slices)
 
 
-def check_complete(needed: set[str], found: set[str]) -> None:
-    if missing := sorted(needed - found):
-        raise ConfigError(f"tensors are missing: {', '.join(missing)}")
-    if unused := sorted(found - needed):
-        raise ConfigError(f"tensors have no rule: {', '.join(unused)}")
+def check(reader: Reader, needed: Mapping[str, Shape]) -> None:
+    """All names are there, no other, and all shapes are right.
+
+    Raises:
+        ConfigError: says which is not.
+    """
+    check_names(reader, set(needed))
+    for name, shape in needed.items():
+        if reader.shape(name) != shape:
+            raise ConfigError(
+                f"{reader}: the tensor '{name}' has shape {reader.shape(name)}, the configuration needs {shape}"
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 
@@ -17,11 +18,24 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 # Lower layers first; a module imports from its own layer or below.
 LAYERS = (
-    ("errors", "files", "heartbeat", "config", "typed", "layout", "batch", "archive", "mapping", "checkpoints"),
+    (
+        "errors",
+        "files",
+        "logs",
+        "heartbeat",
+        "config",
+        "typed",
+        "layout",
+        "batch",
+        "formats",
+        "archive",
+        "mapping",
+        "checkpoints",
+    ),
     ("mcore",),
     ("models", "data"),
-    ("parallel",),
-    ("training", "inference", "planning"),
+    ("parallel", "sources"),
+    ("training", "inference", "planning", "conversion"),
     ("experiment",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -36,8 +50,12 @@ def module(path: Path) -> str:
 
 def imports(path: Path) -> set[str]:
     """Everything that a file imports at run time, anywhere in it."""
+    return names_in(ast.walk(runtime(TREES[path])))
+
+
+def names_in(nodes: Iterable[ast.AST]) -> set[str]:
     found = set()
-    for node in ast.walk(runtime(TREES[path])):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -105,8 +123,33 @@ def test_families_stand_alone(path: Path) -> None:
         pieces = name.split(".")
         if pieces[:2] == ["nemo_vlm", "models"] and len(pieces) > 2 and pieces[2] in families:
             assert pieces[2] == own, f"{module(path)} imports the family {pieces[2]}"
-    if path.stem in ("config", "mapping", "processor", "tiny"):
-        assert not any(name.startswith("nemo_vlm.mcore") for name in imports(path)), "conversion runs without Megatron"
+
+
+WITHOUT_MEGATRON = [
+    p
+    for p in FILES
+    if p.parent in (PACKAGE / "formats", PACKAGE / "sources", PACKAGE / "conversion")
+    or (p.parent.parent == PACKAGE / "models" and p.stem in ("config", "mapping", "processor", "tiny"))
+]
+
+
+@pytest.mark.parametrize("path", WITHOUT_MEGATRON, ids=module)
+def test_conversion_runs_without_megatron(path: Path) -> None:
+    """Importing these modules imports neither Megatron nor Lightning, however indirectly."""
+    paths = {module(p): p for p in FILES}
+    reached, pending = set(), {module(path)}
+    while pending:
+        name = pending.pop()
+        reached.add(name)
+        pending |= (at_import(paths[name]) & paths.keys()) - reached
+    outside = {found.split(".")[0] for name in reached for found in at_import(paths[name])}
+    assert not outside & {"megatron", "pytorch_lightning"}, sorted(reached)
+
+
+def at_import(path: Path) -> set[str]:
+    """What a file imports when it is imported itself."""
+    top = [node for node in runtime(TREES[path]).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return names_in(top)
 
 
 def test_no_import_cycle() -> None:

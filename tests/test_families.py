@@ -26,8 +26,9 @@ from nemo_vlm.config import (
     TrainerConfig,
 )
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.formats.reader import InMemory
 from nemo_vlm.layout import Layout, one_process, resolve
-from nemo_vlm.mapping import to_ours, to_theirs
+from nemo_vlm.mapping import Ours, Theirs
 from nemo_vlm.mcore import groups, weights
 from nemo_vlm.mcore.config import DTYPES
 from nemo_vlm.mcore.engine import Engine, materialize
@@ -46,6 +47,7 @@ def siglip(config: LlavaConfig) -> LlavaConfig:
         activation=None,
         layernorm_epsilon=None,
         class_token_length=None,
+        use_head=True,
     )
     return replace(config, mm_cfg=replace(config.mm_cfg, vision_encoder=vision))
 
@@ -65,6 +67,14 @@ def tied(config: LanguageConfig) -> LanguageConfig:
     return replace(config, share_embeddings_and_output_weights=True)
 
 
+def interpolated(config: LanguageConfig) -> LanguageConfig:
+    return replace(config, seq_len_interpolation_factor=2.0)
+
+
+def llama3_scaled(config: LanguageConfig) -> LanguageConfig:
+    return replace(config, rope_scaling_factor=8.0, rotary_base=500000.0)
+
+
 def biased(config: LanguageConfig) -> LanguageConfig:
     return replace(config, bias=True, qkv_bias=True)
 
@@ -80,6 +90,8 @@ VARIANTS = {name: (name, config) for name, config in TINY.items()} | {
     "llava_odd": ("llava", odd(TINY["llava"])),
     "gpt_tied": ("gpt", tied(TINY["gpt"])),
     "gpt_biased": ("gpt", biased(TINY["gpt"])),
+    "gpt_linear_rope": ("gpt", interpolated(TINY["gpt"])),
+    "gpt_llama3_rope": ("gpt", llama3_scaled(TINY["gpt"])),
 }
 
 
@@ -131,8 +143,8 @@ def one_rank(config: LanguageConfig):
 def to_hugging_face(name: str, config: LanguageConfig, ours: dict, folder: Path):
     """The Hugging Face model of our weights, read by transformers from hub names."""
     mapping = family(name, "mapping")
-    theirs = {key: value.clone() for key, value in to_theirs(mapping.rules(config), ours).items()}
-    save_file(theirs, folder / "model.safetensors", {"format": "pt"})
+    theirs = Theirs(mapping.rules(config), InMemory(ours))
+    save_file({key: theirs.read(key).clone() for key in theirs.names()}, folder / "model.safetensors", {"format": "pt"})
     hf_config = mapping.hf_config(config)
     (folder / "config.json").write_text(json.dumps(hf_config))
     cls = getattr(transformers, hf_config["architectures"][0])
@@ -175,16 +187,18 @@ def test_logits_gradients_and_weights_equal_hugging_face(variant: str, tmp_path:
         loss.backward()
         expected_loss.backward()
 
-        back = to_ours(rules, saved(theirs, tmp_path / "again"))
-        assert all(torch.equal(back[key], ours[key]) for key in ours)
+        back = Ours(rules, InMemory(saved(theirs, tmp_path / "again")))
+        assert all(torch.equal(back.read(key), ours[key]) for key in ours)
 
         for parameter in theirs.parameters():
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        gradients = to_ours(rules, saved(theirs, tmp_path / "gradients"))
+        gradients = Ours(rules, InMemory(saved(theirs, tmp_path / "gradients")))
         for parameter in model.parameters():
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for key, gradient in whole(weights.parts(model, config.vocab_size)).items():
-            torch.testing.assert_close(gradient, gradients[key], rtol=1e-3, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(
+                gradient, gradients.read(key), rtol=1e-3, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
+            )
 
 
 LAYOUTS = {

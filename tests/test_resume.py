@@ -21,8 +21,10 @@ from nemo_vlm import checkpoints
 from nemo_vlm.checkpoints import Position
 from nemo_vlm.config import CheckpointConfig, ExpManagerConfig, OptimConfig, RunConfig
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.formats.store import Folder
+from nemo_vlm.formats.torch_dist import TorchDist
 from nemo_vlm.layout import Layout
-from nemo_vlm.mcore import checkpoint, groups, weights
+from nemo_vlm.mcore import groups, weights
 from nemo_vlm.training import saving
 from nemo_vlm.training.build import make_engine
 
@@ -172,7 +174,7 @@ def test_weights_only(saved, tmp_path: Path) -> None:
     run = replace(run, exp_manager=replace(run.exp_manager, checkpoint_callback_params=weights_only))
     run_ranks(save_and_go_on, where.world_size, run, where)
     small = checkpoints.complete(checkpoints.folder_of(run.exp_manager))[-1]
-    assert not any(name.startswith(("optimizer", "rng")) for name in checkpoint.shapes(small))
+    assert not any(name.startswith(("optimizer", "rng")) for name in TorchDist(Folder(small)).names())
     expected = run_ranks(resume, 2, run, where, small)[0][0]
     ignoring = replace(run, exp_manager=replace(run.exp_manager, resume_optimizer=False))
     assert run_ranks(resume, 2, ignoring, where, path)[0][0] == expected
@@ -184,9 +186,9 @@ def test_a_checkpoint_of_another_model_is_refused(saved, tmp_path: Path) -> None
     path, _ = saved("single", PLAIN)
     with pytest.raises(ConfigError, match=r"has shape \(.*\), this run's model needs"):
         part = weights.Part("vision_model.conv1.weight", (3, 3), (slice(0, 3), slice(0, 3)), torch.zeros(3, 3))
-        checkpoint.load([part], path)
+        weights.fill([part], TorchDist(Folder(path)))
     with pytest.raises(ConfigError, match="the tensor 'nothing' is missing"):
-        checkpoint.load([weights.Part("nothing", (1,), (slice(0, 1),), torch.zeros(1))], path)
+        weights.fill([weights.Part("nothing", (1,), (slice(0, 1),), torch.zeros(1))], TorchDist(Folder(path)))
 
 
 def read_by_megatron(run: RunConfig, layout: Layout, path: Path):
@@ -198,7 +200,7 @@ def read_by_megatron(run: RunConfig, layout: Layout, path: Path):
     shards = language_model.sharded_state_dict(prefix="language_model.", metadata=metadata)
     shards = {key: value for key, value in shards.items() if not key.endswith("_extra_state")}
     theirs = dist_checkpointing.load(shards, str(path))
-    checkpoint.load(parts, path)
+    weights.fill(parts, TorchDist(Folder(path)))
     ours = {f"language_model.{name}": value for name, value in language_model.named_parameters()}
     equal = {key: bool(torch.equal(theirs[key], ours[key])) for key in theirs if key in ours}
     groups.shut_down()
@@ -237,7 +239,7 @@ def test_a_table_of_contents_runs_nothing(saved, tmp_path: Path, monkeypatch) ->
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(ConfigError, match="system: refused"):
-        checkpoint.shapes(tmp_path)
+        TorchDist(Folder(tmp_path))
     assert not (tmp_path / "pwned").exists()
 
 

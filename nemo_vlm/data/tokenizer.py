@@ -2,45 +2,74 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nemo_vlm.archive import CONFIG, TOKENIZER, open_store
 from nemo_vlm.config import TokenizerConfig
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.formats.store import extract
 
+SENTENCEPIECE = "tokenizer.model"
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 
 
 def tokenizer_exists(config: TokenizerConfig) -> bool:
-    """Whether there is a directory, or a repository in the local cache, of the name; it is not opened."""
+    """Whether there is a directory, an archive, or a repository in the local cache, of the name; it is not opened."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     if config.type is None:
         return False
-    return Path(config.type).is_dir() or Path(HF_HUB_CACHE, f"models--{config.type.replace('/', '--')}").is_dir()
+    return Path(config.type).exists() or Path(HF_HUB_CACHE, f"models--{config.type.replace('/', '--')}").is_dir()
 
 
 def load_tokenizer(config: TokenizerConfig) -> Any:
-    """A Hugging Face tokenizer from a directory or from the local cache; nothing is downloaded.
+    """A Hugging Face tokenizer from a directory, an archive or the local cache; nothing is downloaded.
 
     Raises:
         ConfigError: there is none, or it cannot report character offsets, which the label mask needs.
     """
-    from transformers import AutoTokenizer
-
     if config.type is None:
         raise ConfigError("model.tokenizer.type=null: give the directory of the model's tokenizer")
+    path = Path(config.type)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        if path.is_file() or (path / CONFIG).is_file():
+            return open_tokenizer(str(extract(open_store(path), TOKENIZER, place)), config.type)
+        if is_unnamed(path):
+            shutil.copy(path / SENTENCEPIECE, place)
+            name_sentencepiece(place)
+            return open_tokenizer(scratch, config.type)
+    return open_tokenizer(config.type, config.type)
+
+
+def is_unnamed(folder: Path) -> bool:
+    """Whether a SentencePiece model stands there alone; transformers would take it for one without normalisation."""
+    return (folder / SENTENCEPIECE).is_file() and not (folder / "tokenizer_config.json").is_file()
+
+
+def name_sentencepiece(folder: Path) -> None:
+    """Say of a SentencePiece model that stands alone that it is Llama's, as NeMo's are."""
+    if is_unnamed(folder):
+        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def open_tokenizer(place: str, called: str) -> Any:
+    from transformers import AutoTokenizer
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.type, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         raise ConfigError(
-            f"model.tokenizer.type={config.type}: no tokenizer there, nor one of that name in the cache"
+            f"model.tokenizer.type={called}: no tokenizer there, nor one of that name in the cache"
         ) from None
     if not tokenizer.is_fast or tokenizer.eos_token is None:
-        raise ConfigError(
-            f"model.tokenizer.type={config.type}: a fast tokenizer (tokenizer.json) with an EOS is needed"
-        )
+        raise ConfigError(f"model.tokenizer.type={called}: a fast tokenizer (tokenizer.json) with an EOS is needed")
     return tokenizer
 
 

@@ -19,6 +19,7 @@ from nemo_vlm.inference.generate import greedy
 from nemo_vlm.inference.restore import Restored, restore
 from nemo_vlm.models.conversation import turns
 from nemo_vlm.models.images import load_image
+from nemo_vlm.sources.opening import open_source
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def evaluate_archive(config: EvaluateConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_folder={folder}: cannot be made ({error.strerror})") from None
-    with restore(config.neva_model_file, config.precision) as restored:
+    with restore(open_source(config.neva_model_file, "neva_model_file"), config.precision) as restored:
         answers = answer_all(restored, records, config)
     rows = [prediction(record, answer) for record, answer in zip(records, answers, strict=True)]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -63,7 +64,7 @@ def answer_all(restored: Restored, records: list[dict[str, Any]], config: Evalua
     answers = []
     for first in track(range(0, len(records), config.batch_size), description="answering"):
         prompts = [restored.processor.prompt(record) for record in records[first : first + config.batch_size]]
-        generated = greedy(restored.model, prompts, config.tokens_to_generate, restored.tokenizer.eos_token_id)
+        generated = greedy(restored.forward.last, prompts, config.tokens_to_generate, restored.stop_ids)
         answers += [restored.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in generated]
     return answers
 

@@ -1,70 +1,150 @@
-"""A model and its processor from a .nemo archive, in one process."""
+"""A model and its processor from a checkpoint of any format, under any layout that holds one copy of it."""
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
+import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
 
-from nemo_vlm.archive import Archive
-from nemo_vlm.config import LanguageConfig
+from nemo_vlm.config import LanguageConfig, TokenizerConfig
 from nemo_vlm.data.tokenizer import load_tokenizer
-from nemo_vlm.layout import one_process
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.layout import Layout, one_process
 from nemo_vlm.mcore import groups, weights
-from nemo_vlm.mcore.config import one_process_context
-from nemo_vlm.mcore.engine import materialize
+from nemo_vlm.mcore.config import DTYPES, context
+from nemo_vlm.mcore.engine import StageModule, materialize
+from nemo_vlm.mcore.inference import Forward
 from nemo_vlm.models.base import Processor, family
-from nemo_vlm.typed import read_model
+from nemo_vlm.sources.source import Source
 
-INSIDE = "nemo:"  # NeMo's mark of a path inside the archive
+GENERATION = "generation_config.json"  # Hugging Face's defaults of generation, of which the EOS count here
+CHAT = "chat_template.json"  # where transformers 4 kept the template of a processor
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A model ready for inference."""
+    """A model ready for inference.
 
-    model: nn.Module
+    Attributes:
+        stop_ids: tokens that end an answer.
+    """
+
+    forward: Forward
     config: LanguageConfig
     processor: Processor
     tokenizer: Any
+    stop_ids: set[int]
 
 
-@contextmanager
-def restore(path: str, precision: str) -> Iterator[Restored]:
-    """Open an archive, self-contained, and build its model; its process group lasts as long as the context."""
-    archive = Archive(path)
-    name = str(archive.config.get("family"))
-    parts = read_model(archive.config, family(name, "config").Config)
-    tokenizer = archive_tokenizer(archive, parts["tokenizer"])
-    config = family(name, "processor").settle(parts["model"], tokenizer)
-    torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1, backend="gloo")
-    try:
-        layout = one_process(config)
-        groups.initialize(layout, seed=0)
-        build, (stage,) = one_process_context(config, precision), groups.stages(layout)
-        model = materialize(family(name, "model").Model(config, build, stage), build.dtype)
-        assert config.vocab_size is not None
-        weights.load(weights.parts(model, config.vocab_size), archive)
+@contextlib.contextmanager
+def restore(source: Source, precision: str, layout: Layout | None = None) -> Iterator[Restored]:
+    """Build a checkpoint's model; each rank reads its part. Its process group lasts as long as the context.
+
+    Args:
+        precision: of trainer.precision.
+        layout: None: one process.
+    Raises:
+        ConfigError: the checkpoint has no tokenizer, or its tensors are not those of its settings.
+    """
+    tokenizer, parts = tokenizer_of(source), family(source.family, "processor")
+    config = parts.settle(source.model, tokenizer)
+    layout = layout or one_process(config)
+    with process_group(layout), megatron_groups(layout):
+        stage = StageModule(build(source, config, precision, layout).eval())
         yield Restored(
-            model.eval(),
+            Forward([stage], config.vocab_size),
             config,
-            family(name, "processor").Processor(config, parts["data"], tokenizer),
+            parts.Processor(config, source.settings["data"], tokenizer),
             tokenizer,
+            stop_ids(source, tokenizer),
         )
+
+
+def build(source: Source, config: LanguageConfig, precision: str, layout: Layout) -> nn.Module:
+    """This rank's part of the model with the checkpoint's weights."""
+    assert config.vocab_size is not None
+    context_of_build, (stage,) = context(layout, precision), groups.stages(layout)
+    model = materialize(family(source.family, "model").Model(config, context_of_build, stage), context_of_build.dtype)
+    weights.load(weights.parts(model, config.vocab_size), source.reader)
+    return model
+
+
+def stored_precision(source: Source) -> str:
+    """trainer.precision that computes in the dtype of the checkpoint's weights."""
+    if EMBEDDING not in source.reader.names():
+        raise ConfigError(f"{source}: holds no language model, but {', '.join(sorted(source.parts))}")
+    dtype = source.reader.dtype(EMBEDDING)
+    return next((name for name, known in DTYPES.items() if known is dtype), "32")
+
+
+@contextlib.contextmanager
+def megatron_groups(layout: Layout) -> Iterator[None]:
+    groups.initialize(layout, seed=0)
+    try:
+        yield
     finally:
         groups.shut_down()
+
+
+@contextlib.contextmanager
+def process_group(layout: Layout) -> Iterator[None]:
+    """The ranks of a layout: those that run already, else those that a launcher started, else this process alone."""
+    if torch.distributed.is_initialized():
+        yield
+        return
+    if layout.world_size == 1:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    else:
+        join()
+    try:
+        yield
+    finally:
         torch.distributed.destroy_process_group()
 
 
-def archive_tokenizer(archive: Archive, config: Any) -> Any:
-    if not str(config.type).startswith(INSIDE):
-        return load_tokenizer(config)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = archive.extract(config.type.removeprefix(INSIDE), Path(scratch))
-        return load_tokenizer(replace(config, type=str(folder)))
+def join() -> None:
+    """Meet the other ranks, as the environment describes them.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if missing := [
+        key for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if key not in os.environ
+    ]:
+        raise ConfigError(f"{', '.join(missing)} missing in the environment of a rank; under Slurm, start torchrun")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+
+
+def tokenizer_of(source: Source) -> Any:
+    """With the chat template of the processor, where the tokenizer has none."""
+    if source.tokenizer is None:
+        raise ConfigError(f"{source}: holds no tokenizer")
+    tokenizer = load_tokenizer(TokenizerConfig(source.tokenizer))
+    if tokenizer.chat_template is None and CHAT in source.files:
+        tokenizer.chat_template = read_json(source, CHAT)["chat_template"]
+    return tokenizer
+
+
+def stop_ids(source: Source, tokenizer: Any) -> set[int]:
+    """The EOS of the checkpoint's generation_config.json, as transformers' generate, else the tokenizer's."""
+    eos = read_json(source, GENERATION).get("eos_token_id") if GENERATION in source.files else None
+    found = eos if isinstance(eos, list) else [eos]
+    return {token for token in found if token is not None} or {tokenizer.eos_token_id}
+
+
+def read_json(source: Source, name: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(source.files[name].bytes()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{source}: {name} is damaged ({error!r})") from None

@@ -63,8 +63,8 @@ class StageModule(MegatronModule):
     def shared_embedding_or_output_weight(self) -> Tensor:
         return self.model.language_model.shared_embedding_or_output_weight()
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.model(batch, batch.labels)
+    def forward(self, batch: Batch, labels: Tensor | None = None) -> Tensor:
+        return self.model(batch, labels)
 
 
 class Engine:
@@ -130,7 +130,7 @@ class Engine:
             report = torch.cat([torch.stack([total.detach().double(), weight.double()]), batch.counts()])
             return total, weight.int(), report
 
-        return model(batch), reduce
+        return model(batch, batch.labels), reduce
 
     def parts(self) -> list[weights.Part]:
         """This rank's weights as they are now, in place."""

@@ -27,7 +27,10 @@ def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTMo
         pre_process=stage.first,
         post_process=stage.last,
         position_embedding_type="rope",
-        rotary_base=model.rotary_base,
+        rotary_base=model.rotary_base,  # type: ignore[arg-type]
+        seq_len_interpolation_factor=model.seq_len_interpolation_factor,
+        rope_scaling=model.rope_scaling_factor is not None,
+        rope_scaling_factor=model.rope_scaling_factor or 1.0,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         scatter_embedding_sequence_parallel=False,  # vision features are merged into the whole sequence first
         vp_stage=stage.chunk,

@@ -70,6 +70,14 @@ def sum_over_data(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def from_last_stage(values: torch.Tensor) -> torch.Tensor:
+    """What the last pipeline stage has, on all stages; on the others `values` is overwritten."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast(values, last, parallel_state.get_pipeline_model_parallel_group())
+    return values
+
+
 def any_rank(*flags: bool) -> list[bool]:
     """For each flag, whether any rank has raised it."""
     raised = torch.tensor(flags, dtype=torch.int32, device=cpu.device())

@@ -37,6 +37,7 @@ class VisionShape:
     class_token: bool  # CLIP puts a class token in front
     pre_norm: bool  # CLIP normalises the embeddings
     patch_bias: bool  # SigLIP's patch convolution has a bias
+    pooling_head: bool  # SigLIP's, behind all that runs here
 
     @property
     def num_patches(self) -> int:
@@ -47,7 +48,7 @@ class VisionTransformer(MegatronModule):
     """Images to the hidden states of one layer; parts are named as in Megatron's CLIPViTModel.
 
     Args:
-        depth: layers that run. The others, and the norm behind the last, are only carried along for export.
+        depth: layers that run. The others, and what stands behind the last, are only carried along for export.
     """
 
     def __init__(self, shape: VisionShape, depth: int, build: BuildContext) -> None:
@@ -69,8 +70,9 @@ class VisionTransformer(MegatronModule):
         ]
         self.layers = torch.nn.ModuleList(layers)
         self.ln_post = norm(config, hidden, shape.layernorm_epsilon)
-        self.layers[depth:].requires_grad_(False)
-        self.ln_post.requires_grad_(False)
+        self.head = pooling_head(shape) if shape.pooling_head else torch.nn.Identity()
+        for unused in (self.layers[depth:], self.ln_post, self.head):
+            unused.requires_grad_(False)
         if not split:
             log.warning(
                 "vision tower: %d heads, FFN %d do not divide by %d tensor-parallel ranks: each holds it whole",
@@ -111,6 +113,17 @@ class VisionTransformer(MegatronModule):
                 layer, f"{prefix}layers.{i}.", sharded_offsets, metadata, self.tp_group
             )
         return shards
+
+
+def pooling_head(shape: VisionShape) -> torch.nn.Module:
+    """The parameters of HF's SiglipMultiheadAttentionPoolingHead, under their names there."""
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    head = torch.nn.Module()
+    head.probe = torch.nn.Parameter(torch.empty(1, 1, hidden))
+    head.attention = torch.nn.MultiheadAttention(hidden, shape.num_attention_heads)
+    head.layernorm = torch.nn.LayerNorm(hidden)
+    head.mlp = torch.nn.ModuleDict({"fc1": torch.nn.Linear(hidden, ffn), "fc2": torch.nn.Linear(ffn, hidden)})
+    return head
 
 
 def recompute_runs(depth: int, step: StepConfig) -> list[tuple[int, int, bool]]:

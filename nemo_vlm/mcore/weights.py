@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -22,9 +21,9 @@ from torch import Tensor, nn
 
 from nemo_vlm import heartbeat
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.formats.reader import Reader, Slices, listed
 from nemo_vlm.mcore.groups import from_every_rank
 
-Slices = tuple[slice, ...]
 Bounds = tuple[tuple[int, int], ...]
 
 
@@ -66,14 +65,6 @@ class Part:
     @property
     def bounds(self) -> Bounds:
         return tuple((s.start, s.stop) for s in self.slices)
-
-
-class Reader(Protocol):
-    """Whole tensors by name, of which slices can be read."""
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str, slices: Slices) -> Tensor: ...
-    def names(self) -> set[str]: ...
 
 
 def regions(model: nn.Module, vocab_size: int) -> Regions:
@@ -181,24 +172,33 @@ def whole_initial(part: Part, seed: int, std: float) -> Tensor:
 
 
 @torch.no_grad()
-def load(model_parts: list[Part], reader: Reader) -> None:
-    """Fill this rank's parts from whole tensors.
+def fill(model_parts: Iterable[Part], reader: Reader) -> None:
+    """Read this rank's parts of whole tensors, in place.
 
     Raises:
-        ConfigError: a tensor is missing, has another shape, or (on a single rank, which holds all) is left over.
+        ConfigError: a tensor is missing or has another shape.
     """
+    stored = reader.names()
     for part in model_parts:
-        if part.name not in reader.names():
+        if part.name not in stored:
             raise ConfigError(f"{reader}: the tensor '{part.name}' is missing")
-        if reader.shape(part.name) != part.shape:
+        if (shape := reader.shape(part.name)) != part.shape:
             raise ConfigError(
-                f"{reader}: the tensor '{part.name}' has shape {reader.shape(part.name)}, the model needs {part.shape}"
+                f"{reader}: the tensor '{part.name}' has shape {shape}, this run's model needs {part.shape}"
             )
         part.data.copy_(reader.read(part.name, part.slices))
+
+
+def load(model_parts: list[Part], reader: Reader) -> None:
+    """As fill, on all ranks together, which must use all that is there.
+
+    Raises:
+        ConfigError: as fill, or a tensor is left over.
+    """
+    fill(model_parts, reader)
     held = from_every_rank({part.name for part in model_parts})
-    extra = reader.names() - set().union(*held)
-    if extra:
-        raise ConfigError(f"{reader}: the model has no place for the tensors {', '.join(sorted(extra)[:5])}")
+    if extra := reader.names() - set().union(*held):
+        raise ConfigError(f"{reader}: the model has no place for the tensors {listed(sorted(extra))}")
 
 
 @dataclass(frozen=True)

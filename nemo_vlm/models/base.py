@@ -2,8 +2,12 @@
 
     config.py     Config, a frozen dataclass on LanguageConfig
     model.py      Model(config, build, stage), a torch module: forward(batch, labels) -> losses, logits, hidden states
-    processor.py  settle(config, tokenizer); Processor(config, data, tokenizer): record -> Sample
-    mapping.py    rules(config): its weights in Hugging Face's names; hf_config(config): the config.json beside them
+    processor.py  settle(config, tokenizer); Processor(config, data, tokenizer): record -> Sample;
+                  hf_processor(config, data), data_from_hf(files, config): Hugging Face's files of a processor that does
+                  the same, written and read
+    mapping.py    rules(config): its weights in Hugging Face's names; hf_config(config), from_hf(hf, names, path): the
+                  config.json beside them, written and read; HF_TYPES, VISION_TYPES: model types that it reads;
+                  HF_VARIANTS, MEGATRON_VARIANTS: beginnings of names elsewhere
     tiny.py       config(), samples(config, count, generator), hf_inputs(batch): a small one to prove the others on
 
 All but model.py import neither Megatron nor a process group, so that conversion runs without them.
@@ -13,7 +17,7 @@ tests/test_families.py proves every family that it finds here.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nemo_vlm.errors import ConfigError
 
 if TYPE_CHECKING:  # torch is not imported to print a config
+    from torch import Tensor
+
     from nemo_vlm.batch import Sample
 
 FAMILIES = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/config.py")))
@@ -37,6 +43,14 @@ class Processor(Protocol):
 
     def prompt(self, record: Mapping[str, Any]) -> Sample:
         """The record up to where the assistant's first answer would begin."""
+        ...
+
+    def tokens(self, text: str, num_images: int, add_special_tokens: bool = True) -> Tensor:
+        """Ids [s] of a text that is not put into a template, <image> standing for as many tokens as the model sees."""
+        ...
+
+    def pixels(self, paths: Sequence[Path]) -> Tensor:
+        """What Sample.images is for these image files."""
         ...
 
 

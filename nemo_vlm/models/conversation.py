@@ -96,6 +96,55 @@ def check_length(record: Mapping[str, Any], length: int, limit: int) -> None:
         raise ConfigError(f"record {record.get('id')}: {length} tokens do not fit model.encoder_seq_length={limit}")
 
 
+def check_prompt(length: int, limit: int) -> None:
+    if length >= limit:
+        raise ConfigError(f"{length} tokens leave no room for an answer in model.encoder_seq_length={limit}")
+
+
+def raw_ids(text: str, tokenizer: Any, add_special_tokens: bool) -> Tensor:
+    """Ids [s] of a text as it is; special tokens are what the tokenizer puts around every text, BOS as a rule."""
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens)
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
+    """Messages as the tokenizer's chat template has them, up to where the answer begins.
+
+    A template takes a message as text, or as a list of its parts; one that loses a text is given the parts.
+
+    Raises:
+        ConfigError: there is no template, or it refuses.
+    """
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise ConfigError("the tokenizer has no chat template for 'messages'; give 'prompt', the whole text")
+    found = []
+    for form in (messages, [in_parts(message) for message in messages]):
+        try:
+            found.append(tokenizer.apply_chat_template(form, tokenize=False, add_generation_prompt=True))
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ConfigError(f"the chat template refuses the messages ({' '.join(str(error).split())})") from None
+        if all(piece in found[-1] for message in messages for piece in pieces(message)):
+            return found[-1]
+    return found[0]
+
+
+def in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose content is a list of images and texts."""
+    content = message["content"]
+    if isinstance(content, str):
+        texts = [[{"type": "text", "text": text.strip("\n")}] if text else [] for text in content.split(IMAGE_TAG)]
+        content = texts[0] + [part for text in texts[1:] for part in ({"type": "image"}, *text)]
+    return {**message, "content": content}
+
+
+def pieces(message: Mapping[str, Any]) -> list[str]:
+    """What of a message must be found in any rendering of it."""
+    content = message["content"]
+    return [piece.strip() for piece in content.split(IMAGE_TAG)] if isinstance(content, str) else []
+
+
 def turns(record: Mapping[str, Any]) -> list[Turn]:
     """The turns of a LLaVA record; a leading answer without a question is left out, as LLaVA does.
 

@@ -27,7 +27,7 @@ def num_gpus(accelerator: str) -> int:
     return found
 
 
-def check_machine(run: RunConfig, layout: Layout, gpus: int, env: Mapping[str, str]) -> None:
+def check_machine(run: RunConfig, layout: Layout, gpus: int, env: Mapping[str, str], trains: bool = True) -> None:
     """Stop at the door, with one line, where this machine cannot take its part of the run.
 
     Raises:
@@ -36,7 +36,7 @@ def check_machine(run: RunConfig, layout: Layout, gpus: int, env: Mapping[str, s
     lacking = [
         *lacking_devices(layout, gpus),
         *lacking_nodes(layout, env),
-        *lacking_memory(run, layout, gpus),
+        *lacking_memory(run, layout, gpus, trains),
     ]
     if lacking:
         raise ConfigError(f"this machine cannot run it: {'; '.join(lacking)}")
@@ -63,8 +63,8 @@ def lacking_nodes(layout: Layout, env: Mapping[str, str]) -> list[str]:
     return lacking
 
 
-def lacking_memory(run: RunConfig, layout: Layout, gpus: int) -> list[str]:
-    need = heaviest(run, layout)
+def lacking_memory(run: RunConfig, layout: Layout, gpus: int, trains: bool) -> list[str]:
+    need = heaviest(run, layout, trains)
     if gpus:
         have, where = torch.cuda.get_device_properties(0).total_memory, "its GPU"
     else:
@@ -75,6 +75,7 @@ def lacking_memory(run: RunConfig, layout: Layout, gpus: int) -> list[str]:
     if need.memory.total <= have:
         return []
     return [
-        f"a rank needs {need.memory.total / GIB:.1f} GiB for weights, gradients and optimizer state of "
+        f"a rank needs {need.memory.total / GIB:.1f} GiB for "
+        f"{'weights, gradients and optimizer state' if trains else 'the weights'} of "
         f"{need.num_parameters / 1e9:.2f} B parameters, {where} is {have / GIB:.1f} GiB"
     ]

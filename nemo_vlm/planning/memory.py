@@ -106,7 +106,7 @@ def num_elements(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def heaviest(run: RunConfig, layout: Layout) -> Holding:
+def heaviest(run: RunConfig, layout: Layout, trains: bool) -> Holding:
     """The rank that needs most, of one rank of each pipeline stage: tensor-parallel ranks hold equally much."""
-    holdings = [hold(run, layout, stage, tensor_rank=0) for stage in range(layout.pipeline)]
+    holdings = [hold(run, layout, stage, tensor_rank=0, trains=trains) for stage in range(layout.pipeline)]
     return max(holdings, key=lambda holding: holding.memory.total)

@@ -16,7 +16,6 @@ from typing import Any
 
 from nemo_vlm import checkpoints
 from nemo_vlm import layout as layouts
-from nemo_vlm.archive import Archive
 from nemo_vlm.config import ExpManagerConfig, LanguageConfig, RunConfig, TrainerConfig
 from nemo_vlm.data import digits
 from nemo_vlm.data.tokenizer import load_tokenizer, tokenizer_exists
@@ -29,7 +28,8 @@ from nemo_vlm.models.base import family
 from nemo_vlm.planning import machine
 from nemo_vlm.planning.memory import Holding, hold
 from nemo_vlm.planning.report import report
-from nemo_vlm.typed import plain, read_model
+from nemo_vlm.sources.opening import open_source
+from nemo_vlm.typed import plain
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +80,9 @@ def training(run: RunConfig, env: Mapping[str, str]) -> Planned:
 
 def evaluation(archive_path: str, precision: Any, batch_size: int) -> Planned:
     """The plan of one process that answers with an archive's model; the archive says what that is."""
-    archive = Archive(archive_path)
-    branch = read_model(archive.config, family(str(archive.config.get("family")), "config").Config)
+    settings = open_source(archive_path, "neva_model_file").settings
     trainer = TrainerConfig(devices=1, precision=precision)
-    run = RunConfig(trainer=trainer, exp_manager=ExpManagerConfig(name=Path(archive_path).stem), **branch)
+    run = RunConfig(trainer=trainer, exp_manager=ExpManagerConfig(name=Path(archive_path).stem), **settings)
     return Planned(run, layouts.one_process(run.model, batch_size), False, [])
 
 

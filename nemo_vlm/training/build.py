@@ -16,6 +16,7 @@ from nemo_vlm.mcore.layers import kernels
 from nemo_vlm.mcore.updates import UpdateConfig
 from nemo_vlm.models.build import build_chunks
 from nemo_vlm.planning.memory import replicated_memory
+from nemo_vlm.sources import starting
 from nemo_vlm.training.loss import REDUCTIONS
 
 ACTIVATION_ROOM = 0.3  # of a GPU's memory, kept free when model.optim.offload=auto decides
@@ -25,7 +26,7 @@ def build_engine(run: RunConfig, layout: Layout, first_weights: bool = True) -> 
     """Build this rank's part of a settled run's model and hand it to the engine.
 
     Args:
-        first_weights: draw them; not where a checkpoint brings them.
+        first_weights: set them; not where the run goes on from a checkpoint.
     """
     # Under FSDP no rank could hold the whole: memory is taken for the shards. Transformer Engine builds on its device.
     sharded = layout.fsdp is not None and kernels(run.step.transformer_impl) == "local"
@@ -35,9 +36,18 @@ def build_engine(run: RunConfig, layout: Layout, first_weights: bool = True) -> 
         materialize(chunk, DTYPES["32" if layout.fsdp else run.trainer.precision])
     engine = make_engine(run, layout, chunks)
     if first_weights:
-        weights.draw(engine.parts(), run.step.seed, run.model.init_method_std, run.model.num_layers)
-        engine.updater.model_weights_loaded()
+        set_first_weights(engine, run)
     return engine
+
+
+def set_first_weights(engine: Engine, run: RunConfig) -> None:
+    """Each module's from the checkpoint that brings it, else drawn."""
+    brought, parts = starting.first_weights(run), engine.parts()
+    drawn = [part for part in parts if part.name.split(".")[0] not in brought]
+    weights.draw(drawn, run.step.seed, run.model.init_method_std, run.model.num_layers)
+    for module, reader in brought.items():
+        weights.load([part for part in parts if part.name.split(".")[0] == module], reader)
+    engine.updater.model_weights_loaded()
 
 
 def make_engine(run: RunConfig, layout: Layout, chunks: list[nn.Module]) -> Engine:

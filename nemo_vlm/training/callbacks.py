@@ -15,9 +15,10 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 
 from nemo_vlm import heartbeat
-from nemo_vlm.archive import TensorSpec, write_archive
+from nemo_vlm.archive import TOKENIZER, self_contained, write_archive
 from nemo_vlm.checkpoints import run_folder
 from nemo_vlm.config import RunConfig, seconds
+from nemo_vlm.formats.safetensors import TensorSpec
 from nemo_vlm.mcore import groups, weights
 from nemo_vlm.parallel import rank
 from nemo_vlm.training.exp_manager import archive_path, read_rows
@@ -26,7 +27,6 @@ from nemo_vlm.training.saving import Saver
 from nemo_vlm.typed import model_tree
 
 log = logging.getLogger(__name__)
-TOKENIZER_FOLDER = "tokenizer"
 
 
 class Progress(TQDMProgressBar):
@@ -159,13 +159,12 @@ class SaveArchive(Callback):
             for _ in tensors:
                 raise AssertionError("only rank 0 receives tensors")
             return
-        config = model_tree(module.run)
-        config["tokenizer"]["type"] = f"nemo:{TOKENIZER_FOLDER}"
+        config = self_contained(model_tree(module.run))
         specs = [TensorSpec(name, placement.shape, placement.dtype) for name, placement in placed.items()]
         path = archive_path(module.run.exp_manager)
         with tempfile.TemporaryDirectory() as scratch:
             self.tokenizer.save_pretrained(scratch)
-            write_archive(path, config, {TOKENIZER_FOLDER: Path(scratch)}, specs, tensors)
+            write_archive(path, config, {TOKENIZER: Path(scratch)}, specs, tensors)
         log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
 
 

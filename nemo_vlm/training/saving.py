@@ -14,8 +14,12 @@ from nemo_vlm import checkpoints, heartbeat
 from nemo_vlm.checkpoints import Position
 from nemo_vlm.config import CheckpointConfig, ExpManagerConfig, RunConfig
 from nemo_vlm.files import sync
+from nemo_vlm.formats import torch_dist_writer
+from nemo_vlm.formats.store import Folder
+from nemo_vlm.formats.torch_dist import TorchDist
+from nemo_vlm.formats.torch_dist_writer import Piece
 from nemo_vlm.layout import Layout
-from nemo_vlm.mcore import checkpoint, groups, rng, weights
+from nemo_vlm.mcore import groups, rng, weights
 from nemo_vlm.mcore.engine import Engine
 from nemo_vlm.typed import model_tree, plain
 
@@ -68,7 +72,7 @@ class Saver:
         return parts + ([rng.rng_part(torch.distributed.get_rank())] if self.config.save_rng else [])
 
     def write(self, parts: list[weights.Part], path: Path, position: Position) -> None:
-        checkpoint.save(parts, path, self.group)
+        torch_dist_writer.save(pieces(parts), path, self.group)
         if self.first:
             metrics = checkpoints.run_folder(self.run.exp_manager) / "metrics.csv"
             if metrics.exists():  # a checkpoint counts on the rows up to it
@@ -76,6 +80,16 @@ class Saver:
             checkpoints.finish(path, position, model_tree(self.run))
             checkpoints.prune(self.folder, self.config)
             log.info("wrote %s", path)
+
+
+def pieces(parts: list[weights.Part]) -> list[Piece]:
+    """What this rank writes of a checkpoint."""
+    return [piece(part) for part in parts if part.primary and part.data.numel()]
+
+
+def piece(part: weights.Part) -> Piece:
+    offsets = tuple(start for start, _ in part.bounds)
+    return Piece(part.name, part.shape, offsets, tuple(part.data.shape), part.data.dtype, lambda: part.data)
 
 
 def use_device() -> None:
@@ -99,8 +113,9 @@ def load(engine: Engine, path: Path, config: ExpManagerConfig, layout: Layout) -
     Raises:
         ConfigError: the checkpoint is of another model.
     """
-    position, stored = checkpoints.read(path), checkpoint.shapes(path)
-    checkpoint.load([best_source(part, set(stored)) for part in engine.parts()], path)
+    position, reader = checkpoints.read(path), TorchDist(Folder(path))
+    stored = reader.names()
+    weights.fill([best_source(part, stored) for part in engine.parts()], reader)
     engine.updater.model_weights_loaded()
     if not config.resume_optimizer:
         log.info("the optimizer starts anew (exp_manager.resume_optimizer=false)")
@@ -109,14 +124,14 @@ def load(engine: Engine, path: Path, config: ExpManagerConfig, layout: Layout) -
     else:
         # fp32 main weights are missing where the run that saved was in fp32: the weights are as good
         parts = engine.optimizer_parts()
-        checkpoint.load([part for part in parts if part.name in stored or ".state.param." not in part.name], path)
+        weights.fill([part for part in parts if part.name in stored or ".state.param." not in part.name], reader)
         engine.set_optimizer_state(position.optimizer)
     name = rng.name(torch.distributed.get_rank())
     if config.resume_rng and position.layout != plain(layout):
         log.info("another layout than the one that saved: random numbers start anew")
     elif config.resume_rng and name in stored:
-        part = rng.empty_part(torch.distributed.get_rank(), stored[name])
-        checkpoint.load([part], path)
+        part = rng.empty_part(torch.distributed.get_rank(), reader.shape(name))
+        weights.fill([part], reader)
         rng.restore_rng(part)
     return position
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nemo_vlm.batch import IMAGE_TAG, Sample
 from nemo_vlm.config import DataConfig
-from nemo_vlm.models.conversation import TEMPLATES, Turn, check_length, encode, shift, turns
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.models.conversation import TEMPLATES, Turn, check_length, check_prompt, encode, raw_ids, shift, turns
 from nemo_vlm.models.gpt.config import Config
 from nemo_vlm.models.vocabulary import settle_vocabulary
 
@@ -56,3 +59,28 @@ class Processor:
         if text[-1].answer is None:
             return Sample(ids, torch.empty(0, dtype=torch.int64), none)
         return Sample(*shift(ids, trained), none)
+
+    def tokens(self, text: str, num_images: int, add_special_tokens: bool = True) -> Tensor:
+        """Ids [s] of a raw text.
+
+        Raises:
+            ConfigError: there are images, or it is too long for the model.
+        """
+        if num_images:
+            raise ConfigError(f"the gpt family reads text only, there are {num_images} images")
+        ids = raw_ids(text, self.tokenizer, add_special_tokens)
+        check_prompt(len(ids), self.config.encoder_seq_length)
+        return ids
+
+    def pixels(self, paths: Sequence[Path]) -> Tensor:
+        """None of no image files."""
+        return torch.empty(0, 3, 0, 0)
+
+
+def hf_processor(config: Config, data: DataConfig) -> dict[str, dict[str, Any]]:
+    """Hugging Face has none for text."""
+    return {}
+
+
+def data_from_hf(files: Mapping[str, dict[str, Any]], config: Config) -> tuple[dict[str, Any], list[str]]:
+    return {}, []

@@ -27,7 +27,8 @@ def config() -> Config:
 
 def samples(config: Config, count: int, generator: torch.Generator) -> list[Sample]:
     """Random text of several lengths."""
-    rows = [torch.randint(0, 240, (20 + 4 * (i % 3),), generator=generator) for i in range(count)]
+    vocabulary = min(240, config.vocab_size)
+    rows = [torch.randint(0, vocabulary, (20 + 4 * (i % 3),), generator=generator) for i in range(count)]
     return [Sample(row[:-1], row[1:], torch.empty(0, 3, 0, 0)) for row in rows]
 
 

@@ -24,6 +24,9 @@ class VisionConfig:
     layernorm_epsilon: float | None = None  # null: the model type's own
     vision_select_layer: int = -2  # index into the hidden states, the embeddings counted as the first
     class_token_length: int | None = None  # tokens in front of the patches: 1 in CLIP, 0 in SigLIP
+    use_head: bool = False  # carry SigLIP's pooling head along, which LLaVA does not use
+    hf_prefix: str = "vision_model."  # of the tower's names in Hugging Face's files; "" where transformers 5 made them
+    from_pretrained: str | None = None  # a checkpoint with a tower; see sources/
     freeze: bool = False
     vision_encoder_lr_ratio: float = 1.0  # of model.optim.lr
 
@@ -70,6 +73,7 @@ class VisionConfig:
 class LlmConfig:
     """`model.mm_cfg.llm.*`."""
 
+    from_pretrained: str | None = None  # a checkpoint with a language model; see sources/
     freeze: bool = False
     lr_ratio: float = 1.0  # of model.optim.lr
 
@@ -100,6 +104,14 @@ class Config(LanguageConfig):
             "language_model": PartConfig(llm.freeze, llm.lr_ratio),
             "vision_model": PartConfig(vision.freeze, vision.vision_encoder_lr_ratio),
             "vision_projection": PartConfig(mm.freeze_mm_mlp_adapter, mm.mm_mlp_adapter_lr_ratio),
+        }
+
+    @property
+    def pretrained(self) -> dict[str, tuple[str, str | None]]:
+        key, llm, vision = "model.mm_cfg", self.mm_cfg.llm, self.mm_cfg.vision_encoder
+        return {
+            "language_model": (f"{key}.llm.from_pretrained", llm.from_pretrained),
+            "vision_model": (f"{key}.vision_encoder.from_pretrained", vision.from_pretrained),
         }
 
     @property

@@ -69,4 +69,5 @@ def vision_shape(vision: VisionConfig) -> VisionShape:
         class_token=clip,
         pre_norm=clip,
         patch_bias=not clip,
+        pooling_head=vision.use_head,
     )

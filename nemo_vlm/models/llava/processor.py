@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+from torch import Tensor
 
 from nemo_vlm.batch import IMAGE_TAG, Sample
 from nemo_vlm.config import DataConfig
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.models.conversation import TEMPLATES, Turn, check_length, encode, expand, shift, turns
+from nemo_vlm.models.conversation import (
+    TEMPLATES,
+    Turn,
+    check_length,
+    check_prompt,
+    encode,
+    expand,
+    raw_ids,
+    shift,
+    turns,
+)
 from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform, load_image
 from nemo_vlm.models.llava.config import Config, VisionConfig
 from nemo_vlm.models.vocabulary import settle_vocabulary, token_id
@@ -64,15 +77,97 @@ class Processor:
         repeats = expand(ids, placeholder, self.vision.num_image_tokens)
         ids, trained = ids.repeat_interleave(repeats), trained.repeat_interleave(repeats)
         check_length(record, len(ids) - 1, self.config.encoder_seq_length)
-        size = self.vision.image_size
-        images = [self.transform(load_image(path)) for path in paths]
-        pixels = torch.stack(images) if images else torch.empty(0, 3, size, size)
+        pixels = self.pixels(paths)
         if conversation[-1].answer is None:
             return Sample(ids, torch.empty(0, dtype=torch.int64), pixels)
         return Sample(*shift(ids, trained), pixels)
+
+    def tokens(self, text: str, num_images: int, add_special_tokens: bool = True) -> Tensor:
+        """Ids [s] of a raw text, an image token for each feature.
+
+        Raises:
+            ConfigError: as sample.
+        """
+        placeholder = self.config.mm_cfg.image_token_index
+        ids = raw_ids(text.replace(IMAGE_TAG, self.config.mm_cfg.image_token), self.tokenizer, add_special_tokens)
+        count = int((ids == placeholder).sum())
+        if count != num_images:
+            raise ConfigError(f"{count} {IMAGE_TAG} in the text, {num_images} images")
+        ids = ids.repeat_interleave(expand(ids, placeholder, self.vision.num_image_tokens))
+        check_prompt(len(ids), self.config.encoder_seq_length)
+        return ids
+
+    def pixels(self, paths: Sequence[Path]) -> Tensor:
+        """[n, 3, size, size] of image files."""
+        size = self.vision.image_size
+        images = [self.transform(load_image(path)) for path in paths]
+        return torch.stack(images) if images else torch.empty(0, 3, size, size)
 
 
 def image_transform(vision: VisionConfig, aspect_ratio: str) -> ImageTransform:
     clip = vision.model_type == "clip"
     mode = "pad" if aspect_ratio == "pad" else "crop" if clip else "stretch"
     return ImageTransform(vision.image_size, **(CLIP if clip else SIGLIP), mode=mode)  # type: ignore[arg-type]
+
+
+HF_CLASSES = {"crop": "CLIPImageProcessor", "stretch": "SiglipImageProcessor", "pad": "LlavaImageProcessor"}
+
+
+def hf_processor(config: Config, data: DataConfig) -> dict[str, dict[str, Any]]:
+    """Hugging Face's files of a processor that does as ours, by name."""
+    vision = config.mm_cfg.vision_encoder
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": config.mm_cfg.image_token,
+        "patch_size": vision.patch_dim,
+        "vision_feature_select_strategy": "default" if vision.class_token_length else "full",
+        "num_additional_image_tokens": vision.class_token_length,
+    }
+    images = hf_images(image_transform(vision, data.image_aspect_ratio))
+    return {"processor_config.json": processor, "preprocessor_config.json": images}
+
+
+def hf_images(transform: ImageTransform) -> dict[str, Any]:
+    """preprocessor_config.json. A square image's shortest edge is both, and to cut out its centre changes nothing."""
+    edge = transform.size
+    stretch = transform.mode == "stretch"
+    return {
+        "processor_class": "LlavaProcessor",
+        "image_processor_type": HF_CLASSES[transform.mode],
+        "do_convert_rgb": True,
+        "do_pad": transform.mode == "pad",
+        "do_resize": True,
+        "size": {"height": edge, "width": edge} if stretch else {"shortest_edge": edge},
+        "resample": 3,  # bicubic
+        "do_center_crop": not stretch,
+        "crop_size": {"height": edge, "width": edge},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(transform.mean),
+        "image_std": list(transform.std),
+    }
+
+
+def data_from_hf(files: Mapping[str, dict[str, Any]], config: Config) -> tuple[dict[str, Any], list[str]]:
+    """DataConfig's fields that Hugging Face's processor decides, and what it does otherwise than ours will.
+
+    Args:
+        files: preprocessor_config.json and processor_config.json, as far as there are any.
+    """
+    theirs = {key: value for file in files.values() for key, value in (file | file.get("image_processor", {})).items()}
+    aspect_ratio = "pad" if theirs.get("do_pad") else "square"
+    ours = hf_images(image_transform(config.mm_cfg.vision_encoder, aspect_ratio))
+    names = ("processor_class", "image_processor_type", *(() if ours["do_center_crop"] else ("crop_size",)))
+    compared = {key: value for key, value in ours.items() if key in theirs and key not in names}
+    different = [f"{k} is {theirs[k]}, here {value}" for k, value in compared.items() if unlike(theirs[k], value)]
+    return {"image_aspect_ratio": aspect_ratio}, different
+
+
+def unlike(theirs: Any, ours: Any) -> bool:
+    """Older files give one number for an edge."""
+    if isinstance(ours, dict) and isinstance(theirs, int):
+        return set(ours.values()) != {theirs}
+    if isinstance(ours, float | list):
+        return not numpy.allclose(theirs, ours)
+    return bool(theirs != ours) and not (theirs is None and ours is False)

@@ -39,7 +39,8 @@ def samples(config: Config, count: int, generator: torch.Generator) -> list[Samp
     made = []
     for number in range(count):
         num_images = (1, 2, 1, 0)[number % 4]
-        text = torch.randint(0, 240, (12 + 4 * (number % 3),), generator=generator)
+        text = torch.randint(0, min(240, config.vocab_size), (12 + 4 * (number % 3),), generator=generator)
+        text[text == image_token] = (image_token + 1) % config.vocab_size
         image = torch.full((vision.num_image_tokens * num_images,), image_token)
         ids = torch.cat([text[:3], image, text[3:]])
         labels = torch.where(ids == image_token, IGNORE_INDEX, ids)[1:]

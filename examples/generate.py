@@ -1,0 +1,6 @@
+"""Let a model answer: `python examples/generate.py model_path=X.nemo prompt_file=in.jsonl output_file=out.jsonl`."""
+
+from nemo_vlm.experiment import generate, launch
+
+if __name__ == "__main__":
+    launch(generate, "generate")

@@ -1,0 +1,48 @@
+"""Layers that a file holds stacked: Megatron's torch_dist keeps equal layers as one tensor with an axis of layers."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from nemo_vlm.formats.reader import Reader, Shape, Slices
+
+LAYERS = re.compile(r"(?:^|.*\.)layers\.(?!\d)")  # not followed by a layer's number
+
+
+class Unstacked:
+    """Each layer's tensors under names with the layer's number; what is not stacked stays as it is."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.places: dict[str, tuple[str, int | None]] = {}
+        for name in reader.names():
+            front = LAYERS.match(name)
+            if front is None:
+                self.places[name] = (name, None)
+            else:
+                for layer in range(reader.shape(name)[0]):
+                    self.places[f"{front[0]}{layer}.{name.removeprefix(front[0])}"] = (name, layer)
+
+    def __str__(self) -> str:
+        return str(self.reader)
+
+    def names(self) -> set[str]:
+        return set(self.places)
+
+    def shape(self, name: str) -> Shape:
+        stacked, layer = self.places[name]
+        shape = self.reader.shape(stacked)
+        return shape if layer is None else shape[1:]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.reader.dtype(self.places[name][0])
+
+    def read(self, name: str, slices: Slices = ()) -> Tensor:
+        stacked, layer = self.places[name]
+        if layer is None:
+            return self.reader.read(stacked, slices)
+        rest = slices or tuple(slice(0, size) for size in self.shape(name))
+        return self.reader.read(stacked, (slice(layer, layer + 1), *rest))[0]

@@ -1,0 +1,165 @@
+"""Directories of torch.distributed.checkpoint (Megatron's `torch_dist`), read in place without torch's readers.
+
+.metadata       a pickle: the shape and type of every tensor, its chunks, and where each lies
+__R_N.distcp    chunks one after another, each a file of torch.save
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.formats import torch_file
+from nemo_vlm.formats.reader import Shape, Slices
+from nemo_vlm.formats.store import Store
+from nemo_vlm.formats.unpickle import Record, unpickle
+
+METADATA = ".metadata"
+KEPT_OPEN = 1024  # chunks whose place in their file is remembered
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor, and where it is stored: None if .metadata does not say."""
+
+    offsets: Shape
+    sizes: Shape
+    place: tuple[str, int, int] | None  # file, first byte, length
+
+
+@dataclass(frozen=True)
+class Entry:
+    shape: Shape
+    dtype: torch.dtype
+    chunks: list[Chunk]
+
+
+class TorchDist:
+    """The tensors of a directory, which may lie in a tar.
+
+    Attributes:
+        objects: names of what is stored beside tensors.
+    Raises:
+        ConfigError: .metadata is missing or damaged.
+    """
+
+    def __init__(self, store: Store, folder: str = "") -> None:
+        self.store, self.folder = store, folder
+        file = store.span(f"{folder}{METADATA}")
+        table = unpickle(file.bytes(), str(file))
+        try:
+            self.entries, self.objects = contents(table)
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise ConfigError(f"{file}: not a table of tensors ({error!r})") from None
+        self.chunk = lru_cache(KEPT_OPEN)(self.open_chunk)
+
+    def __str__(self) -> str:
+        return f"{self.store}: {self.folder}" if self.folder else str(self.store)
+
+    def names(self) -> set[str]:
+        return set(self.entries)
+
+    def shape(self, name: str) -> Shape:
+        return self.entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.entries[name].dtype
+
+    def read(self, name: str, slices: Slices = ()) -> Tensor:
+        """A view where one chunk holds all of it.
+
+        Raises:
+            ConfigError: a file is missing, cut short or damaged, or not all of the tensor is stored.
+        """
+        entry = self.entries[name]
+        wanted = [s.indices(size)[:2] for s, size in zip(slices or every(entry.shape), entry.shape, strict=True)]
+        shape = [max(stop - start, 0) for start, stop in wanted]
+        whole, filled = torch.empty(0, dtype=entry.dtype), 0
+        for number, chunk in enumerate(entry.chunks):
+            box = overlap(chunk, wanted)
+            if box is None:
+                continue
+            here = shifted(box, chunk.offsets)
+            size = math.prod(stop - start for start, stop in box)
+            if size == math.prod(shape):
+                return self.chunk(name, number)[here]
+            if not filled:
+                whole = torch.empty(shape, dtype=entry.dtype)
+            whole[shifted(box, [start for start, _ in wanted])] = self.chunk(name, number)[here]
+            filled += size
+        if filled != math.prod(shape):
+            raise ConfigError(f"{self}: not all of the tensor '{name}' is stored")
+        return whole.view(shape)
+
+    def open_chunk(self, name: str, number: int) -> Tensor:
+        """A view of a chunk.
+
+        Raises:
+            ConfigError: it is not as .metadata says.
+        """
+        entry, chunk = self.entries[name], self.entries[name].chunks[number]
+        if chunk.place is None:
+            raise ConfigError(f"{self}: {METADATA} does not say where a part of the tensor '{name}' is stored")
+        file, offset, length = chunk.place
+        try:
+            found = torch_file.load(self.store.span(f"{self.folder}{file}").part(offset, length))
+        except ConfigError as error:
+            raise ConfigError(f"{error}, in the tensor '{name}'") from None
+        if not isinstance(found, Tensor) or (tuple(found.shape), found.dtype) != (chunk.sizes, entry.dtype):
+            raise ConfigError(f"{self}: {file}: the tensor '{name}' is not what {METADATA} says")
+        return found
+
+
+def contents(table: Record) -> tuple[dict[str, Entry], set[str]]:
+    """The tensors that .metadata lists, and the names of its other objects."""
+    fields = table.fields()
+    places: dict[str, dict[Shape, tuple[str, int, int]]] = defaultdict(dict)
+    for key, info in fields["storage_data"].items():
+        index, place = key.fields(), info.fields()
+        if place.get("transform_descriptors"):
+            raise ValueError(f"compressed by {place['transform_descriptors']}")
+        at = (str(place["relative_path"]), int(place["offset"]), int(place["length"]))
+        places[index["fqn"]][index.get("offset") or ()] = at
+    tensors, objects = {}, set()
+    for name, kind in fields["state_dict_metadata"].items():
+        if kind.called.endswith(".BytesStorageMetadata"):
+            objects.add(name)
+        else:
+            tensors[name] = entry_of(kind.fields(), places[name])
+    return tensors, objects
+
+
+def entry_of(fields: dict[str, Any], places: dict[Shape, tuple[str, int, int]]) -> Entry:
+    dtype, *_ = fields["properties"].state  # TensorProperties.__getstate__
+    chunks = [chunk.fields() for chunk in fields["chunks"]]
+    boxes = [(tuple(chunk["offsets"]), tuple(chunk["sizes"])) for chunk in chunks]
+    shape = tuple(fields["size"])
+    assert isinstance(dtype, torch.dtype)
+    for offsets, sizes in boxes:
+        if any(not 0 <= o <= o + n <= s for o, n, s in zip(offsets, sizes, shape, strict=True)):
+            raise ValueError(f"a chunk of {sizes} at {offsets} in a tensor of shape {shape}")
+    return Entry(shape, dtype, [Chunk(offsets, sizes, places.get(offsets)) for offsets, sizes in boxes])
+
+
+def every(shape: Shape) -> Slices:
+    return tuple(slice(0, size) for size in shape)
+
+
+def overlap(chunk: Chunk, wanted: list[tuple[int, int]]) -> list[tuple[int, int]] | None:
+    """The box that is wanted of a chunk, in the tensor's coordinates; None where there is nothing."""
+    box = [
+        (max(start, offset), min(stop, offset + size))
+        for (start, stop), offset, size in zip(wanted, chunk.offsets, chunk.sizes, strict=True)
+    ]
+    return box if all(start < stop for start, stop in box) else None
+
+
+def shifted(box: list[tuple[int, int]], origin: Shape | list[int]) -> Slices:
+    return tuple(slice(start - first, stop - first) for (start, stop), first in zip(box, origin, strict=True))

@@ -1,0 +1,19 @@
+"""NeMo's names of projectors, `mm_mlp_adapter_type`."""
+
+from __future__ import annotations
+
+import re
+
+from nemo_vlm.errors import ConfigError
+
+
+def num_linear_layers(kind: str) -> int:
+    """Linear layers in a projector of NeMo's `mm_mlp_adapter_type`: identity 0, linear 1, mlpNx_gelu N."""
+    if kind == "identity":
+        return 0
+    match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
+    if not match and kind != "linear":
+        raise ConfigError(
+            f"model.mm_cfg.mm_mlp_adapter_type={kind}: must be linear, identity or mlpNx_gelu, as mlp2x_gelu"
+        )
+    return int(match[1]) if match else 1

@@ -1,0 +1,1 @@
+"""Models on disk, whatever the format: configuration, tensors under our names, tokenizer."""

@@ -1,0 +1,193 @@
+"""Hugging Face's directories: config.json, safetensors or pytorch_model.bin, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.formats import torch_file
+from nemo_vlm.formats.reader import InMemory, Reader, Renamed, chosen
+from nemo_vlm.formats.safetensors import Safetensors
+from nemo_vlm.formats.store import Folder, Span
+from nemo_vlm.mapping import Ours
+from nemo_vlm.models.base import FAMILIES, family
+from nemo_vlm.sources.source import Source
+from nemo_vlm.typed import plain
+
+# Buffers that older versions of transformers wrote, and newer ones compute.
+COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
+# What a tokenizer and a processor are made of; the rest of a directory is weights, config.json and documentation.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "*preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+)
+PROCESSOR_FILES = {"preprocessor_config.json", "processor_config.json"}
+
+log = logging.getLogger(__name__)
+
+
+def is_huggingface(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def open_huggingface(path: Path) -> Source:
+    """A whole model, or a vision tower.
+
+    Raises:
+        ConfigError: an architecture that no family has, or weights that are not its.
+    """
+    store, called = Folder(path), str(path / "config.json")
+    hf = read_hf_config(path)
+    kind = str(hf["model_type"])
+    for name in FAMILIES:
+        mapping = family(name, "mapping")
+        if kind in mapping.HF_TYPES:
+            theirs = canonical(open_weights(store), mapping.HF_VARIANTS)
+            config = mapping.from_hf(hf, theirs.names(), called)
+            if config.share_embeddings_and_output_weights:
+                theirs = without_copied_head(theirs)
+            ours, files = Ours(mapping.rules(config), theirs), companions(store)
+            tree = {"family": name, **plain(config), "data": processing(name, config, files)}
+            return Source(path, tree, ours, files)
+        if kind in mapping.VISION_TYPES:
+            return open_tower(path, name, hf)
+    raise ConfigError(f"{called}: model_type={kind} is not known here; there are {', '.join(sorted(known_types()))}")
+
+
+def open_tower(path: Path, name: str, hf: Mapping[str, Any]) -> Source:
+    """The vision tower of a CLIP or SigLIP, whose text model is left alone."""
+    mapping, weights = family(name, "mapping"), canonical(open_weights(Folder(path)), {})
+    fields = mapping.vision_from_hf(hf, weights.names(), str(path / "config.json"))
+    prefix = fields.pop("hf_prefix")  # of this file, not of a LLaVA to be
+    tower = chosen(weights, [prefix])
+    tree = {"family": name, "mm_cfg": {"vision_encoder": fields}}
+    rules = mapping.vision_rules(family(name, "config").VisionConfig(**fields), "vision_model.", prefix)
+    return Source(path, tree, Ours(rules, tower))
+
+
+def known_types() -> set[str]:
+    mappings = [family(name, "mapping") for name in FAMILIES]
+    return {kind for mapping in mappings for kind in (*mapping.HF_TYPES, *mapping.VISION_TYPES)}
+
+
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """config.json with the defaults of its class filled in; no code of the directory is run."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    file = path / "config.json"
+    try:
+        kind = json.loads(file.read_text())["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: not a configuration of a model ({error!r})") from None
+    if kind not in known_types():
+        return {"model_type": kind}  # refused by its reader, who knows what there is
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).to_dict()
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ConfigError(f"{file}: cannot be read ({' '.join(str(error).split())[:300]})") from None
+
+
+def open_weights(store: Folder) -> Reader:
+    """The tensors of a directory under the names in its files.
+
+    Raises:
+        ConfigError: there are none, or a file is missing or damaged.
+    """
+    for index, single, reader in (
+        ("model.safetensors.index.json", "model.safetensors", Safetensors),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin", open_pickled),
+    ):
+        if index in store.names():
+            return reader(store, indexed(store, index))
+        if single in store.names():
+            return reader(store, [single])
+    raise ConfigError(f"{store}: holds neither model.safetensors nor pytorch_model.bin, nor an index of several")
+
+
+def indexed(store: Folder, index: str) -> set[str]:
+    """The files that an index names.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        return set(json.loads(store.span(index).bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{store.path / index}: damaged ({error!r})") from None
+
+
+def open_pickled(store: Folder, files: Iterable[str]) -> InMemory:
+    """Files of torch.save, read in place by an unpickler that executes nothing."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(files):
+        found = torch_file.load(store.span(file))
+        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+            raise ConfigError(f"{store.path / file}: holds something else than tensors by name")
+        tensors |= found
+    return InMemory(tensors, str(store))
+
+
+def canonical(weights: Reader, variants: Mapping[str, str]) -> Renamed:
+    """Without what is computed, and under the names that rules have."""
+    originals = {}
+    for name in weights.names():
+        if not name.endswith(COMPUTED):
+            found = [(old, new) for old, new in variants.items() if name.startswith(old)]
+            originals[found[0][1] + name.removeprefix(found[0][0]) if found else name] = name
+    return Renamed(weights, originals)
+
+
+def without_copied_head(theirs: Renamed) -> Renamed:
+    """Some checkpoints with tied embeddings hold them twice.
+
+    Raises:
+        ConfigError: the two are not equal.
+    """
+    heads = [name for name in theirs.names() if name.endswith("lm_head.weight")]
+    embeddings = [name for name in theirs.names() if name.endswith("embed_tokens.weight")]
+    for head, embedding in zip(heads, embeddings, strict=False):
+        if not torch.equal(theirs.read(head), theirs.read(embedding)):
+            raise ConfigError(f"{theirs}: tie_word_embeddings is true, but {head} is not {embedding}")
+    kept = {name: original for name, original in theirs.originals.items() if name not in heads}
+    return Renamed(theirs.reader, kept)
+
+
+def processing(name: str, config: Any, files: Mapping[str, Span]) -> dict[str, Any]:
+    """The branch `model.data` as far as the directory's processor says it; what ours does otherwise is logged."""
+    read = {}
+    for file in PROCESSOR_FILES & files.keys():
+        try:
+            read[file] = dict(json.loads(files[file].bytes()))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{files[file]}: damaged ({error!r})") from None
+    data, different = family(name, "processor").data_from_hf(read, config)
+    for difference in different:
+        log.warning("%s: %s", files[max(read)], difference)
+    return data
+
+
+def companions(store: Folder) -> dict[str, Span]:
+    """Tokenizer and processor files."""
+    return {
+        name: store.span(name)
+        for name in sorted(store.names())
+        if any(fnmatch(name, pattern) for pattern in COMPANIONS)
+    }

@@ -1,0 +1,216 @@
+"""Megatron's own directories, torch_dist or a file for each rank, as Megatron-LM and its derivatives write them.
+
+DIR/latest_checkpointed_iteration.txt     "release" or a number
+DIR/release/ or DIR/iter_0000020/         .metadata, *.distcp, common.pt; or mp_rank_TT[_PPP]/model_optim_rng.pt
+DIR/config.json, DIR/tokenizer.json ...   Hugging Face's, which Megatron leaves alone and its converters put there
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_vlm.config import LanguageConfig
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.formats import torch_file
+from nemo_vlm.formats.rank_files import RankFiles
+from nemo_vlm.formats.reader import Reader, Renamed, Shape, Slices, listed
+from nemo_vlm.formats.stacked import Unstacked
+from nemo_vlm.formats.store import Folder, Span
+from nemo_vlm.formats.torch_dist import METADATA, TorchDist
+from nemo_vlm.formats.unpickle import Record
+from nemo_vlm.mapping import check
+from nemo_vlm.models.base import FAMILIES, family
+from nemo_vlm.sources.huggingface import companions, known_types, read_hf_config
+from nemo_vlm.sources.megatron_args import from_args
+from nemo_vlm.sources.source import Source
+from nemo_vlm.typed import plain
+
+TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
+GATED = ("decoder.", "language_model.decoder.")  # the language model's fc1 is a gate and an up projection
+# What a checkpoint holds beside weights: optimizer, random numbers, Transformer Engine's scales, computed frequencies.
+LEFT_OUT = re.compile(
+    r"(?:chained_\d+\.)?optimizer\..*|rng_state(?:/.*)?|.*\._extra_state(?:/.*)?|.*rotary_pos_emb\.inv_freq"
+)
+# Norms as Megatron's layers without Transformer Engine call them.
+LAYER_NORMS = {
+    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
+    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
+}
+EMBEDDINGS, HEAD = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """A reader's tensors, some of which are read up to a row only."""
+
+    reader: Reader
+    rows: Mapping[str, int]
+
+    def __str__(self) -> str:
+        return str(self.reader)
+
+    def names(self) -> set[str]:
+        return self.reader.names()
+
+    def shape(self, name: str) -> Shape:
+        shape = self.reader.shape(name)
+        return (min(shape[0], self.rows[name]), *shape[1:]) if name in self.rows else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.reader.dtype(name)
+
+    def read(self, name: str, slices: Slices = ()) -> Tensor:
+        if not slices:
+            slices = tuple(slice(0, size) for size in self.shape(name))
+        return self.reader.read(name, slices)
+
+
+def is_megatron(path: Path) -> bool:
+    return (path / TRACKER).is_file() or holds_weights(path)
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether this is one iteration's directory."""
+    return (path / METADATA).is_file() or any(path.glob("mp_rank_*/model_optim_rng.pt"))
+
+
+def iteration_folder(path: Path, iteration: str | None = None) -> Path:
+    """The directory of one iteration.
+
+    Args:
+        iteration: a number or "release"; None: the one that the tracker names.
+    Raises:
+        ConfigError: there is none.
+    """
+    if holds_weights(path) and iteration is None:
+        return path
+    if iteration is None:
+        try:
+            iteration = (path / TRACKER).read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"{path / TRACKER}: cannot be read ({error.strerror})") from None
+    if iteration != RELEASE and not iteration.isdecimal():
+        raise ConfigError(f"{path / TRACKER}: names the iteration '{iteration}', must be a number or release")
+    folder = path / (RELEASE if iteration == RELEASE else f"iter_{int(iteration):07d}")
+    if not holds_weights(folder):
+        found = sorted(entry.name for entry in path.iterdir() if holds_weights(entry))
+        raise ConfigError(f"{folder}: holds no checkpoint; there are {', '.join(found) or 'none'}")
+    return folder
+
+
+def open_megatron(path: Path, iteration: str | None = None, hf_config: Path | None = None) -> Source:
+    """A checkpoint whose configuration is a config.json or Megatron's arguments.
+
+    Args:
+        iteration: as iteration_folder's.
+        hf_config: a directory with Hugging Face's config.json, where none stands beside the checkpoint.
+    Raises:
+        ConfigError: the configuration is not known, or the weights are not its.
+    """
+    folder = iteration_folder(path, iteration)
+    weights, args = open_weights(folder)
+    places = [place for place in (hf_config, path, folder, folder.parent) if place is not None]
+    beside = next((place for place in places if (place / "config.json").is_file()), None)
+    if hf_config is not None and beside is not hf_config:
+        raise ConfigError(f"--hf-config={hf_config}: there is no config.json")
+    if beside is not None:
+        name, config = from_config_json(beside)
+    elif args is not None:
+        name, config = "gpt", from_args(args, str(folder))
+    else:
+        raise ConfigError(f"{folder}: says nothing of the model; give --hf-config, a directory with its config.json")
+    tree = {"family": name, **plain(config)}
+    return Source(path, tree, translated(weights, name, config), tokenizer_files([beside, *places]))
+
+
+def open_weights(folder: Path) -> tuple[TorchDist | RankFiles, dict[str, Any] | None]:
+    """The tensors under their names in the files, and Megatron's arguments, if they were kept."""
+    store = Folder(folder)
+    if METADATA not in store.names():
+        ranks = RankFiles(store, gated=GATED)
+        return ranks, args_of(ranks.content)
+    common = torch_file.load(store.span("common.pt")) if "common.pt" in store.names() else {}
+    return TorchDist(store), args_of(common)
+
+
+def args_of(content: Any) -> dict[str, Any] | None:
+    args = content.get("args") if isinstance(content, dict) else None
+    return args.fields() if isinstance(args, Record) else None
+
+
+def from_config_json(folder: Path) -> tuple[str, LanguageConfig]:
+    """The family and architecture that a config.json describes."""
+    hf, called = read_hf_config(folder), str(folder / "config.json")
+    for name in FAMILIES:
+        mapping = family(name, "mapping")
+        if hf["model_type"] in mapping.HF_TYPES:
+            return name, mapping.from_hf(hf, set(), called)
+    raise ConfigError(
+        f"{called}: model_type={hf['model_type']} is not known here; there are {', '.join(sorted(known_types()))}"
+    )
+
+
+def megatron_name(name: str, variants: Mapping[str, str]) -> str:
+    """What Megatron calls a tensor of ours."""
+    front = max((old for old in variants if name.startswith(old)), key=len, default=None)
+    return name if front is None else variants[front] + name.removeprefix(front)
+
+
+def translated(weights: TorchDist | RankFiles, name: str, config: LanguageConfig) -> Reader:
+    """A model's tensors under our names, without the vocabulary's padding.
+
+    Raises:
+        ConfigError: a tensor is missing, left over, or of another shape.
+    """
+    mapping = family(name, "mapping")
+    reader = weights if isinstance(weights, RankFiles) else Unstacked(weights)
+    needed = {rule.ours: rule.shape for rule in mapping.rules(config)}
+    ours = {megatron_name(name, mapping.MEGATRON_VARIANTS): name for name in needed}
+    if unknown := sorted(entry for entry in weights.objects if not LEFT_OUT.fullmatch(entry)):
+        raise ConfigError(f"{weights}: holds things that are no tensors and not known: {listed(unknown)}")
+    originals = {}
+    for original in sorted(reader.names()):
+        if not LEFT_OUT.fullmatch(original):
+            there = with_layer_norms(original)
+            originals[ours.get(there, ours.get(original, original))] = original
+    if config.share_embeddings_and_output_weights:
+        head = megatron_name(HEAD, mapping.MEGATRON_VARIANTS)
+        drop_copies(reader, originals, [head, head.replace("output_layer", "word_embeddings_for_head")])
+    vocabulary = {name: config.vocab_size or 0 for name in (EMBEDDINGS, HEAD) if name in needed}
+    found = Trimmed(Renamed(reader, originals), vocabulary)
+    check(found, needed)
+    return found
+
+
+def with_layer_norms(name: str) -> str:
+    for old, new in LAYER_NORMS.items():
+        name = name.replace(old, new)
+    return name
+
+
+def drop_copies(reader: Reader, originals: dict[str, str], copies: Iterable[str]) -> None:
+    """The last stage repeats tied embeddings.
+
+    Raises:
+        ConfigError: it has others.
+    """
+    for copy in copies:
+        if copy not in originals or EMBEDDINGS not in originals:
+            continue
+        if not torch.equal(reader.read(originals.pop(copy)), reader.read(originals[EMBEDDINGS])):
+            raise ConfigError(f"{reader}: the model ties its embeddings, but '{copy}' differs from them")
+
+
+def tokenizer_files(places: Iterable[Path | None]) -> dict[str, Span]:
+    """Tokenizer and processor files of the first place that has any."""
+    for place in places:
+        if place is not None and (files := companions(Folder(place))):
+            return files
+    return {}

@@ -1,0 +1,83 @@
+"""A language model's architecture as Megatron-LM's arguments, written and read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_vlm.config import LanguageConfig
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.models.gpt.config import Config
+
+SAME = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "max_position_embeddings",
+    "make_vocab_size_divisible_by",
+    "init_method_std",
+)
+# What all language models here have; an argument that says otherwise is refused.
+FIXED = {
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "num_experts": None,
+    "qk_layernorm": False,
+}
+
+
+def to_args(config: LanguageConfig) -> dict[str, Any]:
+    """What Megatron-LM takes from a checkpoint with --use-checkpoint-args."""
+    scaled = {} if config.rope_scaling_factor is None else {"rope_scaling_factor": config.rope_scaling_factor}
+    return {
+        **{name: getattr(config, name) for name in SAME},
+        **FIXED,
+        "group_query_attention": config.num_query_groups != config.num_attention_heads,
+        "num_query_groups": config.num_query_groups,
+        "vocab_size": config.vocab_size,
+        "norm_epsilon": config.layernorm_epsilon,
+        "add_bias_linear": config.bias,
+        "add_qkv_bias": config.qkv_bias,
+        "untie_embeddings_and_output_weights": not config.share_embeddings_and_output_weights,
+        "seq_length": config.encoder_seq_length,
+        "rotary_base": config.rotary_base,
+        "rotary_seq_len_interpolation_factor": config.seq_len_interpolation_factor,
+        "use_rope_scaling": bool(scaled),
+        **scaled,
+    }
+
+
+def from_args(args: Mapping[str, Any], called: str) -> Config:
+    """The architecture that Megatron's arguments describe.
+
+    Args:
+        called: the checkpoint, for messages.
+    Raises:
+        ConfigError: they do not say all, or something that is not built here.
+    """
+    if wrong := {name: args[name] for name, right in FIXED.items() if name in args and args[name] != right}:
+        raise ConfigError(f"{called}: its arguments {wrong} are not supported, only {FIXED}")
+    if args.get("vocab_size") is None:
+        raise ConfigError(
+            f"{called}: its arguments do not say how large the vocabulary is without padding; give --hf-config"
+        )
+    try:
+        return Config(
+            **{name: args[name] for name in SAME},
+            num_query_groups=args["num_query_groups"] if args["group_query_attention"] else None,
+            vocab_size=args["vocab_size"],
+            encoder_seq_length=args["seq_length"],
+            layernorm_epsilon=args["norm_epsilon"],
+            bias=args["add_bias_linear"],
+            qkv_bias=args["add_bias_linear"] or args["add_qkv_bias"],
+            share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
+            rotary_base=float(args["rotary_base"]),
+            seq_len_interpolation_factor=args["rotary_seq_len_interpolation_factor"],
+            rope_scaling_factor=args["rope_scaling_factor"] if args.get("use_rope_scaling") else None,
+        )
+    except KeyError as error:
+        raise ConfigError(f"{called}: its arguments lack {error}; give --hf-config") from None

@@ -1,0 +1,78 @@
+"""A model on disk, opened without loading it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_vlm.archive import INSIDE
+from nemo_vlm.config import LanguageConfig
+from nemo_vlm.data.tokenizer import name_sentencepiece
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.formats.reader import Reader
+from nemo_vlm.formats.store import Span
+from nemo_vlm.models.base import family
+from nemo_vlm.typed import read_model
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a checkpoint holds.
+
+    Attributes:
+        tree: the branch `model` of the settings: `family`, the architecture, and what else the checkpoint knows. Where
+            it holds only a part of a model, a vision tower say, only the settings of that.
+        reader: its tensors under our names.
+        files: what its tokenizer and its processor consist of, by name.
+    """
+
+    path: Path
+    tree: dict[str, Any]
+    reader: Reader
+    files: dict[str, Span] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def family(self) -> str:
+        return str(self.tree["family"])
+
+    @property
+    def parts(self) -> set[str]:
+        """The top-level modules that it has tensors of: language_model, vision_model, ..."""
+        return {name.split(".")[0] for name in self.reader.names()}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its settings as RunConfig's fields (typed.read_model).
+
+        Raises:
+            ConfigError: they are not what this version knows.
+        """
+        try:
+            return read_model(self.tree, family(self.family, "config").Config)
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}") from None
+
+    @property
+    def model(self) -> LanguageConfig:
+        """Its architecture."""
+        return self.settings["model"]
+
+    @property
+    def tokenizer(self) -> str | None:
+        """What data.tokenizer.load_tokenizer opens to get its tokenizer."""
+        named = self.tree["tokenizer"]["type"] if "tokenizer" in self.tree else None
+        if named is not None and not named.startswith(INSIDE):
+            return str(named)
+        return str(self.path) if any(name.startswith("tokenizer") for name in self.files) else None
+
+    def save_files(self, folder: Path) -> Path:
+        """Write tokenizer and processor files to a folder."""
+        for name, span in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(span.bytes())
+        name_sentencepiece(folder)
+        return folder
