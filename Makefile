@@ -20,8 +20,9 @@ demo: $(INSTALLED) ## train a tiny LLaVA on handwritten digits and score its ans
 	$(BIN)/python examples/neva_finetune.py
 	$(BIN)/python examples/neva_evaluation.py
 
-test: $(INSTALLED) ## the test suite
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## the test suite: two tests at a time, and then those that need the machine for themselves
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 check: $(INSTALLED) ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -21,7 +21,6 @@ import yaml
 from nemo_vlm.config import CheckpointConfig, ExpManagerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import sync
-from nemo_vlm.formats.torch_dist_writer import write_common
 
 MARK = "-unfinished"
 STATE = "state.json"
@@ -110,6 +109,8 @@ def begin(path: Path) -> None:
 def finish(path: Path, position: Position, model_tree: dict[str, Any]) -> None:
     """Add what is not tensors, and take the marker away."""
     (path / "model_config.yaml").write_text(yaml.safe_dump(model_tree, sort_keys=False))
+    from nemo_vlm.formats.torch_dist_writer import write_common  # takes most of a second, and readers need none of it
+
     write_common(path, {"iteration": position.global_step, "consumed_train_samples": position.consumed_samples})
     (path / STATE).write_text(json.dumps(asdict(position)))
     for file in path.iterdir():

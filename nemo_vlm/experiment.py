@@ -149,7 +149,7 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
     """
     from nemo_vlm import checkpoints
     from nemo_vlm.data import digits, records
-    from nemo_vlm.data.tokenizer import load_tokenizer
+    from nemo_vlm.data.tokenizer import load_tokenizer, located
     from nemo_vlm.planning import machine
     from nemo_vlm.training.module import Plan
 
@@ -163,7 +163,7 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
         digits.write(Path(run.data.data_path).parent)
     tokenizer = load_tokenizer(run.tokenizer)
     parts = family(run.family, "processor")
-    run = replace(run, model=parts.settle(run.model, tokenizer))
+    run = replace(run, model=parts.settle(run.model, tokenizer), tokenizer=located(run.tokenizer))
     machine.check_machine(run, layout, gpus, os.environ)
     processor = parts.Processor(run.model, run.data, tokenizer)
     dataset = records.RecordDataset(records.read_records(run.data.data_path, run.data.image_folder), processor)

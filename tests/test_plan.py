@@ -320,7 +320,10 @@ def test_the_evaluation_is_planned_from_its_archive(tmp_path: Path) -> None:
     held = 2 * (count + entry["padding_parameters"])
     assert entry["bytes"] == {"weights": held, "gradients": 0, "optimizer": 0, "activations": None}
     missing = command(script, "neva_model_file=nowhere.nemo", "dry_run=true", cwd=tmp_path)
-    assert (missing.returncode, missing.stderr) == (2, "nowhere.nemo: there is no such archive\n")
+    assert (missing.returncode, missing.stderr) == (
+        2,
+        "neva_model_file=nowhere.nemo: there is no such file or directory\n",
+    )
 
 
 @pytest.mark.parametrize(

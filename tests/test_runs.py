@@ -19,6 +19,7 @@ from nemo_vlm.config import ExpManagerConfig, seconds
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.training import exp_manager
 
+pytestmark = pytest.mark.alone
 QUIET = ("trainer.enable_progress_bar=false", "model.data.num_workers=0")
 
 

@@ -22,6 +22,7 @@ from test_families import TINY, run_of
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import resolve
 
+pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "examples" / "neva_finetune.py"
 FOREIGN = ("MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "NODE_RANK", "SLURM_", "TORCHELASTIC_", "NEMO_")

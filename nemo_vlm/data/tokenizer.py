@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,11 @@ def tokenizer_exists(config: TokenizerConfig) -> bool:
     if config.type is None:
         return False
     return Path(config.type).exists() or Path(HF_HUB_CACHE, f"models--{config.type.replace('/', '--')}").is_dir()
+
+
+def located(config: TokenizerConfig) -> TokenizerConfig:
+    """With its whole path, where it has one: checkpoints are opened from other folders too."""
+    return replace(config, type=os.path.abspath(config.type)) if Path(str(config.type)).exists() else config
 
 
 def load_tokenizer(config: TokenizerConfig) -> Any:

@@ -1,0 +1,78 @@
+"""What the conversion scripts have in common. Imports neither torch nor what needs it, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from nemo_vlm.errors import explain
+from nemo_vlm.logs import set_up_logging
+
+# torch's names of the dtypes; beside ours the names that NeMo's scripts take
+PRECISIONS = {
+    "auto": None,
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "32": "float32",
+    "16": "float16",
+    "bf16-mixed": "bfloat16",
+}
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags of every conversion."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--precision", choices=PRECISIONS, default="auto", help="of the output; auto: each tensor keeps its own"
+    )
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the verification runs")
+    made.add_argument("--no-verify", dest="verify", action="store_false", help="do not run both models at the end")
+    return made
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a script: an error is one line on stderr, with exit code 2 for a user's mistake and 1 for a failure.
+
+    What is to be cleaned up is cleaned up on SIGTERM, too. HYDRA_FULL_ERROR=1 shows tracebacks.
+    """
+    signal.signal(signal.SIGTERM, terminate)
+    set_up_logging()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: nothing was written\n")
+        sys.exit(130)
+    except Exception as error:
+        failure = explain(error)
+        message = failure.message.replace("debug=true", "HYDRA_FULL_ERROR=1")
+        sys.stderr.write((failure.trace if "HYDRA_FULL_ERROR" in os.environ else "") + f"{message}\n")
+        sys.exit(failure.code)
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def choose_device(device: str) -> None:
+    """Must come before torch looks for GPUs.
+
+    Raises:
+        SystemExit: there is no GPU.
+    """
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    import torch
+
+    from nemo_vlm.errors import ConfigError
+
+    if not torch.cuda.is_available():
+        raise ConfigError("--device=cuda: there is no GPU that torch can use; leave the flag out")

@@ -1,0 +1,106 @@
+"""A directory of Hugging Face, beside the weights: configuration, tokenizer, processor, chat template."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from nemo_vlm.conversion.chat import chat_template
+from nemo_vlm.data.tokenizer import open_tokenizer
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.formats.safetensors import TensorSpec
+from nemo_vlm.models.base import family
+from nemo_vlm.sources.source import Source
+
+log = logging.getLogger(__name__)
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+
+
+def write_companions(source: Source, specs: list[TensorSpec], folder: Path) -> None:
+    """Everything but the weights."""
+    settings = source.settings
+    model, data = settings["model"], settings["data"]
+    config = family(source.family, "mapping").hf_config(model) | {"torch_dtype": main_dtype(specs)}
+    processor = family(source.family, "processor").hf_processor(model, data)
+    write_json(folder / CONFIG, config)  # for the tokenizer, which may ask what model it is of
+    for name, span in source.files.items():
+        if not name.endswith(("processor_config.json",)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(span.bytes())
+    for name, content in processor.items():
+        write_json(folder / name, content)
+    tokenizer = tokenizer_of(source, folder)
+    write_json(folder / CONFIG, with_special_tokens(config, tokenizer, folder / GENERATION))
+    if tokenizer is None:
+        log.warning("%s holds no tokenizer: the export goes without tokenizer, processor and chat template", source)
+        return
+    check_tokenizer(tokenizer, model, source)
+    if not (folder / GENERATION).exists():
+        write_json(folder / GENERATION, special_tokens(tokenizer))
+    if not has_template(folder, tokenizer, bool(processor)):
+        image_token = model.mm_cfg.image_token if processor else "<image>"
+        with_bos = not processor or tokenizer("")["input_ids"] == []
+        text = chat_template(data.conv_template, data.system_message, image_token, with_bos)
+        (folder / TEMPLATES[0]).write_text(text)
+        (folder / TEMPLATES[1]).unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def main_dtype(specs: list[TensorSpec]) -> str:
+    """The dtype of most parameters; `torch_dtype` is what all versions of transformers read."""
+    sizes: Counter[str] = Counter()
+    for spec in specs:
+        sizes[str(spec.dtype).removeprefix("torch.")] += spec.num_bytes // spec.dtype.itemsize
+    return sizes.most_common(1)[0][0]
+
+
+def tokenizer_of(source: Source, folder: Path) -> Any:
+    """The tokenizer among the files that have been written, if there is one."""
+    if not any(name.startswith("tokenizer") for name in source.files):
+        return None
+    return open_tokenizer(str(folder), str(source))
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    kinds = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {kind: getattr(tokenizer, kind) for kind in kinds if getattr(tokenizer, kind) is not None}
+
+
+def with_special_tokens(config: dict[str, Any], tokenizer: Any, generation: Path) -> dict[str, Any]:
+    """config.json with the ids that LlamaConfig would otherwise assume: the tokenizer's, else those of generation."""
+    found: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if tokenizer is not None:
+        found |= special_tokens(tokenizer)
+    elif generation.exists():
+        found |= {key: value for key, value in json.loads(generation.read_text()).items() if key in found}
+    if "text_config" in config:
+        return config | {"text_config": config["text_config"] | found}
+    return config | found
+
+
+def check_tokenizer(tokenizer: Any, model: Any, source: Source) -> None:
+    """Raises ConfigError where the tokenizer is another model's."""
+    try:
+        family(source.family, "processor").settle(model, tokenizer)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def has_template(folder: Path, tokenizer: Any, multimodal: bool) -> bool:
+    """Whether the source brings a chat template that will do: with images, one that knows where they go."""
+    if not multimodal:
+        return tokenizer.chat_template is not None
+    for name in TEMPLATES:
+        if (folder / name).exists():
+            if "image" in (folder / name).read_text():
+                return True
+            log.warning("%s: has no place for images; it is replaced by that of model.data.conv_template", name)
+    return False

@@ -1,0 +1,233 @@
+"""Is the converted model the same model? Hugging Face's and ours answer the same prompts in fp32, and are compared."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from nemo_vlm.batch import IMAGE_TAG, Batch, Sample, collate
+from nemo_vlm.conversion.stream import Cast
+from nemo_vlm.data.tokenizer import open_tokenizer
+from nemo_vlm.errors import ConfigError, Failure, RunError
+from nemo_vlm.formats.reader import Reader
+from nemo_vlm.formats.store import Folder
+from nemo_vlm.models.base import family
+from nemo_vlm.sources.huggingface import open_weights
+from nemo_vlm.sources.source import Source
+
+log = logging.getLogger(__name__)
+
+# Of the largest logit: sums of fp32 in another order differ by 1e-6 to 1e-5 of it, a wrong weight by more than this.
+TOLERANCE = 1e-4
+ROOM = 1.25  # memory for the parameters in fp32, and for what is computed with them
+QUESTION = "What is in the picture, and why?"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What both models are asked."""
+
+    called: str
+    batch: Batch
+
+
+def check_tensors(source: Reader, made: Reader, dtype: torch.dtype | None) -> None:
+    """Whether what was written reads back as what was to be written, those tensors included that no prompt needs.
+
+    Args:
+        dtype: of the conversion.
+    Raises:
+        RunError: one does not.
+    """
+    wanted = Cast(source, dtype)
+    for name in sorted(wanted.names()):
+        one, other = wanted.read(name), made.read(name)
+        if one.dtype is not other.dtype or one.shape != other.shape or not same_bits(one, other):
+            raise RunError(Failure(f"verification failed: {made}: the tensor '{name}' is not that of {source}"))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """NaNs included."""
+    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
+
+
+def verify(ours: Source, theirs: Path, dtype: torch.dtype | None) -> None:
+    """Compare a model of ours with Hugging Face's, both rounded to the dtype of what was converted.
+
+    Args:
+        theirs: Hugging Face's directory.
+    Raises:
+        RunError: they are not the same.
+    """
+    if reason := left_out(ours):
+        log.warning("the models are not run to compare them: %s", reason)
+        return
+    tokenizer = tokenizer_of(ours)
+    prompts = make_prompts(ours, tokenizer)
+    expected = their_logits(ours, theirs, prompts, dtype)
+    found = our_logits(ours, prompts, dtype)
+    wrong = [
+        prompt.called
+        for prompt, one, other in zip(prompts, expected, found, strict=True)
+        if not compare(prompt.called, one, other, tokenizer)
+    ]
+    if wrong:
+        raise RunError(
+            Failure(f"verification failed on {' and '.join(wrong)}: the models differ; the output was not put in place")
+        )
+
+
+def left_out(source: Source) -> str:
+    """Why the models cannot be run here, if so.
+
+    Raises:
+        ConfigError: Megatron-Core is not installed.
+    """
+    if importlib.util.find_spec("megatron") is None:
+        raise ConfigError("verification runs the model on Megatron-Core, which is not installed; add --no-verify")
+    parameters = sum(torch.Size(source.reader.shape(name)).numel() for name in source.reader.names())
+    needed, free = int(ROOM * 4 * parameters), available_memory()
+    if needed <= free:
+        return ""
+    return f"{parameters:,} parameters in fp32 need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+
+
+def available_memory() -> int:
+    """Bytes, of the GPU where one is used."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+
+
+def tokenizer_of(source: Source) -> Any:
+    """None where there is none, or none that trains."""
+    with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(ConfigError):
+        if source.tokenizer:
+            return open_tokenizer(str(source.save_files(Path(scratch))), str(source))
+    return None
+
+
+def make_prompts(source: Source, tokenizer: Any) -> list[Prompt]:
+    """A text, and one with an image of noise where the model sees; random tokens where there is no tokenizer."""
+    parts, settings = family(source.family, "processor"), source.settings
+    sees = bool(parts.hf_processor(settings["model"], settings["data"]))
+    if tokenizer is None:
+        drawn = family(source.family, "tiny").samples(settings["model"], 4, torch.Generator().manual_seed(0))
+        samples = [drawn[3], drawn[0]]  # without image, and with one
+    else:
+        processor = parts.Processor(parts.settle(settings["model"], tokenizer), settings["data"], tokenizer)
+        with tempfile.TemporaryDirectory() as scratch:
+            samples = [processor.prompt(record([]))]
+            samples += [processor.prompt(record([noise(Path(scratch))]))] if sees else []
+    called = ("a text prompt", "a prompt with an image")
+    count = 2 if sees else 1
+    return [Prompt(name, batch_of(sample)) for name, sample in zip(called[:count], samples[:count], strict=True)]
+
+
+def record(images: list[Path]) -> dict[str, Any]:
+    question = f"{IMAGE_TAG}\n" * len(images) + QUESTION
+    return {"id": "verification", "image": images, "conversations": [{"from": "human", "value": question}]}
+
+
+def noise(folder: Path) -> Path:
+    """A PNG that is wider than high."""
+    pixels = numpy.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=numpy.uint8)
+    Image.fromarray(pixels).save(folder / "noise.png")
+    return folder / "noise.png"
+
+
+def batch_of(sample: Sample) -> Batch:
+    return collate([Sample(sample.tokens, torch.zeros_like(sample.tokens), sample.images)])
+
+
+@torch.no_grad()
+def their_logits(source: Source, folder: Path, prompts: list[Prompt], dtype: torch.dtype | None) -> list[Tensor]:
+    """[s, v] of each prompt, by stock transformers.
+
+    Raises:
+        RunError: it misses tensors, or does not know some.
+    """
+    import transformers
+
+    mapping, tiny = family(source.family, "mapping"), family(source.family, "tiny")
+    model_class = getattr(transformers, mapping.hf_config(source.model)["architectures"][0])
+    transformers.utils.logging.disable_progress_bar()
+    model, info = model_class.from_pretrained(
+        None if is_pickled(folder) else folder,
+        dtype=torch.float32,
+        attn_implementation="eager",  # other kernels than ours
+        output_loading_info=True,
+        **reading(folder),
+    )
+    if lost := {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}:
+        raise RunError(Failure(f"verification failed: transformers reads {folder} with {json.dumps(lost)}"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rounded(model, dtype).to(device).eval()
+    return [model(**tiny.hf_inputs(prompt.batch.to(device))).logits[0].float().cpu() for prompt in prompts]
+
+
+def is_pickled(folder: Path) -> bool:
+    return not any(folder.glob("*.safetensors"))
+
+
+def reading(folder: Path) -> dict[str, Any]:
+    """How transformers gets the weights: by itself, but pickles through our reader, which executes nothing."""
+    if not is_pickled(folder):
+        return {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    from transformers import AutoConfig
+
+    weights = open_weights(Folder(folder))
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return {"config": config, "state_dict": {name: weights.read(name) for name in weights.names()}}
+
+
+@torch.no_grad()
+def our_logits(source: Source, prompts: list[Prompt], dtype: torch.dtype | None) -> list[Tensor]:
+    """[s, v] of each prompt, by the model that is trained here, in one process."""
+    from nemo_vlm.inference.restore import build, megatron_groups, process_group
+    from nemo_vlm.layout import one_process
+
+    config = source.model
+    layout = one_process(config)
+    with process_group(layout), megatron_groups(layout):
+        model = rounded(build(source, config, "32", layout), dtype).eval()
+        device, width = next(model.parameters()).device, config.vocab_size
+        return [model(prompt.batch.to(device))[0, :, :width].float().cpu() for prompt in prompts]
+
+
+def rounded(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """The model with its weights as they are in that dtype."""
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data.copy_(parameter.data.to(dtype))
+    return model
+
+
+def compare(called: str, expected: Tensor, found: Tensor, tokenizer: Any) -> bool:
+    """Say how far two [s, v] logits are apart, and whether they are the same but for rounding."""
+    difference = float((expected - found).abs().max())
+    same = difference <= TOLERANCE * float(expected.abs().max())  # never true of NaN
+    p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
+    divergence = float((p.exp() * (p - q)).sum(-1).max())
+    tops = [int(logits[-1].argmax()) for logits in (expected, found)]
+    names = [str(top) if tokenizer is None else f"{top} {tokenizer.decode([top])!r}" for top in tops]
+    log.info(
+        "%s: largest logit difference %.2e, KL divergence %.2e, top token %s (transformers), %s (nemo_vlm)",
+        called,
+        difference,
+        divergence,
+        *names,
+    )
+    return same

@@ -1,0 +1,313 @@
+"""From Hugging Face's directory, without a step between: the same logits, the same tokens, the same first loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import transformers
+from distributed import run_ranks
+from PIL import Image
+from test_families import LAYOUTS, make_layout, micro_batches, run_of
+from test_families import whole as whole_weights
+from tiny_hf import make_clip, make_llama, make_llava
+
+from nemo_vlm.batch import Sample, collate
+from nemo_vlm.config import ParallelConfig, RunConfig, StartConfig
+from nemo_vlm.conversion.jobs import Run, import_huggingface
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.inference import answers
+from nemo_vlm.inference.generate import greedy
+from nemo_vlm.inference.restore import restore, stored_precision
+from nemo_vlm.inference.settings import DecodingConfig, GenerateConfig
+from nemo_vlm.layout import Layout
+from nemo_vlm.mcore import groups
+from nemo_vlm.mcore.inference import Forward
+from nemo_vlm.models.base import family
+from nemo_vlm.sources import starting
+from nemo_vlm.sources.opening import open_source
+from nemo_vlm.training.build import build_engine
+
+GENERATE = Path(__file__).parents[1] / "examples" / "generate.py"
+MODELS = {
+    "llama": ("gpt", make_llama),
+    "llama_tied": ("gpt", lambda folder: make_llama(folder, tie_word_embeddings=True)),
+    "llava_odd": ("llava", make_llava),  # 5 heads in the tower, 3 layers
+    "llava": ("llava", lambda folder: make_llava(folder, {"num_hidden_layers": 4}, {"num_attention_heads": 4})),
+}
+NUM_TOKENS = 24
+LAYOUT_OF = {name: LAYOUTS[name] for name in ("tp2", "pp2", "fsdp")} | {"single": (1, ParallelConfig())}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Directories, and an archive of each."""
+    root = tmp_path_factory.mktemp("models")
+    found = {name: make(root / name) for name, (_, make) in MODELS.items()}
+    for name in MODELS:
+        found[f"{name}.nemo"] = root / f"{name}.nemo"
+        import_huggingface(open_source(found[name], "input"), found[f"{name}.nemo"], Run("auto", "cpu", False))
+    return found
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> Path:
+    """An image that is no square."""
+    pixels = numpy.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=numpy.uint8)
+    path = tmp_path_factory.mktemp("images") / "noise.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def theirs(folder: Path, name: str) -> Any:
+    cls = transformers.LlavaForConditionalGeneration if name.startswith("llava") else transformers.LlamaForCausalLM
+    return cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def samples_of(run: RunConfig) -> list[Sample]:
+    """With 1, 2, 1 and 0 images, of different lengths."""
+    return family(run.family, "tiny").samples(run.model, 4, torch.Generator().manual_seed(5))
+
+
+def starting_run(name: str, path: Path, parallel: ParallelConfig) -> RunConfig:
+    """Training from a checkpoint: its architecture instead of the preset's."""
+    kind = MODELS[name][0]
+    preset = family(kind, "tiny").config()
+    run = replace(run_of(kind, preset, parallel), start=StartConfig(restore_from_path=str(path)))
+    run, _ = starting.settle(run, given=())
+    return replace(run, step=replace(run.step, micro_batch_size=1, global_batch_size=4))
+
+
+def results(layout_name: str, models: dict[str, Path]) -> dict[str, tuple[Any, ...]]:
+    """On this rank, for each model: logits, greedy tokens from directory and archive, loss of the first step."""
+    return {name: result(layout_name, name, models) for name in MODELS}
+
+
+def result(layout_name: str, name: str, models: dict[str, Path]) -> tuple[Any, ...]:
+    world_size, parallel = LAYOUT_OF[layout_name]
+    run = starting_run(name, models[name], parallel)
+    layout, samples = make_layout(run, world_size), samples_of(run)
+    groups.initialize(layout, seed=1)
+    engine = build_engine(run, layout)
+    sharded_logits = Forward(engine.updater.modules, run.model.vocab_size)(collate(samples))
+    loss = engine.step(micro_batches(layout, samples), lr=0.0).loss
+    groups.shut_down()
+    if layout.fsdp:
+        return sharded_logits, [], [], loss
+    logits, tokens = generated(models[name], layout, samples)
+    assert torch.equal(logits, sharded_logits)
+    return logits, tokens, generated(models[f"{name}.nemo"], layout, samples)[1], loss
+
+
+def generated(path: Path, layout: Layout, samples: list[Sample]) -> tuple[torch.Tensor, list[list[int]]]:
+    """Logits of the batch, and the continuations of its rows."""
+    with restore(open_source(path, "model_path"), "32", layout) as restored:
+        logits = restored.forward(collate(samples))
+        return logits, [row.tolist() for row in greedy(restored.forward.last, samples[2:], NUM_TOKENS)]
+
+
+@pytest.fixture(scope="module")
+def expected(models) -> dict[str, tuple[Any, ...]]:
+    return {name: expected_of(name, models[name]) for name in MODELS}
+
+
+@torch.no_grad()
+def expected_of(name: str, path: Path) -> tuple[Any, ...]:
+    """By transformers: logits, which of them count, tokens, loss."""
+    run, model = starting_run(name, path, ParallelConfig()), theirs(path, name)
+    samples, inputs = samples_of(run), family(run.family, "tiny").hf_inputs
+    batch = collate(samples)
+    output = model(**inputs(batch), labels=batch.labels, shift_labels=batch.labels)
+    tokens = []
+    for sample in samples[2:]:
+        one = collate([sample])
+        answer = model.generate(
+            **inputs(one),
+            attention_mask=torch.ones_like(one.tokens),
+            max_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        tokens.append(answer[0, one.tokens.shape[1] :].tolist())
+    visible = torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    return output.logits, visible, tokens, output.loss.item()
+
+
+@pytest.mark.parametrize("layout", LAYOUT_OF)
+def test_every_layout_reads_hugging_face(layout: str, models, expected) -> None:
+    world_size = LAYOUT_OF[layout][0]
+    for found in run_ranks(results, world_size, layout, models):  # every rank has all of it
+        for name, (logits, tokens, from_archive, loss) in found.items():
+            their_logits, visible, their_tokens, their_loss = expected[name]
+            assert (logits - their_logits)[visible].abs().max() <= 1e-4, name
+            assert torch.equal(logits.argmax(-1)[visible], their_logits.argmax(-1)[visible])
+            assert loss == pytest.approx(their_loss, rel=1e-5), name
+            if layout != "fsdp":
+                assert tokens == from_archive == their_tokens, name
+
+
+def test_what_is_given_by_hand_may_not_contradict(models) -> None:
+    run = run_of("llava", family("llava", "tiny").config())
+    run = replace(run, start=StartConfig(restore_from_path=str(models["llava_odd"])))
+    with pytest.raises(ConfigError, match=r"^model.num_layers=4: .*llava_odd has 3$"):
+        starting.settle(run, given={"model.num_layers"})
+    assert starting.settle(run, given=())[0].model.num_layers == 3
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["tower", "whole CLIP"])
+def test_modules_come_from_several_checkpoints(whole: bool, models, tmp_path: Path) -> None:
+    tower, llm = make_clip(tmp_path / "clip", whole), models["llama"]
+    config = family("llava", "tiny").config()
+    vision = replace(config.mm_cfg.vision_encoder, from_pretrained=str(tower))
+    pretrained = replace(config.mm_cfg, vision_encoder=vision, llm=replace(config.mm_cfg.llm, from_pretrained=str(llm)))
+    run, _ = starting.settle(run_of("llava", replace(config, mm_cfg=pretrained)), given=())
+    assert run.model.vocab_size == 307
+    assert run.model.mm_cfg.vision_encoder.num_attention_heads == 5
+    found = run_ranks(initial_weights, 1, run)[0]
+    for path, part in ((llm, "language_model."), (tower, "vision_model.")):
+        reader = open_source(path, "input").reader
+        assert reader.names() == {name for name in found if name.startswith(part)}
+        assert all(torch.equal(found[name], reader.read(name)) for name in reader.names())
+
+
+def initial_weights(run: RunConfig) -> dict[str, torch.Tensor]:
+    layout = make_layout(run, 1)
+    groups.initialize(layout, seed=1)
+    found = whole_weights(build_engine(run, layout).parts())
+    groups.shut_down()
+    return found
+
+
+QUESTION = "USER: <image>\nWhat is in the picture? ASSISTANT:"
+MESSAGES = [{"role": "user", "content": "<image>\nWhat is in the picture?"}]
+
+
+def lines(picture: Path) -> list[dict[str, Any]]:
+    return [
+        {"prompt": QUESTION, "image": picture.name, "id": 7},
+        {"messages": MESSAGES, "images": [picture.name]},
+        {"prompt": "USER: Two: <image><image> which? ASSISTANT:", "images": [picture.name, picture.name]},
+        {"prompt": "USER: Who are you? ASSISTANT:"},
+    ]
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "MASTER_", "WORLD"))}
+    command = [sys.executable, str(GENERATE), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_answers_as_transformers(models, picture: Path) -> None:
+    """With the directory's own processor: the same prompt tokens, and the same answers, EOS included."""
+    processor = transformers.LlavaProcessor.from_pretrained(models["llava"])
+    model = theirs(models["llava"], "llava")
+    questions, output = picture.parent / "in.jsonl", picture.parent / "answers" / "out.jsonl"
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines(picture)))
+    done = run_command(
+        f"model_path={models['llava']}.nemo",
+        f"prompt_file={questions}",
+        f"output_file={output}",
+        f"inference.tokens_to_generate={NUM_TOKENS}",
+        "parallel=tp2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stdout
+    answered = [json.loads(line) for line in output.read_text().splitlines()]
+    for line, given in zip(answered, lines(picture), strict=True):
+        text = given.get("prompt", QUESTION)
+        images = [Image.open(picture)] * text.count("<image>") or None
+        inputs = processor(text=text, images=images, return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)[0]
+        start = inputs["input_ids"].shape[1]
+        assert line["prompt_token_ids"] == inputs["input_ids"][0].tolist()
+        assert line["token_ids"] == tokens[start:].tolist()
+        assert line["text"] == processor.tokenizer.decode(tokens[start:], skip_special_tokens=True)
+        assert {key: line[key] for key in given} == given
+
+
+def test_a_prompt_on_the_command_line_is_answered_on_the_terminal(models) -> None:
+    done = run_command(f"model_path={models['llama']}", "prompt='USER: hi'", "inference.tokens_to_generate=3")
+    assert done.returncode == 0, done.stderr
+    (ids,) = answer_lines({"model_path": str(models["llama"]), "prompt": "USER: hi"}, 3)
+    assert done.stdout.startswith(ids["text"] + "\n3 tokens in ")
+
+
+def answer_lines(asked: dict[str, Any], limit: int) -> list[dict[str, Any]]:
+    """The task in this process."""
+    output = Path(asked["model_path"]).parent / "in_process.jsonl"
+    config = GenerateConfig(**asked, output_file=str(output), inference=DecodingConfig(tokens_to_generate=limit))
+    generation = answers.prepare(config, {})
+    answers.make_ready(generation, {})
+    answers.answer(generation)
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_any_of_several_eos_ends_an_answer(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "llama")
+    asked = {"model_path": str(folder), "prompt": "USER: hi"}
+    (free,) = answer_lines(asked, 12)
+    stop = next(token for place, token in enumerate(free["token_ids"]) if place and token != free["token_ids"][0])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, stop]}))
+    (stopped,) = answer_lines(asked, 12)
+    assert stopped["token_ids"] == free["token_ids"][: free["token_ids"].index(stop) + 1]
+
+
+def test_weights_run_in_the_precision_they_are_stored_in(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "llama")
+    assert stored_precision(open_source(folder, "")) == "32"
+    theirs(folder, "llama").bfloat16().save_pretrained(folder)
+    assert stored_precision(open_source(folder, "")) == "bf16"
+    assert len(answer_lines({"model_path": str(folder), "prompt": "USER: hi"}, 3)[0]["token_ids"]) == 3
+
+
+MISTAKES = {
+    "no such model": ({"model_path": "nowhere"}, "model_path=nowhere: there is no such file or directory"),
+    "no model": ({"model_path": None}, "model_path=null: "),
+    "no prompt": ({"prompt": None}, "give either prompt_file="),
+    "no image": ({"prompt": "<image>", "image": "none.png"}, "prompt: none.png: the image does not exist"),
+    "too few images": ({"prompt": "<image> x"}, "prompt: 1 <image> in the text, 0 images"),
+    "too long": ({"prompt": "word " * 300}, "prompt: .* leave no room for an answer in model.encoder_seq_length=256"),
+    "not JSON": ({"lines": '{"prompt": "x"}\n{"prompt": '}, r"in.jsonl line 2: not JSON"),
+    "another form": ({"lines": '{"prompt": "x", "messages": []}'}, "in.jsonl line 1: must have either"),
+    "nothing": ({"lines": "\n"}, "in.jsonl: holds no line"),
+    "ddp": ({"model": ParallelConfig(cpu_data_parallel_size=2)}, "one copy of the model answers"),
+    "heads": ({"model": ParallelConfig(tensor_model_parallel_size=3)}, "tensor_model_parallel_size=3"),
+    "no folder": ({"output_file": "/proc/none/x"}, "output_file=/proc/none/x: cannot be written"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name: str, models, tmp_path: Path) -> None:
+    asked, message = MISTAKES[name]
+    asked = {"model_path": str(models["llava"]), "prompt": "x"} | asked
+    if "lines" in asked:
+        (tmp_path / "in.jsonl").write_text(asked.pop("lines"))
+        asked |= {"prompt": None, "prompt_file": str(tmp_path / "in.jsonl")}
+    with pytest.raises(ConfigError, match=message) as error:
+        generation = answers.prepare(GenerateConfig(**asked), {})
+        answers.make_ready(generation, {})
+        answers.answer(generation)
+    assert "\n" not in str(error.value)
+
+
+def test_sampling_is_not_there_yet() -> None:
+    with pytest.raises(ConfigError, match="inference.greedy=false"):
+        DecodingConfig(greedy=False)
+
+
+def test_messages_need_a_chat_template(tmp_path: Path) -> None:
+    folder = make_llama(tmp_path / "llama")
+    (folder / "chat_template.jinja").unlink()
+    questions = tmp_path / "in.jsonl"
+    questions.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    with pytest.raises(ConfigError, match="line 1: the tokenizer has no chat template"):
+        answer_lines({"model_path": str(folder), "prompt_file": str(questions)}, 3)

@@ -1,0 +1,209 @@
+"""Full-size presets without weights: the hub's numbers, transformers' tensors, and ours under every layout.
+
+Every stage of every layout is built on the meta device, with its first or its last tensor-parallel rank, in turn. That
+the parts of all ranks tile each tensor is proven with one layer of each kind, and carried over to all others, whose
+parts must be the same.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_conf import layout, run_of
+
+from nemo_vlm.config import RunConfig
+from nemo_vlm.formats.reader import InMemory
+from nemo_vlm.layout import Layout
+from nemo_vlm.mcore import groups, weights
+from nemo_vlm.mcore.ranks import first_replica
+from nemo_vlm.mcore.weights import Bounds
+from nemo_vlm.models.base import family
+from nemo_vlm.models.build import build_chunks
+from nemo_vlm.sources.huggingface import canonical
+from nemo_vlm.sources.starting import TRAINING
+from nemo_vlm.typed import plain
+
+TENSOR, PIPELINE = (1, 2, 4, 8), (1, 2, 4)
+Boxes = dict[str, list[Bounds]]  # by tensor, the parts of it that a rank holds
+
+
+def llama(width: int, ffn: int, heads: int, layers: int, **other: Any) -> dict[str, Any]:
+    """config.json of meta-llama/Llama-2-7b-hf, with what differs in others."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "num_hidden_layers": layers,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+    } | other
+
+
+LLAMA3 = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
+# As on the hub: meta-llama/Llama-2-*-hf, lmsys/vicuna-*-v1.5, meta-llama/Meta-Llama-3-*, llava-hf/llava-1.5-*-hf,
+# xtuner/llava-llama-3-8b-v1_1-transformers.
+HUB = {
+    "llama2_7b": llama(4096, 11008, 32, 32),
+    "llama2_13b": llama(5120, 13824, 40, 40),
+    "llama2_70b": llama(8192, 28672, 64, 80, num_key_value_heads=8),
+    "vicuna_7b": llama(4096, 11008, 32, 32),
+    "vicuna_13b": llama(5120, 13824, 40, 40),
+    "llama3_8b": llama(4096, 14336, 32, 32, **LLAMA3),
+    "llama3_70b": llama(8192, 28672, 64, 80, **LLAMA3),
+    "llava_7b": llama(4096, 11008, 32, 32, vocab_size=32064),
+    "llava_13b": llama(5120, 13824, 40, 40, vocab_size=32064),
+    "llava_llama3_8b": llama(4096, 14336, 32, 32, **LLAMA3 | {"vocab_size": 128320}),
+}
+CLIP = {  # openai/clip-vit-large-patch14-336
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "image_size": 336,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+ALIKE = {"vicuna_7b": "llama2_7b", "vicuna_13b": "llama2_13b"}
+PRESETS = [name for name in HUB if name not in ALIKE]
+
+
+@cache
+def preset(name: str) -> RunConfig:
+    """The run of a preset, with an image token, which a tokenizer would decide."""
+    run = run_of(f"model={name}")
+    if run.family != "llava":
+        return run
+    return replace(run, model=replace(run.model, mm_cfg=replace(run.model.mm_cfg, image_token_index=32000)))
+
+
+def their_config(run: RunConfig) -> tuple[type, Any]:
+    """The class and the configuration that Hugging Face makes of our config.json."""
+    settings = dict(family(run.family, "mapping").hf_config(run.model))
+    cls = getattr(transformers, settings.pop("architectures")[0])
+    return cls, transformers.AutoConfig.for_model(**settings)
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_numbers_are_the_hubs(name: str) -> None:
+    config = their_config(preset(name))[1].to_dict()
+    text = config.get("text_config", config)
+    rope = text["rope_parameters"]
+    assert rope["rope_type"] == "default"
+    found = text | {"rope_theta": rope["rope_theta"]}
+    assert {key: found[key] for key in HUB[name]} == HUB[name]
+    if "vision_config" in config:
+        assert {key: config["vision_config"][key] for key in CLIP} == CLIP
+        assert (config["vision_feature_layer"], config["vision_feature_select_strategy"]) == (-2, "default")
+
+
+@pytest.mark.parametrize(("name", "other"), ALIKE.items())
+def test_presets_of_the_same_architecture(name: str, other: str) -> None:
+    assert preset(name).model == preset(other).model
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_tensors_are_transformers(name: str) -> None:
+    """Names, in memory and on the hub, shapes, the number of parameters, and the way back from config.json."""
+    run = preset(name)
+    cls, config = their_config(run)
+    with torch.device("meta"):
+        model = cls(config)
+    mapping = family(run.family, "mapping")
+    theirs = canonical(InMemory(model.state_dict()), mapping.HF_VARIANTS)
+    back = mapping.from_hf(config.to_dict(), theirs.names(), name)
+    rules = mapping.rules(back)
+    assert {name: theirs.shape(name) for name in theirs.names()} == {
+        name: shape for rule in rules for name, shape in rule.theirs.items()
+    }
+    on_hub = {name.replace("vision_tower.", "vision_tower.vision_model.") for name in theirs.names()}
+    assert on_hub == {name for rule in mapping.rules(run.model) for name in rule.theirs}
+    assert sum(math.prod(rule.shape) for rule in rules) == sum(p.numel() for p in model.parameters())
+    assert architecture(plain(back)) == architecture(plain(run.model))
+
+
+def architecture(tree: dict[str, Any]) -> dict[str, Any]:
+    """What config.json can say: not how it is trained, nor how a file calls the tower."""
+    kept = {key: value for key, value in tree.items() if key not in TRAINING | {"hf_prefix"}}
+    return {key: architecture(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def one_layer(run: RunConfig) -> RunConfig:
+    """A layer of each kind."""
+    model = replace(run.model, num_layers=1)
+    if run.family == "llava":
+        tower = replace(model.mm_cfg.vision_encoder, num_layers=1)
+        model = replace(model, mm_cfg=replace(model.mm_cfg, vision_encoder=tower))
+    return replace(run, model=model)
+
+
+def held(run: RunConfig, where: Layout, stage: int, tensor_rank: int) -> tuple[Boxes, dict[str, tuple[int, ...]]]:
+    """The parts of tensors that a rank holds, and the tensors' shapes."""
+    with groups.pretend(where, first_replica(where)[stage][tensor_rank]):
+        (model,) = build_chunks(run, where)
+        regions = [region for places in weights.regions(model, run.model.vocab_size).values() for region in places]
+    boxes: Boxes = {}
+    for region in regions:
+        boxes.setdefault(region.name, []).append(tuple((s.start, s.stop) for s in region.slices))
+    return boxes, {region.name: region.shape for region in regions}
+
+
+def pipelines(tensor: int) -> list[list[tuple[int, int]]]:
+    """Pipelines of all lengths; every stage with its last or its first tensor-parallel rank, a single one with both."""
+    ends = (tensor - 1, 0)
+    turns = [[(stage, ends[stage % 2]) for stage in range(length)] for length in PIPELINE]
+    return turns if tensor == 1 else [[(0, 0)], *turns]
+
+
+def kind(name: str) -> str:
+    """A tensor's name without its layer's number."""
+    return re.sub(r"layers\.\d+\.", "layers.0.", name)
+
+
+def disjoint(one: Bounds, other: Bounds) -> bool:
+    return any(a[1] <= b[0] or b[1] <= a[0] for a, b in zip(one, other, strict=True))
+
+
+def volume(box: Bounds) -> int:
+    return math.prod(stop - start for start, stop in box)
+
+
+def tiles(boxes: list[Bounds], shape: tuple[int, ...]) -> bool:
+    """Whether the boxes, of which ranks may hold the same, are a tensor cut into pieces."""
+    pieces = set(boxes)
+    inside = all(0 <= start <= stop <= size for box in pieces for (start, stop), size in zip(box, shape, strict=True))
+    apart = all(disjoint(one, other) for one, other in combinations(pieces, 2))
+    return inside and apart and sum(map(volume, pieces)) == math.prod(shape)
+
+
+@pytest.mark.parametrize("tensor", TENSOR)
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_layout_has_the_same_tensors(name: str, tensor: int) -> None:
+    run = preset(name)
+    shapes = {rule.ours: rule.shape for rule in family(run.family, "mapping").rules(run.model)}
+    small = one_layer(run)
+    ranks = [held(small, layout(small, tensor, 1), 0, rank)[0] for rank in range(tensor)]
+    for tensor_name in ranks[0]:
+        assert tiles([box for rank in ranks for box in rank[tensor_name]], shapes[tensor_name]), tensor_name
+    for places in pipelines(tensor):
+        where = layout(run, tensor, len(places))
+        names = []
+        for stage, rank in places:
+            boxes, found = held(run, where, stage, rank)
+            assert found == {tensor_name: shapes[tensor_name] for tensor_name in boxes}
+            assert all(sorted(parts) == sorted(ranks[rank][kind(tensor_name)]) for tensor_name, parts in boxes.items())
+            names += boxes
+        assert sorted(names) == sorted(shapes)  # each on one stage

@@ -1,0 +1,90 @@
+"""Small random models as transformers saves them, with tokenizer and processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers.processors import TemplateProcessing
+
+from nemo_vlm.data.tokenizer import train_tokenizer
+
+LLAMA = dict(  # grouped queries, heads x head size != hidden size, a vocabulary and layers that do not divide by two
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=307,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+)
+TOWER = dict(
+    hidden_size=40, intermediate_size=80, num_hidden_layers=3, num_attention_heads=5, image_size=28, patch_size=7
+)
+TEXTS = ["USER: What is in the picture? ASSISTANT: A red square and 7 blue circles."]
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in message['content'] %}"
+    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}{% endfor %}{{ ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def tokenizer() -> Any:
+    """Llama's special tokens, of which it puts BOS in front, and <image>; LLaVA's kind of chat template."""
+    made = train_tokenizer(TEXTS, 300)
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made.chat_template = TEMPLATE
+    return made
+
+
+def random_weights(model: Any, std: float = 0.2) -> Any:
+    """Every parameter random, biases and norms too."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, std, generator=generator)
+    return model
+
+
+def make_llama(folder: Path, **settings: Any) -> Path:
+    config = transformers.LlamaConfig(**LLAMA | settings)
+    random_weights(transformers.LlamaForCausalLM(config)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_llava(folder: Path, text: dict[str, Any] | None = None, tower: dict[str, Any] | None = None) -> Path:
+    made = tokenizer()
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER | (tower or {})),
+        text_config=transformers.LlamaConfig(**LLAMA | (text or {})),
+        image_token_index=made.convert_tokens_to_ids("<image>"),
+    )
+    random_weights(transformers.LlavaForConditionalGeneration(config)).save_pretrained(folder)
+    edge = config.vision_config.image_size
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge})
+    transformers.LlavaProcessor(
+        image_processor=images,
+        tokenizer=made,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_clip(folder: Path, whole: bool = False) -> Path:
+    """A vision tower alone, or with CLIP's text model."""
+    if not whole:
+        random_weights(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER))).save_pretrained(folder)
+        return folder
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    text |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = transformers.CLIPConfig(text_config=text, vision_config=TOWER, projection_dim=32)
+    random_weights(transformers.CLIPModel(config)).save_pretrained(folder)
+    return folder
