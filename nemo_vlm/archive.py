@@ -127,7 +127,7 @@ def read_config(store: Store) -> dict[str, Any]:
     """
     try:
         config = yaml.safe_load(store.span(CONFIG).bytes())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{store}: {CONFIG} is not plain YAML ({' '.join(str(error).split())})") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{store}: {CONFIG} holds no settings")

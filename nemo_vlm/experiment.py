@@ -149,8 +149,9 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
     """
     from nemo_vlm import checkpoints
     from nemo_vlm.data import digits, records
-    from nemo_vlm.data.tokenizer import load_tokenizer, located
+    from nemo_vlm.data.tokenizer import located
     from nemo_vlm.planning import machine
+    from nemo_vlm.sources.tokenizers import load_tokenizer
     from nemo_vlm.training.module import Plan
 
     check_interfaces(os.environ)

@@ -30,7 +30,7 @@ from nemo_vlm.conversion.convert import Target, to_huggingface, to_nemo
 from nemo_vlm.conversion.jobs import Run, export_huggingface, import_huggingface, with_tower
 from nemo_vlm.conversion.settings import merged, with_settings
 from nemo_vlm.data import digits
-from nemo_vlm.data.tokenizer import load_tokenizer, train_tokenizer
+from nemo_vlm.data.tokenizer import train_tokenizer
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats import safetensors
 from nemo_vlm.formats.reader import InMemory, chosen
@@ -41,6 +41,7 @@ from nemo_vlm.models.llava.config import Config as LlavaConfig
 from nemo_vlm.sources.huggingface import companions
 from nemo_vlm.sources.opening import open_source
 from nemo_vlm.sources.source import Source
+from nemo_vlm.sources.tokenizers import load_tokenizer
 from nemo_vlm.typed import plain, plain_defaults, read
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

@@ -17,13 +17,14 @@ from nemo_vlm.config import DataConfig, StepConfig, TokenizerConfig
 from nemo_vlm.data import digits
 from nemo_vlm.data.loader import Order, Share, StepSampler
 from nemo_vlm.data.records import RecordDataset, read_records
-from nemo_vlm.data.tokenizer import load_tokenizer, train_tokenizer
+from nemo_vlm.data.tokenizer import train_tokenizer
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout
 from nemo_vlm.models.base import FAMILIES, family
 from nemo_vlm.models.conversation import TEMPLATES, Turn, encode
 from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform
 from nemo_vlm.models.merge import merge
+from nemo_vlm.sources.tokenizers import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from test_families import LAYOUTS, VARIANTS, build_all, micro_batches, run_of, w
 from nemo_vlm.archive import write_archive
 from nemo_vlm.config import LanguageConfig, OptimConfig, ParallelConfig, RunConfig, StepConfig, TokenizerConfig
 from nemo_vlm.data import digits
-from nemo_vlm.data.tokenizer import load_tokenizer
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout, one_process
 from nemo_vlm.mcore import groups
@@ -28,6 +27,7 @@ from nemo_vlm.models.llava.config import Config as LlavaConfig
 from nemo_vlm.models.llava.config import MultimodalConfig
 from nemo_vlm.planning import machine
 from nemo_vlm.planning import plan as planning
+from nemo_vlm.sources.tokenizers import load_tokenizer
 from nemo_vlm.training.build import build_engine
 from nemo_vlm.typed import model_tree
 

@@ -70,8 +70,8 @@ def test_defaults_read_back_as_themselves() -> None:
             "model.mm_cfg.vision_encoder.num_attention_heads=5: hidden_size=1024",
         ),
         (
-            {"mm_cfg": {"vision_encoder": {"image_size": 335}}},
-            "model.mm_cfg.vision_encoder.image_size=335: must divide by patch_dim=14",
+            {"mm_cfg": {"vision_encoder": {"image_size": 13}}},
+            "model.mm_cfg.vision_encoder.image_size=13: must not be below patch_dim=14",
         ),
     ],
 )

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nemo_vlm.archive import CONFIG, TOKENIZER, open_store
 from nemo_vlm.config import TokenizerConfig
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.formats.store import extract
 
 SENTENCEPIECE = "tokenizer.model"
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
@@ -34,39 +30,25 @@ def located(config: TokenizerConfig) -> TokenizerConfig:
     return replace(config, type=os.path.abspath(config.type)) if Path(str(config.type)).exists() else config
 
 
-def load_tokenizer(config: TokenizerConfig) -> Any:
-    """A Hugging Face tokenizer from a directory, an archive or the local cache; nothing is downloaded.
-
-    Raises:
-        ConfigError: there is none, or it cannot report character offsets, which the label mask needs.
-    """
-    if config.type is None:
-        raise ConfigError("model.tokenizer.type=null: give the directory of the model's tokenizer")
-    path = Path(config.type)
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch)
-        if path.is_file() or (path / CONFIG).is_file():
-            return open_tokenizer(str(extract(open_store(path), TOKENIZER, place)), config.type)
-        if is_unnamed(path):
-            shutil.copy(path / SENTENCEPIECE, place)
-            name_sentencepiece(place)
-            return open_tokenizer(scratch, config.type)
-    return open_tokenizer(config.type, config.type)
-
-
-def is_unnamed(folder: Path) -> bool:
-    """Whether a SentencePiece model stands there alone; transformers would take it for one without normalisation."""
-    return (folder / SENTENCEPIECE).is_file() and not (folder / "tokenizer_config.json").is_file()
-
-
 def name_sentencepiece(folder: Path) -> None:
-    """Say of a SentencePiece model that stands alone that it is Llama's, as NeMo's are."""
-    if is_unnamed(folder):
+    """Say of a SentencePiece model that stands alone that it is Llama's, as NeMo's are.
+
+    transformers would take it for one without normalisation, and make other tokens.
+    """
+    described = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    if (folder / SENTENCEPIECE).is_file() and not described:
         settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def open_tokenizer(place: str, called: str) -> Any:
+    """A Hugging Face tokenizer from a directory or the local cache; nothing is downloaded.
+
+    Args:
+        called: what messages call the place.
+    Raises:
+        ConfigError: there is none, or it cannot report character offsets, which the label mask needs.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -77,6 +59,7 @@ def open_tokenizer(place: str, called: str) -> Any:
         ) from None
     if not tokenizer.is_fast or tokenizer.eos_token is None:
         raise ConfigError(f"model.tokenizer.type={called}: a fast tokenizer (tokenizer.json) with an EOS is needed")
+    tokenizer.name_or_path = called
     return tokenizer
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from nemo_vlm.config import LanguageConfig, TokenizerConfig
-from nemo_vlm.data.tokenizer import load_tokenizer
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout, one_process
 from nemo_vlm.mcore import groups, weights
@@ -23,6 +22,7 @@ from nemo_vlm.mcore.engine import StageModule, materialize
 from nemo_vlm.mcore.inference import Forward
 from nemo_vlm.models.base import Processor, family
 from nemo_vlm.sources.source import Source
+from nemo_vlm.sources.tokenizers import load_tokenizer
 
 GENERATION = "generation_config.json"  # Hugging Face's defaults of generation, of which the EOS count here
 CHAT = "chat_template.json"  # where transformers 4 kept the template of a processor

@@ -18,7 +18,7 @@ from nemo_vlm import checkpoints
 from nemo_vlm import layout as layouts
 from nemo_vlm.config import ExpManagerConfig, LanguageConfig, RunConfig, TrainerConfig
 from nemo_vlm.data import digits
-from nemo_vlm.data.tokenizer import load_tokenizer, tokenizer_exists
+from nemo_vlm.data.tokenizer import tokenizer_exists
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import written_whole
 from nemo_vlm.layout import Layout
@@ -29,6 +29,7 @@ from nemo_vlm.planning import machine
 from nemo_vlm.planning.memory import Holding, hold
 from nemo_vlm.planning.report import report
 from nemo_vlm.sources.opening import open_source
+from nemo_vlm.sources.tokenizers import load_tokenizer
 from nemo_vlm.typed import plain
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,13 @@ def open_huggingface(path: Path) -> Source:
     """
     store, called = Folder(path), str(path / "config.json")
     hf = read_hf_config(path)
-    kind = str(hf["model_type"])
+    kind = hf["model_type"]
     for name in FAMILIES:
         mapping = family(name, "mapping")
         if kind in mapping.HF_TYPES:
             theirs = canonical(open_weights(store), mapping.HF_VARIANTS)
-            config = mapping.from_hf(hf, theirs.names(), called)
+            with told_of(called):
+                config = mapping.from_hf(hf, theirs.names(), called)
             if config.share_embeddings_and_output_weights:
                 theirs = without_copied_head(theirs)
             ours, files = Ours(mapping.rules(config), theirs), companions(store)
@@ -74,12 +76,23 @@ def open_huggingface(path: Path) -> Source:
 def open_tower(path: Path, name: str, hf: Mapping[str, Any]) -> Source:
     """The vision tower of a CLIP or SigLIP, whose text model is left alone."""
     mapping, weights = family(name, "mapping"), canonical(open_weights(Folder(path)), {})
-    fields = mapping.vision_from_hf(hf, weights.names(), str(path / "config.json"))
-    prefix = fields.pop("hf_prefix")  # of this file, not of a LLaVA to be
-    tower = chosen(weights, [prefix])
+    with told_of(str(path / "config.json")):
+        fields = mapping.vision_from_hf(hf, weights.names(), str(path / "config.json"))
+        prefix = fields.pop("hf_prefix")  # of this file, not of a LLaVA to be
+        rules = mapping.vision_rules(family(name, "config").VisionConfig(**fields), "vision_model.", prefix)
     tree = {"family": name, "mm_cfg": {"vision_encoder": fields}}
-    rules = mapping.vision_rules(family(name, "config").VisionConfig(**fields), "vision_model.", prefix)
-    return Source(path, tree, Ours(rules, tower))
+    return Source(path, tree, Ours(rules, chosen(weights, [prefix])))
+
+
+@contextmanager
+def told_of(file: str) -> Iterator[None]:
+    """Values that no model can have are the file's fault, in whatever way they fail."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error) if file in str(error) else f"{file}: {error}") from None
+    except (TypeError, ValueError, KeyError, ArithmeticError, AttributeError) as error:
+        raise ConfigError(f"{file}: describes no model ({error!r})") from None
 
 
 def known_types() -> set[str]:
@@ -97,7 +110,7 @@ def read_hf_config(path: Path) -> dict[str, Any]:
         kind = json.loads(file.read_text())["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: not a configuration of a model ({error!r})") from None
-    if kind not in known_types():
+    if not isinstance(kind, str) or kind not in known_types():
         return {"model_type": kind}  # refused by its reader, who knows what there is
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).to_dict()
@@ -115,9 +128,9 @@ def open_weights(store: Folder) -> Reader:
         ("model.safetensors.index.json", "model.safetensors", Safetensors),
         ("pytorch_model.bin.index.json", "pytorch_model.bin", open_pickled),
     ):
-        if index in store.names():
+        if (store.path / index).is_file():
             return reader(store, indexed(store, index))
-        if single in store.names():
+        if (store.path / single).is_file():
             return reader(store, [single])
     raise ConfigError(f"{store}: holds neither model.safetensors nor pytorch_model.bin, nor an index of several")
 
@@ -129,7 +142,7 @@ def indexed(store: Folder, index: str) -> set[str]:
         ConfigError: it is damaged.
     """
     try:
-        return set(json.loads(store.span(index).bytes())["weight_map"].values())
+        return {str(file) for file in json.loads(store.span(index).bytes())["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{store.path / index}: damaged ({error!r})") from None
 
@@ -141,17 +154,27 @@ def open_pickled(store: Folder, files: Iterable[str]) -> InMemory:
         found = torch_file.load(store.span(file))
         if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
             raise ConfigError(f"{store.path / file}: holds something else than tensors by name")
+        if twice := found.keys() & tensors.keys():
+            raise ConfigError(f"{store}: the tensor '{min(twice)}' stands in {file} and in another file")
         tensors |= found
     return InMemory(tensors, str(store))
 
 
 def canonical(weights: Reader, variants: Mapping[str, str]) -> Renamed:
-    """Without what is computed, and under the names that rules have."""
-    originals = {}
+    """Without what is computed, and under the names that rules have.
+
+    Raises:
+        ConfigError: a tensor stands there under two names.
+    """
+    originals: dict[str, str] = {}
     for name in weights.names():
-        if not name.endswith(COMPUTED):
-            found = [(old, new) for old, new in variants.items() if name.startswith(old)]
-            originals[found[0][1] + name.removeprefix(found[0][0]) if found else name] = name
+        if name.endswith(COMPUTED):
+            continue
+        old, new = next(((old, new) for old, new in variants.items() if name.startswith(old)), ("", ""))
+        known = new + name.removeprefix(old)
+        if known in originals:
+            raise ConfigError(f"{weights}: {name} and {originals[known]} are the same tensor")
+        originals[known] = name
     return Renamed(weights, originals)
 
 
@@ -186,8 +209,6 @@ def processing(name: str, config: Any, files: Mapping[str, Span]) -> dict[str, A
 
 def companions(store: Folder) -> dict[str, Span]:
     """Tokenizer and processor files."""
-    return {
-        name: store.span(name)
-        for name in sorted(store.names())
-        if any(fnmatch(name, pattern) for pattern in COMPANIONS)
-    }
+    files = [*store.path.glob("*"), *store.path.glob("additional_chat_templates/*")]
+    names = sorted(file.relative_to(store.path).as_posix() for file in files if file.is_file())
+    return {name: store.span(name) for name in names if any(fnmatch(name, pattern) for pattern in COMPANIONS)}

@@ -11,7 +11,6 @@ from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import Renamed
 from nemo_vlm.formats.store import Folder, Span, Store
 from nemo_vlm.formats.torch_dist import TorchDist
-from nemo_vlm.sources.huggingface import companions
 from nemo_vlm.sources.source import Source
 
 STATE = ("optimizer.", "rng.")  # what a training checkpoint holds beside the model
@@ -24,11 +23,16 @@ def open_archive(path: Path) -> Source:
 
 def files_of(store: Store, tree: dict[str, Any]) -> dict[str, Span]:
     """The tokenizer's folder of an archive."""
-    kind = str(tree["tokenizer"]["type"]) if "tokenizer" in tree else ""
+    kind = named_tokenizer(tree) or ""
     folder = kind.removeprefix(INSIDE) + "/"
     if not kind.startswith(INSIDE):
         return {}
     return {name.removeprefix(folder): store.span(name) for name in sorted(store.names()) if name.startswith(folder)}
+
+
+def named_tokenizer(tree: dict[str, Any]) -> str | None:
+    settings = tree.get("tokenizer")
+    return settings.get("type") if isinstance(settings, dict) else None
 
 
 def is_training_checkpoint(path: Path) -> bool:
@@ -36,7 +40,7 @@ def is_training_checkpoint(path: Path) -> bool:
 
 
 def open_training_checkpoint(path: Path) -> Source:
-    """A step_NNNNNN directory; its tokenizer stands where the run found it.
+    """A step_NNNNNN directory, whose tokenizer stands where the run found it.
 
     Raises:
         ConfigError: it is unfinished.
@@ -46,5 +50,4 @@ def open_training_checkpoint(path: Path) -> Source:
     store = Folder(path)
     tree, reader = read_config(store), TorchDist(store)
     names = {name: name for name in reader.names() if not name.startswith(STATE)}
-    tokenizer = Path(str(tree["tokenizer"]["type"]))
-    return Source(path, tree, Renamed(reader, names), companions(Folder(tokenizer)) if tokenizer.is_dir() else {})
+    return Source(path, tree, Renamed(reader, names))

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from dataclasses import replace
 from pathlib import Path
 
 from nemo_vlm.archive import CONFIG, open_store, read_config
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.formats.store import Folder, Span
 from nemo_vlm.sources import huggingface, megatron, nemo, nemo1
+from nemo_vlm.sources.huggingface import companions
 from nemo_vlm.sources.source import Source
+
+log = logging.getLogger(__name__)
 
 
 def open_source(path: str | Path, key: str) -> Source:
@@ -20,15 +27,13 @@ def open_source(path: str | Path, key: str) -> Source:
     Raises:
         ConfigError: there is nothing, or nothing that is known.
     """
-    found = Path(path)
-    if not found.exists():
-        found = cached(str(path))
-        if found is None:
-            raise ConfigError(f"{key}={path}: there is no such file or directory")
-    if found.is_file() or (found / CONFIG).is_file() and not nemo.is_training_checkpoint(found):
-        return open_nemo(found)
+    found = located(str(path))
+    if found is None:
+        raise ConfigError(f"{key}={path}: there is no such file or directory")
     if nemo.is_training_checkpoint(found):
-        return nemo.open_training_checkpoint(found)
+        return with_tokenizer(nemo.open_training_checkpoint(found))
+    if found.is_file() or (found / CONFIG).is_file():
+        return open_nemo(found)
     if megatron.is_megatron(found):
         return megatron.open_megatron(found)
     if huggingface.is_huggingface(found):
@@ -44,13 +49,39 @@ def open_nemo(path: Path) -> Source:
     return nemo.open_archive(path) if "family" in read_config(open_store(path)) else nemo1.open_nemo1(path)
 
 
-def cached(name: str) -> Path | None:
-    """The directory of a repository in Hugging Face's cache; nothing is downloaded."""
+def with_tokenizer(source: Source) -> Source:
+    """A training checkpoint with the tokenizer that its run had, if that is still there."""
+    named = nemo.named_tokenizer(source.tree)
+    if named is None or located(named) is None:
+        log.warning("%s: its tokenizer %s is not here any more", source, named)
+        return source
+    return replace(source, files=tokenizer_files(named))
+
+
+def tokenizer_files(place: str) -> dict[str, Span]:
+    """What a tokenizer consists of that stands in a directory, in a checkpoint, or in the cache.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = located(place)
+    if found is None:
+        raise ConfigError(f"model.tokenizer.type={place}: no tokenizer there, nor one of that name in the cache")
+    files = companions(Folder(found)) if found.is_dir() else {}
+    if not any(name.startswith("tokenizer") for name in files):
+        files = open_source(found, "model.tokenizer.type").files
+    return files
+
+
+def located(place: str) -> Path | None:
+    """A file or directory, or the directory of a repository in Hugging Face's cache; nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        config = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # not the name of a repository
+        if Path(place).exists():
+            return Path(os.path.abspath(place))
+        found = [try_to_load_from_cache(place, name) for name in ("config.json", "tokenizer_config.json")]
+    except (HFValidationError, OSError):  # neither a path nor the name of a repository
         return None
-    return Path(config).parent if isinstance(config, str) else None
+    return next((Path(file).parent for file in found if isinstance(file, str)), None)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_vlm.archive import INSIDE
 from nemo_vlm.config import LanguageConfig
 from nemo_vlm.data.tokenizer import name_sentencepiece
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import Reader
-from nemo_vlm.formats.store import Span
+from nemo_vlm.formats.store import Span, is_inside
 from nemo_vlm.models.base import family
 from nemo_vlm.typed import read_model
 
@@ -63,16 +63,24 @@ class Source:
 
     @property
     def tokenizer(self) -> str | None:
-        """What data.tokenizer.load_tokenizer opens to get its tokenizer."""
-        named = self.tree["tokenizer"]["type"] if "tokenizer" in self.tree else None
-        if named is not None and not named.startswith(INSIDE):
-            return str(named)
+        """What `model.tokenizer.type` must be to get its tokenizer."""
         return str(self.path) if any(name.startswith("tokenizer") for name in self.files) else None
 
     def save_files(self, folder: Path) -> Path:
         """Write tokenizer and processor files to a folder."""
-        for name, span in self.files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(span.bytes())
-        name_sentencepiece(folder)
-        return folder
+        return save_files(self.files, folder)
+
+
+def save_files(files: Mapping[str, Span], folder: Path) -> Path:
+    """Write tokenizer and processor files to a folder.
+
+    Raises:
+        ConfigError: a name leads outside it.
+    """
+    for name, span in files.items():
+        if not is_inside(name):
+            raise ConfigError(f"{span}: refused, the name leads outside the folder it is to be written to")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(span.bytes())
+    name_sentencepiece(folder)
+    return folder

@@ -77,13 +77,16 @@ def settle(run: RunConfig, given: Collection[str]) -> tuple[RunConfig, list[str]
 
 
 def sources(run: RunConfig) -> list[tuple[str, str | None, Source]]:
-    """The checkpoints that a run starts from: the key that names it, the module it is for (None: all), the source."""
+    """The checkpoints that a run starts from: the key that names it, the module it is for (None: all), the source.
+
+    What is restored comes last, over the parts that were given for themselves, as in NeMo.
+    """
     found: list[tuple[str, str | None, Source]] = []
-    if run.start.restore_from_path is not None:
-        found.append((RESTORE, None, open_source(run.start.restore_from_path, RESTORE)))
     for module, (key, path) in run.model.pretrained.items():
         if path is not None:
             found.append((key, module, open_source(path, key)))
+    if run.start.restore_from_path is not None:
+        found.append((RESTORE, None, open_source(run.start.restore_from_path, RESTORE)))
     return found
 
 

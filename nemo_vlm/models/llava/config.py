@@ -43,9 +43,10 @@ class VisionConfig:
                 f"model.mm_cfg.vision_encoder.class_token_length={self.class_token_length}: "
                 f"{self.model_type} has {int(clip)} class tokens"
             )
-        if self.image_size % self.patch_dim:
+        if not 0 < self.patch_dim <= self.image_size:
             raise ConfigError(
-                f"model.mm_cfg.vision_encoder.image_size={self.image_size}: must divide by patch_dim={self.patch_dim}"
+                f"model.mm_cfg.vision_encoder.image_size={self.image_size}: "
+                f"must not be below patch_dim={self.patch_dim}"
             )
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
@@ -65,7 +66,7 @@ class VisionConfig:
 
     @property
     def num_image_tokens(self) -> int:
-        """Features of an image, without the class token."""
+        """Features of an image, without the class token; a rest that makes no whole patch is cut off."""
         return (self.image_size // self.patch_dim) ** 2
 
 

@@ -141,7 +141,7 @@ def from_hf(hf: Mapping[str, Any], names: set[str], path: str) -> Config:
     """The config of an HF LlavaConfig whose defaults are filled in.
 
     Args:
-        names: the tensors beside it, in the names of `rules`.
+        names: the tensors beside it, in the names of `rules`; none where they are of another format.
         path: what messages call it.
     Raises:
         ConfigError: it has something that is not built here.
@@ -184,6 +184,6 @@ def vision_from_hf(hf: Mapping[str, Any], names: set[str], path: str) -> dict[st
         "activation": hf["hidden_act"],
         "layernorm_epsilon": hf["layer_norm_eps"],
         "class_token_length": int(clip),
-        "use_head": any(name.endswith("head.probe") for name in names),
-        "hf_prefix": "vision_model." if any(name.startswith("vision_model.") for name in names) else "",
+        "use_head": any(name.endswith("head.probe") for name in names) if names else hf.get("vision_use_head", False),
+        "hf_prefix": "" if names and not any(name.startswith("vision_model.") for name in names) else "vision_model.",
     }
