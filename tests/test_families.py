@@ -48,6 +48,7 @@ def siglip(config: LlavaConfig) -> LlavaConfig:
         layernorm_epsilon=None,
         class_token_length=None,
         use_head=True,
+        image_size=36,  # a rest that makes no patch
     )
     return replace(config, mm_cfg=replace(config.mm_cfg, vision_encoder=vision))
 

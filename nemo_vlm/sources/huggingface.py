@@ -114,7 +114,7 @@ def read_hf_config(path: Path) -> dict[str, Any]:
         return {"model_type": kind}  # refused by its reader, who knows what there is
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).to_dict()
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, AttributeError, StrictDataclassError) as error:
         raise ConfigError(f"{file}: cannot be read ({' '.join(str(error).split())[:300]})") from None
 
 
