@@ -6,11 +6,13 @@ import glob
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 PARTIAL = ".{name}.partial-{writer}"  # beside the file while it is written
+REPLACED = ".{name}.replaced-{writer}"  # an old folder, until the new one has its name
 
 
 @contextmanager
@@ -45,7 +47,7 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
 
 def replace_folder(partial: Path, path: Path) -> None:
     """Rename one folder to another that may exist; no call of the system does both at once."""
-    old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    old = path.with_name(REPLACED.format(name=path.name, writer=os.getpid()))
     if path.exists():
         os.rename(path, old)
     try:
@@ -57,8 +59,37 @@ def replace_folder(partial: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+class Behind:
+    """Brings a large file to the disk while more of it is made: the end need not wait for all, and memory stays free.
+
+    A context; its file is written by `write`.
+    """
+
+    STEP = 128 * 2**20  # bytes between two flushes
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.thread = file, ThreadPoolExecutor(1)
+        self.written, self.flush = 0, self.thread.submit(int)
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.thread.shutdown()
+
+    def write(self, content: Any) -> None:
+        self.file.write(content)
+        self.written += len(content)
+        if self.written >= self.STEP:
+            self.file.flush()
+            self.flush.result()  # not faster than the disk; its errors are raised here
+            self.written, self.flush = 0, self.thread.submit(os.fsync, self.file.fileno())
+
+
 def remove_partial(path: Path) -> None:
     """What a killed process left of such a file or folder."""
+    for old in path.parent.glob(REPLACED.format(name=glob.escape(path.name), writer="*")):
+        shutil.rmtree(old) if path.exists() else os.rename(old, path)  # killed between two renames
     for partial in path.parent.glob(PARTIAL.format(name=glob.escape(path.name), writer="*")):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 

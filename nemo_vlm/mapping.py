@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.formats.reader import Reader, Shape, Slices, check_names
+from nemo_vlm.formats.reader import Reader, Shape, Slices, check_names, whole
 
 
 class Rule(Protocol):
@@ -100,10 +100,6 @@ def read_runs(reader: Reader, runs: Sequence[Run], slices: Slices) -> Tensor:
             found.append(reader.read(run.name, (rows, *rest)))
         at += run.length
     return found[0] if len(found) == 1 else torch.cat(found)
-
-
-def whole(shape: Shape) -> Slices:
-    return tuple(slice(0, size) for size in shape)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from test_formats import BOMBS
 
 from nemo_vlm.archive import Archive
 from nemo_vlm.conversion.command import run_command
-from nemo_vlm.conversion.convert import Target
+from nemo_vlm.conversion.convert import Target, to_nemo
 from nemo_vlm.conversion.megatron import Export, convert, same_bits, to_megatron
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats import torch_dist_writer
@@ -33,6 +34,7 @@ from nemo_vlm.mapping import Theirs
 from nemo_vlm.models.base import family
 from nemo_vlm.sources.megatron import open_megatron
 from nemo_vlm.sources.nemo1 import open_nemo1
+from nemo_vlm.sources.nemo1_settings import image_size
 from nemo_vlm.sources.source import Source
 from nemo_vlm.typed import plain
 
@@ -172,8 +174,8 @@ DAMAGES = {
     bomb: r"its pickle names (posix.system|builtins.eval): refused, nothing of it was executed",
     cut_short: r"cut short",
     rank_missing: r"is missing; there are|holds no checkpoint",
-    other_shape: r"has shape \(192, 48\), the configuration needs \(128, 48\)",
-    fewer_layers: r"no place for these tensors: .*layers\.3\.",
+    other_shape: r"arguments say ffn_hidden_size=96, but .*config.json means 64; one of them is of another model",
+    fewer_layers: r"arguments say num_layers=4, but .*config.json means 3; one of them is of another model",
     unknown: r"model_type=mamba is not known here; there are",
     tracker: r"names the iteration '../../x', must be a number or release",
 }
@@ -193,6 +195,90 @@ def test_a_damaged_directory_is_refused(damage, export: str, tmp_path: Path, mon
     with pytest.raises(ConfigError, match=DAMAGES[damage]):
         raise ConfigError(said)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_arguments_that_are_not_built_are_refused(tmp_path: Path) -> None:
+    """Beside a config.json, too."""
+    to_megatron(source_of("gpt"), Target(tmp_path / "in"), EXPORTS["torch_dist"])
+    file = tmp_path / "in/release/common.pt"
+    common = torch.load(file, weights_only=False)
+    for name, value in {
+        "rotary_interleaved": True,
+        "apply_layernorm_1p": True,
+        "multi_latent_attention": True,
+        "window_size": (128, 0),
+    }.items():
+        args = argparse.Namespace(**{**vars(common["args"]), name: value})
+        torch.save({**common, "args": args}, file)
+        with pytest.raises(ConfigError, match=rf"release: its arguments {name}=.* are not supported, only {name}="):
+            open_megatron(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "theirs"),
+    [
+        ("hidden_size", 64, 48),
+        ("num_layers", 5, 4),
+        ("num_attention_heads", 2, 4),
+        ("num_query_groups", 1, 2),
+        ("ffn_hidden_size", 95, 96),
+        ("rotary_base", 500000, 10000.0),
+        ("norm_epsilon", 1e-6, 1e-5),
+        ("untie_embeddings_and_output_weights", False, True),
+    ],
+)
+def test_arguments_that_contradict_config_json_are_refused(name: str, value, theirs, tmp_path: Path) -> None:
+    to_megatron(source_of("gpt"), Target(tmp_path / "in"), EXPORTS["torch_dist"])
+    file = tmp_path / "in/release/common.pt"
+    common = torch.load(file, weights_only=False)
+    assert vars(common["args"])[name] == theirs
+    torch.save({**common, "args": argparse.Namespace(**{**vars(common["args"]), name: value})}, file)
+    with pytest.raises(ConfigError, match=rf"say {name}={value}, but .*config.json means {theirs}; one of them"):
+        open_megatron(tmp_path / "in")
+
+
+def test_rows_that_cannot_be_padding_are_refused(tmp_path: Path) -> None:
+    """By what the arguments pad to, else by what is usual."""
+    source = source_of("gpt")
+    to_megatron(source, Target(tmp_path / "in"), EXPORTS["torch_dist"])
+    file, rows = tmp_path / "in/release/common.pt", source.model.vocab_size
+    args = {**vars(torch.load(file, weights_only=False)["args"]), "make_vocab_size_divisible_by": 8}
+    tensors = {name.removeprefix("language_model."): source.reader.read(name) for name in source.reader.names()}
+    for surplus, known, limit in ((1024, {}, 1024), (16, {"tensor_model_parallel_size": 2}, 16)):
+        for count, fits in ((surplus - 1, True), (surplus, False)):
+            padded = dict(tensors)
+            for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                padded[name] = torch.cat([tensors[name], torch.ones(count, 48, dtype=torch.bfloat16)])
+            shutil.rmtree(tmp_path / "in/release")
+            (tmp_path / "in/release").mkdir()
+            common = {"args": argparse.Namespace(**args, **known)}
+            torch_dist_writer.write(tmp_path / "in/release", InMemory(padded), common)
+            if fits:
+                assert_same(open_megatron(tmp_path / "in").reader, source.reader)
+                continue
+            with pytest.raises(ConfigError, match=rf"has {rows + count} rows for .* of {rows}; .* than {limit}:"):
+                open_megatron(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--tensor-model-parallel-size", 2), "--tensor-model-parallel-size=2: is of a Megatron directory"),
+        (
+            ("--pipeline-model-parallel-size", 2),
+            "--pipeline-model-parallel-size=2: is of a Megatron directory",
+        ),
+        (("--pipeline-layers", "1,3"), "--pipeline-layers=1,3: is of a Megatron directory"),
+        (("--iteration", 5), "--iteration=5: neither --input nor the output is a Megatron directory"),
+        (("--hf-config", "x"), "--hf-config=x: describes a Megatron directory, and --input is none"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    to_nemo(source_of("gpt"), Target(tmp_path / "a.nemo"))
+    more = ("--input", tmp_path / "a.nemo", "--output", tmp_path / "out")
+    code, said = run_script(monkeypatch, capsys, *more, *flags)
+    assert code == 2 and said.startswith(message) and len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def nemo_settings(config, **more) -> dict:
@@ -341,7 +427,7 @@ def test_nemo_1_archives_hold_what_was_trained(tmp_path: Path) -> None:
         assert_same(found.reader, chosen(source.reader, modules.split()))
     (tmp_path / "model_weights.ckpt").unlink()
     (tmp_path / "model_weights").mkdir()
-    torch_dist_writer.write(tmp_path / "model_weights", InMemory(tensors), {}, "model.decoder.layers.")
+    torch_dist_writer.write(tmp_path / "model_weights", InMemory(tensors), {}, ("model.decoder.layers.",))
     assert_same(open_nemo1(tmp_path).reader, source.reader)
     shutil.rmtree(tmp_path / "model_weights")
     (tmp_path / "model_weights/model.decoder.final_layernorm.weight").mkdir(parents=True)
@@ -364,3 +450,63 @@ def test_nemo_1_archives_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         torch.save(content, tmp_path / "model_weights.ckpt")
         with pytest.raises(ConfigError, match=message):
             open_nemo1(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["0" * 32 + "_../x", "0" * 32 + "_..", "0..0_/x"])
+def test_a_nemo_1_archive_writes_nothing_outside(name: str, tmp_path: Path) -> None:
+    """Of a member's name, which may not be a path when its hash is gone, the last part is taken."""
+    source = source_of("llava")
+    (tmp_path / "run").mkdir()
+    write_nemo_settings(tmp_path / "run", source)
+    config = tmp_path / "run/model_config.yaml"
+    artifact = "0123456789abcdef0123456789abcdef_tokenizer.model"
+    config.write_text(config.read_text().replace(f"nemo:{artifact}", f"nemo:{name}"))
+    torch.save(nemo_tensors(source, legacy=False), tmp_path / "run/model_weights.ckpt")
+    member = tmp_path / "run" / artifact
+    with tarfile.open(tmp_path / "run.nemo", "w") as tar:
+        tar.add(config, "model_config.yaml")
+        tar.add(tmp_path / "run/model_weights.ckpt", "model_weights.ckpt")
+        tar.add(member, name)
+    if name.endswith(".."):
+        with pytest.raises(ConfigError, match="is no name of a file"):
+            open_nemo1(tmp_path / "run.nemo")
+    else:
+        assert open_nemo1(tmp_path / "run.nemo").files.keys() == {"x"}
+
+
+@pytest.mark.parametrize("prefix", ["model.module.", "module."])
+def test_nemo_1_archives_of_wrapped_modules(prefix: str, tmp_path: Path) -> None:
+    """Gate and up of two ranks are joined half by half under these names, too."""
+    source = source_of("llava")
+    tensors = nemo_tensors(source, legacy=False)
+    lay_out(tmp_path, {prefix + name.removeprefix("model."): value for name, value in tensors.items()}, (2, 1), 4)
+    write_nemo_settings(tmp_path, source)
+    assert_same(open_nemo1(tmp_path).reader, source.reader)
+
+
+def gpt_of_nemo(folder: Path, **settings) -> Source:
+    source = source_of("gpt")
+    torch.save(nemo_tensors(source, legacy=False), folder / "model_weights.ckpt")
+    (folder / "model_config.yaml").write_text(yaml.safe_dump(nemo_settings(source.model, **settings)))
+    return open_nemo1(folder)
+
+
+def test_nemo_1_settings_are_read_or_refused(tmp_path: Path) -> None:
+    assert gpt_of_nemo(tmp_path, window_size=None, rotary_interleaved=False).model.rope_scaling_factor is None
+    assert gpt_of_nemo(tmp_path, scale_positional_embedding=True).model.rope_scaling_factor == 8.0
+    assert gpt_of_nemo(tmp_path, window_size=[-1, -1], normalize_attention_scores=True).family == "gpt"
+    for name, value in {
+        "rotary_interleaved": True,
+        "window_size": [128, 0],
+        "normalize_attention_scores": False,
+        "transformer_block_type": "post_ln",
+        "num_moe_experts": 8,
+    }.items():
+        with pytest.raises(ConfigError, match=rf"model_config.yaml: {name}=.* is not supported, only "):
+            gpt_of_nemo(tmp_path, **{name: value})
+
+
+def test_the_image_size_that_was_saved_is_kept() -> None:
+    """SigLIP's 384 pixels hold 27 patches of 14, which cover 378."""
+    assert image_size(729, 14, 384) == 384
+    assert image_size(729, 14, None) == image_size(729, 14, 336) == 378

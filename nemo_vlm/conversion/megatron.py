@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,8 @@ from nemo_vlm.sources.megatron import RELEASE, TRACKER, is_megatron, megatron_na
 from nemo_vlm.sources.megatron_args import to_args
 from nemo_vlm.sources.opening import open_source
 from nemo_vlm.sources.source import Source
+
+DECODER_LAYER = re.compile(r"(?P<front>(?:.*\.)?decoder\.layers\.)\d+\.")  # the language model's, and a tower's
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +114,8 @@ def write_weights(source: Source, cast: Cast, folder: Path, export: Export) -> N
     folder.mkdir()
     if export.kind == "torch_dist":
         common: dict[str, Any] = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0}
-        torch_dist_writer.write(folder, reader, {**common, "iteration": export.number}, f"{decoder}layers.")
+        decoders = {match["front"] for name in reader.names() if (match := DECODER_LAYER.match(name))}
+        torch_dist_writer.write(folder, reader, {**common, "iteration": export.number}, decoders)
         return
     ranks = Ranks(
         tensor=export.tensor,
@@ -153,15 +157,33 @@ def run(flags: argparse.Namespace) -> None:
     Raises:
         ConfigError: as convert, or the flags do not go together.
     """
+    theirs = is_megatron(Path(flags.input))
+    check_flags(flags, theirs)
     layers = flags.pipeline_layers
     stages = flags.pipeline_model_parallel_size or (len(layers) if layers else 1)
+    export = None
+    if flags.format is not None:
+        iteration = flags.iteration or RELEASE
+        export = Export(flags.format, flags.tensor_model_parallel_size, stages, layers, iteration)
+    target = Target(flags.output, dtype_of(flags.precision))
+    convert(flags.input, target, export, flags.iteration if theirs else None, flags.hf_config)
+
+
+def check_flags(flags: argparse.Namespace, from_megatron: bool) -> None:
+    """Raises ConfigError for a flag that is wrong, or that would do nothing."""
+    sizes = {
+        "tensor-model-parallel-size": flags.tensor_model_parallel_size,
+        "pipeline-model-parallel-size": flags.pipeline_model_parallel_size or 1,
+        "pipeline-layers": ",".join(map(str, flags.pipeline_layers or ())) or 1,
+    }
+    given = [f"--{name}={value}" for name, value in sizes.items() if value != 1]
     if flags.iteration not in (None, RELEASE) and not flags.iteration.isdecimal():
         raise ConfigError(f"--iteration={flags.iteration}: must be a number or release")
-    export = None
-    if flags.format == "torch_dist" and (flags.tensor_model_parallel_size != 1 or stages != 1):
+    if given and flags.format == "torch_dist":
         raise ConfigError("--format=torch_dist: is read under every layout; sizes are given with --format=mp_rank only")
-    to_iteration = flags.iteration or RELEASE
-    if flags.format is not None:
-        export = Export(flags.format, flags.tensor_model_parallel_size, stages, layers, to_iteration)
-    theirs = flags.iteration if is_megatron(Path(flags.input)) else None
-    convert(flags.input, Target(flags.output, dtype_of(flags.precision)), export, theirs, flags.hf_config)
+    if given and flags.format is None:
+        raise ConfigError(f"{given[0]}: is of a Megatron directory to write; give --format=mp_rank")
+    if flags.iteration is not None and flags.format is None and not from_megatron:
+        raise ConfigError(f"--iteration={flags.iteration}: neither --input nor the output is a Megatron directory")
+    if flags.hf_config is not None and not from_megatron:
+        raise ConfigError(f"--hf-config={flags.hf_config}: describes a Megatron directory, and --input is none")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats import torch_file
-from nemo_vlm.formats.reader import Shape, Slices
+from nemo_vlm.formats.reader import Shape, Slices, whole
 from nemo_vlm.formats.store import Store
 
 FILES = re.compile(
@@ -33,6 +33,7 @@ LAYER = re.compile(r"(?P<front>(?:|.*\.)layers\.)(?P<number>\d+)(?P<rest>\..*)")
 GATED = re.compile(r".*\.(?:linear_fc1|dense_h_to_4h)\.(?:weight|bias)\d*")
 BY_ROWS = re.compile(r"(?:|.*\.)(?:word_embeddings\.weight|(?:output_layer|word_embeddings_for_head)\.weight)")
 BY_ROWS_TOO = re.compile(r".*\.(?:linear_qkv|linear_fc1|query_key_value|dense_h_to_4h)\.(?:weight|bias)\d*")
+OF_A_TENSOR = re.compile(r".*\.(?:weight|bias)\d*")
 BY_COLUMNS = re.compile(r".*\.(?:linear_proj|linear_fc2|dense|dense_4h_to_h)\.weight\d*")
 
 
@@ -66,7 +67,7 @@ class Merged:
         """A view where one run holds all of it."""
         if not self.shape:
             return self.runs[0][0]
-        slices = slices or tuple(slice(0, size) for size in self.shape)
+        slices = slices or whole(self.shape)
         start, stop, _ = slices[self.axis].indices(self.shape[self.axis])
         found, at = [], 0
         for tensor, first, last in self.runs:
@@ -84,7 +85,7 @@ class RankFiles:
     """The tensors of all ranks' files in a folder, under the files' own names with global layer numbers.
 
     Args:
-        gated: beginnings of the (global) names of modules whose fc1 is gated: "decoder.".
+        gated: whether the tensor of a (global) name is a gated fc1's.
     Attributes:
         content: what else the first rank's file holds.
         objects: names beside the tensors that are none.
@@ -92,19 +93,22 @@ class RankFiles:
         ConfigError: a rank's file is missing or damaged, or does not fit the others.
     """
 
-    def __init__(self, store: Store, folder: str = "", gated: tuple[str, ...] = ()) -> None:
-        self.store, self.folder = store, folder
+    def __init__(self, store: Store, folder: str, gated: Callable[[str], bool]) -> None:
+        self.store, self.folder, self.gated = store, folder, gated
         self.objects: set[str] = set()
         self.tensors: dict[str, Merged] = {}
         files = rank_files(store, folder)
         first_layer: dict[str, int] = defaultdict(int)
-        ranks = [[self.chunks(files[tensor, stage]) for tensor in tensors(files)] for stage in stages(files)]
+        ranks = {place: self.chunks(file) for place, file in files.items()}
         self.content: Mapping[str, Any] = torch_file.load(store.span(files[0, 0]))
-        for chunk in range(max(len(chunks) for stage in ranks for chunks in stage)):  # virtual stages, chunk by chunk
-            for stage in ranks:
-                pieces = [chunks[chunk] for chunks in stage if chunk < len(chunks)]
-                if pieces:
-                    self.add(pieces, first_layer, gated)
+        count = len(ranks[0, 0])
+        for place, chunks in ranks.items():
+            if len(chunks) != count:
+                raise ConfigError(f"{self}: {files[place]} holds {len(chunks)} virtual stages, {files[0, 0]} {count}")
+        for chunk in range(count):
+            for stage in stage_ranks(files):
+                pieces = {files[tensor, stage]: ranks[tensor, stage][chunk] for tensor in tensor_ranks(files)}
+                self.add(pieces, first_layer)
 
     def __str__(self) -> str:
         return f"{self.store}: {self.folder}" if self.folder else str(self.store)
@@ -134,12 +138,15 @@ class RankFiles:
             raise ConfigError(f"{self.store}: {file} holds no model")
         return [dict(flattened(chunk)) for chunk in found]
 
-    def add(self, pieces: list[dict[str, Any]], first_layer: dict[str, int], gated: tuple[str, ...]) -> None:
+    def add(self, ranks: Mapping[str, dict[str, Any]], first_layer: dict[str, int]) -> None:
         """One stage's tensors, of every tensor-parallel rank.
 
         Args:
+            ranks: what each rank's file holds.
             first_layer: how many layers the stages before have, by the beginning of their names; counted on.
         """
+        self.check_same_names(ranks)
+        pieces = list(ranks.values())
         numbers: dict[str, set[int]] = defaultdict(set)
         for local in pieces[0]:
             name = local
@@ -147,8 +154,11 @@ class RankFiles:
                 front, number = found["front"], int(found["number"])
                 numbers[front].add(number)
                 name = f"{front}{first_layer[front] + number}{found['rest']}"
-            if isinstance(pieces[0][local], Tensor):
-                self.put(name, [piece.get(local) for piece in pieces], gated)
+            if any(isinstance(piece[local], Tensor) for piece in pieces):
+                self.put(name, [piece[local] for piece in pieces])
+            elif OF_A_TENSOR.fullmatch(local) and pieces[0][local] is not None:
+                kind = type(pieces[0][local]).__name__
+                raise ConfigError(f"{self.store}: {next(iter(ranks))}: '{local}' is no tensor, but a {kind}")
             else:
                 self.objects.add(name)
         for front, layers in numbers.items():
@@ -156,15 +166,21 @@ class RankFiles:
                 raise ConfigError(f"{self}: the layers of a stage are {front}{sorted(layers)}, not counted from 0")
             first_layer[front] += len(layers)
 
-    def put(self, name: str, pieces: list[Any], gated: tuple[str, ...]) -> None:
+    def check_same_names(self, ranks: Mapping[str, dict[str, Any]]) -> None:
+        """Raises ConfigError where a tensor-parallel rank holds what another does not."""
+        first, names = next((file, content.keys()) for file, content in ranks.items())
+        for file, content in ranks.items():
+            if different := sorted(names ^ content.keys()):
+                has, lacks = (first, file) if different[0] in names else (file, first)
+                raise ConfigError(f"{self}: {has} holds '{different[0]}', which {lacks} lacks")
+
+    def put(self, name: str, pieces: list[Any]) -> None:
         """Join what the tensor-parallel ranks hold of a tensor."""
         if not all(isinstance(p, Tensor) and (p.shape, p.dtype) == (pieces[0].shape, pieces[0].dtype) for p in pieces):
             raise ConfigError(f"{self}: the ranks do not agree on the tensor '{name}'")
-        merged = merge(name, pieces, is_gated(name, gated))
+        merged = merge(name, pieces, self.gated(name))
         before = self.tensors.setdefault(name, merged)
-        if before is not merged and not torch.equal(
-            self.read(name), merged.read(tuple(slice(n) for n in merged.shape))
-        ):
+        if before is not merged and not torch.equal(self.read(name), merged.read(whole(merged.shape))):
             raise ConfigError(f"{self}: two stages hold the tensor '{name}' with different values")
 
 
@@ -194,18 +210,21 @@ def rank_files(store: Store, folder: str) -> dict[tuple[int, int], str]:
         ConfigError: there are none, or not all.
     """
     found: dict[tuple[int, int], str] = {}
-    for file in store.names():
+    for file in sorted(store.names()):
         if not file.startswith(folder):
             continue
         if EXPERT_FILES.match(file.removeprefix(folder)):
             raise ConfigError(f"{store}: {file}: files of expert-parallel ranks are not read; save as torch_dist")
         if match := FILES.fullmatch(file.removeprefix(folder)):
             ranks = (match["mp_tensor"] or match["tensor"] or 0, match["mp_stage"] or match["stage"] or 0)
-            found[int(ranks[0]), int(ranks[1])] = file
+            place = int(ranks[0]), int(ranks[1])
+            if place in found:
+                raise ConfigError(f"{store}: {found[place]} and {file} are files of the same rank; remove the old ones")
+            found[place] = file
     if not found:
         raise ConfigError(f"{store}: {folder or 'it'} holds no files of ranks")
-    for tensor in tensors(found):
-        for stage in stages(found):
+    for tensor in tensor_ranks(found):
+        for stage in stage_ranks(found):
             if (tensor, stage) not in found:
                 raise ConfigError(
                     f"{store}: {folder}: the file of tensor-parallel rank {tensor}, pipeline-parallel rank {stage} is "
@@ -214,9 +233,9 @@ def rank_files(store: Store, folder: str) -> dict[tuple[int, int], str]:
     return found
 
 
-def tensors(ranks: Iterable[tuple[int, int]]) -> range:
+def tensor_ranks(ranks: Iterable[tuple[int, int]]) -> range:
     return range(max(tensor for tensor, _ in ranks) + 1)
 
 
-def stages(ranks: Iterable[tuple[int, int]]) -> range:
+def stage_ranks(ranks: Iterable[tuple[int, int]]) -> range:
     return range(max(stage for _, stage in ranks) + 1)

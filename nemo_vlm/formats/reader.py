@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -13,6 +14,11 @@ from nemo_vlm.errors import ConfigError
 
 Slices = tuple[slice, ...]
 Shape = tuple[int, ...]
+
+
+def whole(shape: Shape) -> Slices:
+    """All of a tensor."""
+    return tuple(slice(0, size) for size in shape)
 
 
 class Reader(Protocol):
@@ -88,19 +94,20 @@ class Joined:
         return " and ".join(map(str, self.readers))
 
     def names(self) -> set[str]:
-        return set().union(*(reader.names() for reader in self.readers))
+        return set(self.owners)
 
-    def owner(self, name: str) -> Reader:
-        return next(reader for reader in self.readers if name in reader.names())
+    @cached_property
+    def owners(self) -> dict[str, Reader]:
+        return {name: reader for reader in reversed(self.readers) for name in reader.names()}
 
     def shape(self, name: str) -> Shape:
-        return self.owner(name).shape(name)
+        return self.owners[name].shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.owner(name).dtype(name)
+        return self.owners[name].dtype(name)
 
     def read(self, name: str, slices: Slices = ()) -> Tensor:
-        return self.owner(name).read(name, slices)
+        return self.owners[name].read(name, slices)
 
 
 def chosen(reader: Reader, prefixes: Iterable[str]) -> Renamed:

@@ -6,16 +6,20 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.files import Behind
 from nemo_vlm.formats.reader import Shape, Slices
 from nemo_vlm.formats.store import Span, Store
 
 MAX_SHARD_BYTES = 5 * 10**9
+MAX_HEADER_BYTES = 100 * 10**6  # as safetensors' own reader
+MAX_NUMBER = 2**63
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -93,33 +97,56 @@ def entries(file: Span) -> dict[str, Entry]:
     """The tensors of one file.
 
     Raises:
-        ConfigError: the header is damaged, or places a tensor outside the file.
+        ConfigError: the header is damaged, or places a tensor outside the file or over another.
     """
     length = int.from_bytes(file.bytes(0, 8), "little")
     if 8 + length > file.size:
         raise ConfigError(f"{file}: cut short or damaged in its header")
+    if length > MAX_HEADER_BYTES:
+        raise ConfigError(f"{file}: its header has {length} bytes, more than {MAX_HEADER_BYTES}: damaged")
     data = file.part(8 + length, file.size - 8 - length)
     try:
-        header = json.loads(file.bytes(8, length))
+        header = json.loads(file.bytes(8, length), object_pairs_hook=without_repetition)
         header.pop("__metadata__", None)
-        return {name: entry_of(name, info, data) for name, info in header.items()}
+        found = {name: entry_of(name, info, data) for name, info in header.items()}
     except ConfigError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{file}: its header is damaged ({error!r})") from None
+    check_apart(file, found)
+    return found
+
+
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"twice the key '{next(name for name in found if names.count(name) > 1)}'")
+    return found
 
 
 def entry_of(name: str, info: dict[str, Any], data: Span) -> Entry:
     """A header's entry, if it lies inside the data."""
-    shape, (first, last) = tuple(int(size) for size in info["shape"]), info["data_offsets"]
+    shape, (first, last) = tuple(info["shape"]), info["data_offsets"]
     if info["dtype"] not in DTYPES:
         raise ConfigError(f"{data}: the tensor '{name}' is of type {info['dtype']}; known are {', '.join(DTYPES)}")
     dtype = DTYPES[info["dtype"]]
-    if min(shape, default=0) < 0 or last - first != math.prod(shape) * dtype.itemsize:
+    numbers = (*shape, first, last)
+    if not all(type(number) is int and 0 <= number < MAX_NUMBER for number in numbers):
+        raise ConfigError(f"{data}: the tensor '{name}' has no shape and no place that can be")
+    if math.prod(filter(None, shape)) >= MAX_NUMBER or last - first != math.prod(shape) * dtype.itemsize:
         raise ConfigError(f"{data}: the tensor '{name}' of shape {shape} does not fit its bytes {first} to {last}")
-    if first < 0 or last > data.size:
+    if last > data.size:
         raise ConfigError(f"{data}: cut short in the tensor '{name}'")
     return Entry(shape, dtype, data.part(first, last - first))
+
+
+def check_apart(file: Span, found: dict[str, Entry]) -> None:
+    """Raises ConfigError where two tensors share bytes."""
+    places = sorted((entry.span.start, name) for name, entry in found.items() if entry.span.size)
+    for (start, name), (following, other) in pairwise(places):
+        if start + found[name].span.size > following:
+            raise ConfigError(f"{file}: the tensors '{name}' and '{other}' overlap: damaged")
 
 
 def split(specs: list[TensorSpec], limit: int) -> list[list[TensorSpec]]:
@@ -173,14 +200,15 @@ def write(file: IO[bytes], specs: list[TensorSpec], tensors: Iterator[tuple[str,
             dimension; what follows is left in it.
     """
     file.write(header(specs))
-    for spec in specs:
-        rest = -1
-        while rest:
-            name, part = next(tensors)
-            assert (name, part.dtype) == (spec.name, spec.dtype), (name, part.dtype, spec)
-            assert tuple(part.shape[1:]) == spec.shape[1:], (part.shape, spec)
-            rest = (spec.num_bytes if rest < 0 else rest) - part.nbytes
-            assert rest >= 0, spec
-            if part.numel():
-                content: Any = part.contiguous().flatten().view(torch.uint8).numpy()
-                file.write(memoryview(content))
+    with Behind(file) as disk:
+        for spec in specs:
+            rest = -1
+            while rest:
+                name, part = next(tensors)
+                assert (name, part.dtype) == (spec.name, spec.dtype), (name, part.dtype, spec)
+                assert tuple(part.shape[1:]) == spec.shape[1:], (part.shape, spec)
+                rest = (spec.num_bytes if rest < 0 else rest) - part.nbytes
+                assert rest >= 0, spec
+                if part.numel():
+                    content: Any = part.contiguous().flatten().view(torch.uint8).numpy()
+                    disk.write(memoryview(content))

@@ -7,9 +7,10 @@ import re
 import torch
 from torch import Tensor
 
-from nemo_vlm.formats.reader import Reader, Shape, Slices
+from nemo_vlm.formats.reader import Reader, Shape, Slices, whole
 
 LAYERS = re.compile(r"(?:^|.*\.)layers\.(?!\d)")  # not followed by a layer's number
+MAX_LAYERS = 10_000  # an axis longer than that is none of layers: a flat optimizer state, or damage
 
 
 class Unstacked:
@@ -19,11 +20,11 @@ class Unstacked:
         self.reader = reader
         self.places: dict[str, tuple[str, int | None]] = {}
         for name in reader.names():
-            front = LAYERS.match(name)
-            if front is None:
+            front, shape = LAYERS.match(name), reader.shape(name)
+            if front is None or not shape or shape[0] > MAX_LAYERS:
                 self.places[name] = (name, None)
             else:
-                for layer in range(reader.shape(name)[0]):
+                for layer in range(shape[0]):
                     self.places[f"{front[0]}{layer}.{name.removeprefix(front[0])}"] = (name, layer)
 
     def __str__(self) -> str:
@@ -44,5 +45,5 @@ class Unstacked:
         stacked, layer = self.places[name]
         if layer is None:
             return self.reader.read(stacked, slices)
-        rest = slices or tuple(slice(0, size) for size in self.shape(name))
+        rest = slices or whole(self.shape(name))
         return self.reader.read(stacked, (slice(layer, layer + 1), *rest))[0]

@@ -8,7 +8,7 @@ import tarfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 from nemo_vlm.errors import ConfigError
 
@@ -21,6 +21,8 @@ class Span:
         called: what messages call it, "x.nemo: model_weights/model-00001-of-00002.safetensors".
     """
 
+    __slots__ = ("called", "memory", "size", "start")
+
     memory: mmap.mmap
     start: int
     size: int
@@ -28,6 +30,9 @@ class Span:
 
     def __str__(self) -> str:
         return self.called
+
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError("a span of a mapped file cannot be pickled, and not be changed by a pickle")
 
     def bytes(self, start: int = 0, size: int | None = None) -> bytes:
         """A copy of a part of it.
@@ -98,6 +103,7 @@ def map_file(path: Path) -> mmap.mmap:
     return memory
 
 
+GZIP = b"\x1f\x8b"
 EMPTY = mmap.mmap(-1, 1)
 
 
@@ -139,13 +145,17 @@ class Tar:
     """The members of an uncompressed tar.
 
     Raises:
-        ConfigError: it is no tar, or has a member that is absolute, points outside, or is a link or device.
+        ConfigError: it is no tar, is compressed, or has a member that is absolute, points outside, is sparse, or is a
+            link or device.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise ConfigError(f"{path}: there is no such archive")
+        with open(self.path, "rb") as file:
+            if file.read(len(GZIP)) == GZIP:
+                raise ConfigError(f"{path}: is compressed; decompress it: gzip -dc {path} > {plain_name(self.path)}")
         try:
             with tarfile.open(self.path, "r:") as tar:
                 self.members = {
@@ -175,9 +185,14 @@ class Tar:
 def safe_name(member: tarfile.TarInfo, path: Path) -> str:
     """The member's name, without the ./ that NeMo writes; only plain files inside the archive are allowed."""
     name = PurePosixPath(member.name)
-    if not member.isfile() or not is_inside(member.name):
+    if not member.isfile() or member.sparse is not None or not is_inside(member.name):
         raise ConfigError(f"{path}: refuses the member '{member.name}', which is not a plain file inside the archive")
     return str(name)
+
+
+def plain_name(path: Path) -> str:
+    """A name for an archive that is not compressed any more."""
+    return f"{path.with_suffix('')}-plain{path.suffix}"
 
 
 def extract(store: Store, folder: str, target: Path) -> Path:

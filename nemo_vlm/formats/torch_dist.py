@@ -7,9 +7,11 @@ __R_N.distcp    chunks one after another, each a file of torch.save
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,11 +19,12 @@ from torch import Tensor
 
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats import torch_file
-from nemo_vlm.formats.reader import Shape, Slices
+from nemo_vlm.formats.reader import Shape, Slices, whole
 from nemo_vlm.formats.store import Store
 from nemo_vlm.formats.unpickle import Record, unpickle
 
 METADATA = ".metadata"
+Box = tuple[Shape, Shape]  # where it begins, and its sizes
 KEPT_OPEN = 1024  # chunks whose place in their file is remembered
 
 
@@ -56,7 +59,7 @@ class TorchDist:
         table = unpickle(file.bytes(), str(file))
         try:
             self.entries, self.objects = contents(table)
-        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise ConfigError(f"{file}: not a table of tensors ({error!r})") from None
         self.chunk = lru_cache(KEPT_OPEN)(self.open_chunk)
 
@@ -79,9 +82,9 @@ class TorchDist:
             ConfigError: a file is missing, cut short or damaged, or not all of the tensor is stored.
         """
         entry = self.entries[name]
-        wanted = [s.indices(size)[:2] for s, size in zip(slices or every(entry.shape), entry.shape, strict=True)]
+        wanted = [s.indices(size)[:2] for s, size in zip(slices or whole(entry.shape), entry.shape, strict=True)]
         shape = [max(stop - start, 0) for start, stop in wanted]
-        whole, filled = torch.empty(0, dtype=entry.dtype), 0
+        result, filled = torch.empty(0, dtype=entry.dtype), 0
         for number, chunk in enumerate(entry.chunks):
             box = overlap(chunk, wanted)
             if box is None:
@@ -91,12 +94,12 @@ class TorchDist:
             if size == math.prod(shape):
                 return self.chunk(name, number)[here]
             if not filled:
-                whole = torch.empty(shape, dtype=entry.dtype)
-            whole[shifted(box, [start for start, _ in wanted])] = self.chunk(name, number)[here]
+                result = torch.empty(shape, dtype=entry.dtype)
+            result[shifted(box, [start for start, _ in wanted])] = self.chunk(name, number)[here]
             filled += size
         if filled != math.prod(shape):
             raise ConfigError(f"{self}: not all of the tensor '{name}' is stored")
-        return whole.view(shape)
+        return result.view(shape)
 
     def open_chunk(self, name: str, number: int) -> Tensor:
         """A view of a chunk.
@@ -132,24 +135,61 @@ def contents(table: Record) -> tuple[dict[str, Entry], set[str]]:
         if kind.called.endswith(".BytesStorageMetadata"):
             objects.add(name)
         else:
-            tensors[name] = entry_of(kind.fields(), places[name])
+            tensors[name] = entry_of(name, kind.fields(), places[name])
     return tensors, objects
 
 
-def entry_of(fields: dict[str, Any], places: dict[Shape, tuple[str, int, int]]) -> Entry:
+def entry_of(name: str, fields: dict[str, Any], places: dict[Shape, tuple[str, int, int]]) -> Entry:
     dtype, *_ = fields["properties"].state  # TensorProperties.__getstate__
     chunks = [chunk.fields() for chunk in fields["chunks"]]
-    boxes = [(tuple(chunk["offsets"]), tuple(chunk["sizes"])) for chunk in chunks]
-    shape = tuple(fields["size"])
-    assert isinstance(dtype, torch.dtype)
+    boxes = [(numbers(chunk["offsets"]), numbers(chunk["sizes"])) for chunk in chunks]
+    shape = numbers(fields["size"])
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"the type of '{name}' is a {type(dtype).__name__}")
     for offsets, sizes in boxes:
         if any(not 0 <= o <= o + n <= s for o, n, s in zip(offsets, sizes, shape, strict=True)):
-            raise ValueError(f"a chunk of {sizes} at {offsets} in a tensor of shape {shape}")
+            raise ValueError(f"a chunk of {sizes} at {offsets} in the tensor '{name}' of shape {shape}")
+    if both := overlapping([box for box in boxes if 0 not in box[1]]):
+        raise ValueError(f"the chunks at {both[0][0]} and {both[1][0]} of the tensor '{name}' overlap")
     return Entry(shape, dtype, [Chunk(offsets, sizes, places.get(offsets)) for offsets, sizes in boxes])
 
 
-def every(shape: Shape) -> Slices:
-    return tuple(slice(0, size) for size in shape)
+def numbers(sizes: Any) -> Shape:
+    found = tuple(sizes)
+    if not all(type(number) is int and 0 <= number < 2**63 for number in found):
+        raise ValueError("a shape or an offset that are no numbers")
+    return found
+
+
+def overlapping(boxes: list[Box]) -> tuple[Box, Box] | None:
+    """Two boxes that share an element. Together they would hide that others are missing.
+
+    Boxes cut along a grid, as nearly all are, need no comparison: in no dimension does one begin inside another, so two
+    that share an element begin at the same one.
+    """
+    boxes = sorted(boxes)
+    for one, other in pairwise(boxes):
+        if one[0] == other[0]:
+            return one, other
+    dims = range(len(boxes[0][0]) if boxes else 0)
+    starts = [sorted({offsets[dim] for offsets, _ in boxes}) for dim in dims]
+    if all(bisect_right(starts[d], o[d]) == bisect_left(starts[d], o[d] + n[d]) for o, n in boxes for d in dims):
+        return None
+    axis = max(dims, key=lambda dim: len(starts[dim]))
+    return swept(sorted(boxes, key=lambda box: box[0][axis]), axis)
+
+
+def swept(boxes: list[Box], axis: int) -> tuple[Box, Box] | None:
+    """The same along an axis that they are sorted by: each is compared with those that reach to its beginning."""
+    reaching: list[Box] = []
+    for box in boxes:
+        offsets, sizes = box
+        reaching = [(o, n) for o, n in reaching if o[axis] + n[axis] > offsets[axis]]
+        for o, n in reaching:
+            if all(a < b + m and b < a + k for a, k, b, m in zip(o, n, offsets, sizes, strict=True)):
+                return (o, n), box
+        reaching.append(box)
+    return None
 
 
 def overlap(chunk: Chunk, wanted: list[tuple[int, int]]) -> list[tuple[int, int]] | None:

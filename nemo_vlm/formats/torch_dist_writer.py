@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,22 +86,26 @@ def write_common(folder: Path, common: Mapping[str, Any]) -> None:
     )
 
 
-def write(folder: Path, reader: Reader, common: Mapping[str, Any], stacked: str = "decoder.layers.") -> None:
+def write(
+    folder: Path, reader: Reader, common: Mapping[str, Any], stacked: Collection[str] = ("decoder.layers.",)
+) -> None:
     """A directory as Megatron writes it, from this process alone.
 
     Args:
         reader: whole tensors under Megatron's names.
         common: what is not sharded: args, iteration.
-        stacked: beginning of the names of layers that are equal; they become one tensor with an axis of layers.
+        stacked: beginnings of the names of layers that are equal; they become one tensor with an axis of layers. All or
+            no blocks of a model, since Megatron's reader asks for all of them in one way.
     """
     layers = {name: LAYER.fullmatch(name) for name in sorted(reader.names())}
-    equal = {name: layer for name, layer in layers.items() if layer and layer["front"] == stacked}
-    counts = Counter(layer["rest"] for layer in equal.values())
+    equal = {name: layer for name, layer in layers.items() if layer and layer["front"] in stacked}
+    counts = Counter(layer["front"] + layer["rest"] for layer in equal.values())
     pieces, objects = [], []
     for name in layers:
         key, number, count = name, 0, 1
         if layer := equal.get(name):
-            key, number, count = f"{stacked}{layer['rest']}", int(layer["number"]), counts[layer["rest"]]
+            key, number = layer["front"] + layer["rest"], int(layer["number"])
+            count = counts[key]
         pieces.append(piece_of(reader, name, key, (number, count) if layer else None))
         if state := WITH_STATE.fullmatch(key):
             objects.append(f"{state['module']}._extra_state/shard_{number}_{count}")

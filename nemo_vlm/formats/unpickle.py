@@ -3,8 +3,8 @@
 A pickle is a program that names classes and functions and calls them. Here every name is answered by something inert:
 a class of torch, Megatron or any other package by a `Record` class made on the fly, which keeps what it is given; the
 few functions that make containers and tensors by harmless ones of ours. The standard library is refused but for some
-plain data classes. What a pickle is handed it could also try to change (the opcode BUILD sets attributes), so these
-things are either made anew for each pickle or immutable.
+plain data classes. What a pickle is handed it could also try to change (the opcode BUILD sets attributes) or take apart
+(REDUCE unpacks tuples), so these things are either made anew for each pickle, or immutable and no containers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import io
 import pickle
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.formats import opcodes
 from nemo_vlm.formats.reader import Shape
 from nemo_vlm.formats.store import Span
 
@@ -101,15 +103,30 @@ class Dict(dict):
         pass
 
 
-class Storage(NamedTuple):
+class Sealed:
+    """What a pickle may hold but not change. Slots are written by hand: dataclass(slots=True) adds a __setstate__."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError(f"a pickle that changes a {type(self).__name__}")
+
+
+@dataclass(frozen=True, eq=False)
+class Storage(Sealed):
     """The memory of tensors: bytes of a mapped file."""
+
+    __slots__ = ("dtype", "span")
 
     span: Span
     dtype: torch.dtype
 
 
-class Stored(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Stored(Sealed):
     """A tensor that lies in a mapped file, in the hands of a pickle, which could change a Tensor."""
+
+    __slots__ = ("dtype", "offset", "shape", "storage", "stride")
 
     storage: Storage
     dtype: torch.dtype
@@ -127,12 +144,23 @@ class Stored(NamedTuple):
         return flat.as_strided(self.shape, self.stride, self.offset)
 
 
-class Call(NamedTuple):
-    """A function of ours in the hands of a pickle, which cannot change it."""
+@dataclass(frozen=True, eq=False)
+class Call(Sealed):
+    """A function of ours in the hands of a pickle, which cannot change it.
+
+    Attributes:
+        first: what its first argument must be, where that is not plain data.
+    """
+
+    __slots__ = ("first", "function")
 
     function: Callable[..., Any]
+    first: type[Sealed] | None
 
     def __call__(self, *args: Any) -> Any:
+        sealed = [type(arg) for arg in args if isinstance(arg, Sealed)]
+        if sealed != ([] if self.first is None else [self.first]) or sealed and type(args[0]) is not self.first:
+            raise TypeError(f"{self.function.__name__} of {', '.join(type(arg).__name__ for arg in args)}")
         return self.function(*args)
 
 
@@ -143,6 +171,8 @@ def rebuild(storage: Storage, offset: int, size: Shape, stride: Shape, *rest: An
 def rebuild_as(storage: Storage, offset: int, size: Shape, stride: Shape, *rest: Any) -> Stored:
     """With its own type over bytes: torch._utils._rebuild_tensor_v3."""
     _, _, dtype, *_ = rest
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"a tensor whose type is a {type(dtype).__name__}")
     return stored(storage, dtype, offset, size, stride)
 
 
@@ -154,7 +184,7 @@ def stored(storage: Storage, dtype: torch.dtype, offset: int, size: Shape, strid
     """
     numbers = (offset, *size, *stride)
     if not all(type(number) is int and number >= 0 for number in numbers) or len(size) != len(stride):
-        raise ValueError(f"a tensor of size {size} and stride {stride} at {offset}")
+        raise ValueError("a tensor whose offset, size and stride are no numbers that go together")
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if 0 not in size and (last + 1) * dtype.itemsize > storage.span.size:
         raise ValueError(f"a tensor of size {size} and stride {stride} at {offset} lies outside its storage")
@@ -167,7 +197,8 @@ def parameter(data: Stored, *rest: Any) -> Stored:
 
 def reconstruct(kind: type[Record], base: type, state: Any) -> Record:
     """copyreg._reconstructor: how protocols 0 and 1 make an object."""
-    assert issubclass(kind, Record)
+    if not issubclass(kind, Record):
+        raise TypeError(f"an object made of {kind}")
     return kind() if base is object else kind(state)
 
 
@@ -178,17 +209,17 @@ def to_bytes(content: str | bytes = b"", encoding: str = "latin1") -> bytes:
 
 
 KNOWN: dict[str, Any] = {
-    "collections.OrderedDict": Call(Dict),
+    "collections.OrderedDict": Call(Dict, None),
     "torch.Size": tuple,
-    "torch._utils._rebuild_tensor": Call(rebuild),
-    "torch._utils._rebuild_tensor_v2": Call(rebuild),
-    "torch._utils._rebuild_tensor_v3": Call(rebuild_as),
-    "torch._utils._rebuild_parameter": Call(parameter),
-    "torch._utils._rebuild_parameter_with_state": Call(parameter),
-    "copyreg._reconstructor": Call(reconstruct),
-    "_codecs.encode": Call(to_bytes),
-    "builtins.bytearray": Call(to_bytes),
-    "builtins.bytes": Call(to_bytes),
+    "torch._utils._rebuild_tensor": Call(rebuild, Storage),
+    "torch._utils._rebuild_tensor_v2": Call(rebuild, Storage),
+    "torch._utils._rebuild_tensor_v3": Call(rebuild_as, Storage),
+    "torch._utils._rebuild_parameter": Call(parameter, Stored),
+    "torch._utils._rebuild_parameter_with_state": Call(parameter, Stored),
+    "copyreg._reconstructor": Call(reconstruct, None),
+    "_codecs.encode": Call(to_bytes, None),
+    "builtins.bytearray": Call(to_bytes, None),
+    "builtins.bytes": Call(to_bytes, None),
     **{f"builtins.{kind.__name__}": kind for kind in PLAIN_TYPES},
     **{f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
     **{f"torch.{name}": dtype for name, dtype in STORAGES.items()},
@@ -221,25 +252,38 @@ class Inert(pickle.Unpickler):
         return self.storage(key)
 
 
-def opened(value: Any, seen: set[int]) -> Any:
-    """The same tree with tensors, views of the file, for what stands in for them; containers are changed in place."""
+def opened(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
+    """The same tree with tensors, views of the file, for what stands in for them; containers are changed in place.
+
+    Args:
+        done: what has become of values, by their ids: a pickle can describe containers that hold themselves, and tuples
+            of the same tuples whose every path would take forever. It keeps both alive, since ids are used again.
+    """
+    if id(value) in done:
+        return done[id(value)][1]
     if isinstance(value, Stored):
-        return value.tensor()
-    if type(value) is tuple:
-        return tuple(opened(item, seen) for item in value)
-    if id(value) in seen:  # a pickle can describe a container that holds itself
+        new: Any = value.tensor()
+    elif type(value) is tuple:
+        new = tuple(opened(item, done) for item in value)
+    elif isinstance(value, dict | list | Record):
+        new = value
+        done[id(value)] = value, value
+        open_inside(value, done)
+    else:
         return value
-    if isinstance(value, dict | list | Record):
-        seen.add(id(value))
+    done[id(value)] = value, new
+    return new
+
+
+def open_inside(value: dict[Any, Any] | list[Any] | Record, done: dict[int, tuple[Any, Any]]) -> None:
     if isinstance(value, dict):
-        value.update({key: opened(item, seen) for key, item in value.items()})
+        value.update({key: opened(item, done) for key, item in value.items()})
     elif isinstance(value, list):
-        value[:] = [opened(item, seen) for item in value]
-    elif isinstance(value, Record):
-        value.args, value.state = opened(value.args, seen), opened(value.state, seen)
-        opened(value.items, seen)
-        opened(value.entries, seen)
-    return value
+        value[:] = [opened(item, done) for item in value]
+    else:
+        value.args, value.state = opened(value.args, done), opened(value.state, done)
+        opened(value.items, done)
+        opened(value.entries, done)
 
 
 def unpickle(content: bytes, called: str, storage: Callable[[Any], Storage] | None = None) -> Any:
@@ -252,7 +296,8 @@ def unpickle(content: bytes, called: str, storage: Callable[[Any], Storage] | No
         ConfigError: it is damaged, or names what no data needs.
     """
     try:
-        return opened(Inert(content, called, storage).load(), set())
+        opcodes.check(content)
+        return opened(Inert(content, called, storage).load(), {})
     except ConfigError:
         raise
     except Exception as error:  # a damaged pickle can make Python raise anything

@@ -7,6 +7,7 @@ DIR/config.json, DIR/tokenizer.json ...   Hugging Face's, which Megatron leaves 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from torch import Tensor
 from nemo_vlm.config import LanguageConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats import torch_file
-from nemo_vlm.formats.rank_files import RankFiles
-from nemo_vlm.formats.reader import Reader, Renamed, Shape, Slices, listed
+from nemo_vlm.formats.rank_files import RankFiles, is_gated
+from nemo_vlm.formats.reader import Reader, Renamed, Shape, Slices, listed, whole
 from nemo_vlm.formats.stacked import Unstacked
 from nemo_vlm.formats.store import Folder, Span
 from nemo_vlm.formats.torch_dist import METADATA, TorchDist
@@ -28,7 +29,7 @@ from nemo_vlm.formats.unpickle import Record
 from nemo_vlm.mapping import check
 from nemo_vlm.models.base import FAMILIES, family
 from nemo_vlm.sources.huggingface import companions, known_types, read_hf_config
-from nemo_vlm.sources.megatron_args import from_args
+from nemo_vlm.sources.megatron_args import check_args, from_args
 from nemo_vlm.sources.source import Source
 from nemo_vlm.typed import plain
 
@@ -43,6 +44,9 @@ LAYER_NORMS = {
     ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
     ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
 }
+# Where a checkpoint does not say what its vocabulary was padded to: 128 for each of 8 tensor-parallel ranks is the most
+# that is usual, and less than a tokenizer of another model would differ by.
+PADDING = 1024
 EMBEDDINGS, HEAD = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
 
 
@@ -67,9 +71,25 @@ class Trimmed:
         return self.reader.dtype(name)
 
     def read(self, name: str, slices: Slices = ()) -> Tensor:
-        if not slices:
-            slices = tuple(slice(0, size) for size in self.shape(name))
-        return self.reader.read(name, slices)
+        return self.reader.read(name, slices or whole(self.shape(name)))
+
+
+def trimmed(reader: Reader, rows: Mapping[str, int], padding: int) -> Trimmed:
+    """Without the vocabulary's padding.
+
+    Args:
+        rows: of tensors of the vocabulary.
+        padding: what the vocabulary was padded to a multiple of, which padding cannot reach.
+    Raises:
+        ConfigError: there are more rows than that: they are no padding, but the vocabulary is another.
+    """
+    for name, count in rows.items():
+        if name in reader.names() and reader.shape(name) and reader.shape(name)[0] - count >= padding:
+            raise ConfigError(
+                f"{reader}: the tensor '{name}' has {reader.shape(name)[0]} rows for a vocabulary of {count}; padding "
+                f"adds less than {padding}: the vocabulary's size or its tokenizer is not this checkpoint's"
+            )
+    return Trimmed(reader, rows)
 
 
 def is_megatron(path: Path) -> bool:
@@ -122,19 +142,22 @@ def open_megatron(path: Path, iteration: str | None = None, hf_config: Path | No
         raise ConfigError(f"--hf-config={hf_config}: there is no config.json")
     if beside is not None:
         name, config = from_config_json(beside)
+        check_args(args or {}, config, f"{folder}", f"{beside / 'config.json'}")
     elif args is not None:
         name, config = "gpt", from_args(args, str(folder))
     else:
         raise ConfigError(f"{folder}: says nothing of the model; give --hf-config, a directory with its config.json")
     tree = {"family": name, **plain(config)}
-    return Source(path, tree, translated(weights, name, config), tokenizer_files([beside, *places]))
+    return Source(
+        path, tree, translated(weights, name, config, padding_of(args or {})), tokenizer_files([beside, *places])
+    )
 
 
 def open_weights(folder: Path) -> tuple[TorchDist | RankFiles, dict[str, Any] | None]:
     """The tensors under their names in the files, and Megatron's arguments, if they were kept."""
     store = Folder(folder)
     if METADATA not in store.names():
-        ranks = RankFiles(store, gated=GATED)
+        ranks = RankFiles(store, "", lambda name: is_gated(name, GATED))
         return ranks, args_of(ranks.content)
     common = torch_file.load(store.span("common.pt")) if "common.pt" in store.names() else {}
     return TorchDist(store), args_of(common)
@@ -143,6 +166,12 @@ def open_weights(folder: Path) -> tuple[TorchDist | RankFiles, dict[str, Any] | 
 def args_of(content: Any) -> dict[str, Any] | None:
     args = content.get("args") if isinstance(content, dict) else None
     return args.fields() if isinstance(args, Record) else None
+
+
+def padding_of(args: Mapping[str, Any]) -> int:
+    """What Megatron pads the vocabulary to a multiple of, by its arguments."""
+    sizes = [args.get(name) for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size")]
+    return math.prod(sizes) if all(type(size) is int and size > 0 for size in sizes) else PADDING
 
 
 def from_config_json(folder: Path) -> tuple[str, LanguageConfig]:
@@ -163,9 +192,17 @@ def megatron_name(name: str, variants: Mapping[str, str]) -> str:
     return name if front is None else variants[front] + name.removeprefix(front)
 
 
-def translated(weights: TorchDist | RankFiles, name: str, config: LanguageConfig) -> Reader:
+def check_objects(weights: TorchDist | RankFiles) -> None:
+    """Raises ConfigError where something stands beside the tensors that is neither known nor one."""
+    if unknown := sorted(entry for entry in weights.objects if not LEFT_OUT.fullmatch(entry)):
+        raise ConfigError(f"{weights}: holds things that are no tensors and not known: {listed(unknown)}")
+
+
+def translated(weights: TorchDist | RankFiles, name: str, config: LanguageConfig, padding: int) -> Reader:
     """A model's tensors under our names, without the vocabulary's padding.
 
+    Args:
+        padding: as trimmed's.
     Raises:
         ConfigError: a tensor is missing, left over, or of another shape.
     """
@@ -173,8 +210,7 @@ def translated(weights: TorchDist | RankFiles, name: str, config: LanguageConfig
     reader = weights if isinstance(weights, RankFiles) else Unstacked(weights)
     needed = {rule.ours: rule.shape for rule in mapping.rules(config)}
     ours = {megatron_name(name, mapping.MEGATRON_VARIANTS): name for name in needed}
-    if unknown := sorted(entry for entry in weights.objects if not LEFT_OUT.fullmatch(entry)):
-        raise ConfigError(f"{weights}: holds things that are no tensors and not known: {listed(unknown)}")
+    check_objects(weights)
     originals = {}
     for original in sorted(reader.names()):
         if not LEFT_OUT.fullmatch(original):
@@ -184,7 +220,7 @@ def translated(weights: TorchDist | RankFiles, name: str, config: LanguageConfig
         head = megatron_name(HEAD, mapping.MEGATRON_VARIANTS)
         drop_copies(reader, originals, [head, head.replace("output_layer", "word_embeddings_for_head")])
     vocabulary = {name: config.vocab_size or 0 for name in (EMBEDDINGS, HEAD) if name in needed}
-    found = Trimmed(Renamed(reader, originals), vocabulary)
+    found = trimmed(Renamed(reader, originals), vocabulary, padding)
     check(found, needed)
     return found
 

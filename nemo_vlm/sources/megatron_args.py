@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,17 @@ FIXED = {
     "rotary_percent": 1.0,
     "num_experts": None,
     "qk_layernorm": False,
+    "rotary_interleaved": False,
+    "apply_layernorm_1p": False,
+    "apply_residual_connection_post_layernorm": False,
+    "multi_latent_attention": False,
+    "window_size": None,
 }
+# Sizes and numbers that a config.json beside the arguments says, too.
+COMPARED = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
+    *("rotary_base", "norm_epsilon", "add_bias_linear", "untie_embeddings_and_output_weights"),
+)
 
 
 def to_args(config: LanguageConfig) -> dict[str, Any]:
@@ -59,8 +70,7 @@ def from_args(args: Mapping[str, Any], called: str) -> Config:
     Raises:
         ConfigError: they do not say all, or something that is not built here.
     """
-    if wrong := {name: args[name] for name, right in FIXED.items() if name in args and args[name] != right}:
-        raise ConfigError(f"{called}: its arguments {wrong} are not supported, only {FIXED}")
+    check_fixed(args, called)
     if args.get("vocab_size") is None:
         raise ConfigError(
             f"{called}: its arguments do not say how large the vocabulary is without padding; give --hf-config"
@@ -81,3 +91,38 @@ def from_args(args: Mapping[str, Any], called: str) -> Config:
         )
     except KeyError as error:
         raise ConfigError(f"{called}: its arguments lack {error}; give --hf-config") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{called}: its arguments are damaged ({' '.join(str(error).split())})") from None
+
+
+def check_fixed(args: Mapping[str, Any], called: str) -> None:
+    """Raises ConfigError where an argument asks for what is not built here."""
+    wrong = [name for name, right in FIXED.items() if name in args and not same(args[name], right)]
+    if wrong:
+        given = ", ".join(f"{name}={args[name]}" for name in wrong)
+        right = ", ".join(f"{name}={FIXED[name]}" for name in wrong)
+        raise ConfigError(f"{called}: its arguments {given} are not supported, only {right}")
+
+
+def check_args(args: Mapping[str, Any], config: LanguageConfig, called: str, config_json: str) -> None:
+    """That arguments and a config.json tell of one language model: only one of them can be what was trained.
+
+    Raises:
+        ConfigError: they contradict each other, with what both say; or as check_fixed.
+    """
+    check_fixed(args, called)
+    described = to_args(config)
+    for name in COMPARED:
+        grouped = name != "num_query_groups" or args.get("group_query_attention")  # else Megatron leaves 1 there
+        if args.get(name) is not None and grouped and not same(args[name], described[name]):
+            raise ConfigError(
+                f"{called}: its arguments say {name}={args[name]}, but {config_json} means {described[name]}; "
+                "one of them is of another model"
+            )
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two plain values are equal, floating point up to how it is written."""
+    if isinstance(one, float) and isinstance(other, int | float) or isinstance(one, int) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return type(one) is type(other) and bool(one == other)

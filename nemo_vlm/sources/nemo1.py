@@ -13,25 +13,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nemo_vlm.archive import INSIDE, open_store, read_config
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.formats.rank_files import RankFiles
+from nemo_vlm.formats.rank_files import RankFiles, is_gated
 from nemo_vlm.formats.reader import Joined, Reader, Renamed, chosen
 from nemo_vlm.formats.stacked import Unstacked
 from nemo_vlm.formats.store import Span, Store
 from nemo_vlm.formats.torch_dist import METADATA, TorchDist
 from nemo_vlm.mapping import Ours, check
 from nemo_vlm.models.base import family
-from nemo_vlm.sources.megatron import EMBEDDINGS, HEAD, LEFT_OUT, Trimmed
+from nemo_vlm.sources.megatron import EMBEDDINGS, HEAD, LEFT_OUT, PADDING, check_objects, padding_of, trimmed
 from nemo_vlm.sources.nemo1_settings import settings_of
 from nemo_vlm.sources.source import Source
 from nemo_vlm.typed import read_model
 
 WEIGHTS = "model_weights/"
-GATED = ("model.decoder.", "model.language_model.encoder.")
 ADAPTER, TOWER = "embedding.word_embeddings.adapter_layer.", "embedding.word_embeddings.vision_encoder."
 # Names from before Megatron-Core, then its.
 LEGACY = {
@@ -60,6 +59,8 @@ def open_nemo1(path: Path) -> Source:
     store = open_store(path)
     saved = read_config(store)
     weights = open_weights(store)
+    if isinstance(weights, RankFiles):
+        check_objects(weights)
     by_name = {ours_of(name): name for name in weights.names() if not LEFT_OUT.fullmatch(name)}
     tower = Renamed(weights, {new.removeprefix(TOWER): old for new, old in by_name.items() if new.startswith(TOWER)})
     rest = Renamed(weights, {new: old for new, old in by_name.items() if not new.startswith(TOWER)})
@@ -67,10 +68,11 @@ def open_nemo1(path: Path) -> Source:
     tree = settings_of(saved, rest, tower, str(path))
     if "vocab_size" in tree and (size := tokenizer_size(files, saved)):
         tree["vocab_size"] = min(tree["vocab_size"], size)
-    return Source(path, tree, translated(tree, rest, tower), files)
+    padding = max(padding_of(saved), PADDING)  # NeMo's converters keep what other sizes have padded
+    return Source(path, tree, translated(tree, rest, tower, padding), files)
 
 
-def open_weights(store: Store) -> Reader:
+def open_weights(store: Store) -> RankFiles | Unstacked:
     """The tensors under their names in the files.
 
     Raises:
@@ -80,7 +82,7 @@ def open_weights(store: Store) -> Reader:
         return Unstacked(TorchDist(store, WEIGHTS))
     if any(name.startswith(WEIGHTS) and name.endswith("/.zarray") for name in store.names()):
         raise ConfigError(f"{store}: its weights are in zarr, which is not read; let NeMo save them as torch_dist")
-    return RankFiles(store, gated=GATED)
+    return RankFiles(store, "", lambda name: is_gated(ours_of(name), ("language_model.decoder.",)))
 
 
 def ours_of(name: str) -> str:
@@ -98,7 +100,7 @@ def ours_of(name: str) -> str:
     return f"language_model.{name}"
 
 
-def translated(tree: Mapping[str, Any], rest: Renamed, tower: Renamed) -> Reader:
+def translated(tree: Mapping[str, Any], rest: Renamed, tower: Renamed, padding: int) -> Reader:
     """Our names, all of a module or nothing of it; the vocabulary without padding.
 
     Raises:
@@ -109,7 +111,7 @@ def translated(tree: Mapping[str, Any], rest: Renamed, tower: Renamed) -> Reader
     held = {tensor.split(".")[0] for tensor in rest.names()}
     needed = {rule.ours: rule.shape for rule in mapping.rules(model) if rule.ours.split(".")[0] in held}
     vocabulary = {tensor: model.vocab_size for tensor in (EMBEDDINGS, HEAD) if tensor in needed}
-    found = Trimmed(rest, vocabulary)
+    found = trimmed(rest, vocabulary, padding)
     check(found, needed)
     if not tower.names():
         return found
@@ -123,8 +125,11 @@ def artifacts(store: Store, saved: Mapping[str, Any]) -> dict[str, Span]:
     found: dict[str, Span] = {}
     for value in (saved.get("tokenizer") or {}).values():
         if isinstance(value, str) and value.startswith(INSIDE):
-            name = value.removeprefix(INSIDE)
-            found[re.sub(r"^[0-9a-f]{32}_", "", name)] = store.span(name)
+            inside = value.removeprefix(INSIDE)
+            name = re.sub(r"^[0-9a-f]{32}_", "", PurePosixPath(inside).name)
+            if name in ("", ".", "..") or "/" in name:
+                raise ConfigError(f"{store}: model_config.yaml: tokenizer: '{value}' is no name of a file")
+            found[name] = store.span(inside)
     return found
 
 

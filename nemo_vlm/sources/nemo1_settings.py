@@ -35,6 +35,22 @@ SUPPORTED = {
     "position_embedding_type": ("rope",),
     "rotary_percentage": (1.0,),
 }
+# Settings that change what the model computes, and are not built here unless they are off, as they are by default.
+OFF = {
+    "apply_embedding_scaling": False,
+    "apply_residual_connection_post_layernorm": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "headscale": False,
+    "layernorm_zero_centered_gamma": False,
+    "normalize_attention_scores": True,
+    "num_moe_experts": None,
+    "qk_layernorm": False,
+    "rotary_interleaved": False,
+    "transformer_block_type": "pre_ln",
+    "window_size": None,
+}
+ROPE_SCALING_FACTOR = 8.0  # Llama 3.1's, which `scale_positional_embedding: true` means
 VISION = ("patch_dim", "vision_select_layer", "class_token_length", "freeze")
 SHAPES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "image_size")
 PROJECTOR = "vision_projection.0.weight"
@@ -54,7 +70,13 @@ def settings_of(saved: Mapping[str, Any], rest: Reader, tower: Reader, called: s
     for key, right in SUPPORTED.items():
         if key in saved and saved[key] not in right:
             raise ConfigError(f"{called}: model_config.yaml: {key}={saved[key]} is not supported, only {right[0]}")
+    for key, default in OFF.items():
+        value = None if saved.get(key) == [-1, -1] else saved.get(key)  # a window without bounds
+        if value is not None and value != default and (value or default):
+            raise ConfigError(f"{called}: model_config.yaml: {key}={saved[key]} is not supported, only {default}")
     tree = {key: saved[key] for key in SAME if saved.get(key) is not None}
+    if saved.get("scale_positional_embedding"):
+        tree["rope_scaling_factor"] = ROPE_SCALING_FACTOR
     if EMBEDDINGS in rest.names():
         tree["vocab_size"] = saved.get("override_vocab_size") or rest.shape(EMBEDDINGS)[0]
         tree["share_embeddings_and_output_weights"] = HEAD not in rest.names()
@@ -100,9 +122,16 @@ def tower_shapes(tower: Reader, known: Mapping[str, Any], called: str) -> dict[s
         "hf_prefix": front,
         "use_head": f"{front}head.probe" in tower.names(),
         "patch_dim": patch,
-        "image_size": math.isqrt(tower.shape(positions)[0] - int(clip)) * patch,
+        "image_size": image_size(tower.shape(positions)[0] - int(clip), patch, known.get("image_size")),
         "num_layers": max(map(int, layers)) + 1,
         "hidden_size": width,
         "ffn_hidden_size": tower.shape(f"{front}encoder.layers.0.mlp.fc1.weight")[0],
         "num_attention_heads": known.get("num_attention_heads") or heads,
     }
+
+
+def image_size(positions: int, patch: int, saved: int | None) -> int:
+    """Of images of so many patches, which need not cover them: SigLIP's 27 of 14 pixels leave some of 384."""
+    if saved is not None and (saved // patch) ** 2 == positions:
+        return saved
+    return math.isqrt(positions) * patch
