@@ -281,6 +281,11 @@ class LanguageConfig:
         return {}
 
     @property
+    def image_placeholder(self) -> str:
+        """What stands in a text where an image goes."""
+        return "<image>"
+
+    @property
     def image_flops(self) -> float:
         """FLOPs of one image's forward pass; a family with a vision tower counts it."""
         return 0.0

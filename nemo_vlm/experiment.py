@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 Task = Callable[[dict[str, Any]], None]
 CONF = Path(__file__).resolve().parents[1] / "conf"
+FREE_TEXT = "prompt"  # a setting whose value may be any text
 log = logging.getLogger("nemo_vlm")
 
 
@@ -213,7 +214,8 @@ def launch(task: Task, config_name: str) -> None:
     The environment variable NEMO_CONFIG chooses another recipe of conf/.
     """
     rank.attach(os.environ)
-    sys.argv[1:] = sorted(sys.argv[1:], key=is_override)  # argparse wants the flags, as -m, in front
+    # argparse wants the flags, as -m, in front
+    sys.argv[1:] = sorted(map(quoted, sys.argv[1:]), key=is_override)
     store_defaults()
     asked = os.environ.get("HYDRA_FULL_ERROR", "0")
     show_traceback = asked == "1"
@@ -252,6 +254,15 @@ def launch(task: Task, config_name: str) -> None:
     except Stopped:
         pass
     finish(failures + jobs.noted(), show_traceback)
+
+
+def quoted(argument: str) -> str:
+    """An override whose value is any text, in the quotes without which Hydra reads its own grammar into it."""
+    key, equals, text = argument.partition("=")
+    if key != FREE_TEXT or not equals or text[:1] in ("'", '"'):
+        return argument
+    text = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text)
+    return f'{key}="{text}"'
 
 
 def given_keys() -> set[str]:

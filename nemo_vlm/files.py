@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 PARTIAL = ".{name}.partial-{writer}"  # beside the file while it is written
-REPLACED = ".{name}.replaced-{writer}"  # an old folder, until the new one has its name
 
 
 @contextmanager
@@ -31,7 +30,7 @@ def written_whole(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextmanager
 def folder_written_whole(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name, replacing the folder that bore it, when all of it is on disk."""
+    """A folder to fill, which takes its name, that of an empty folder or of none, when all of it is on disk."""
     partial = path.with_name(PARTIAL.format(name=path.name, writer=os.getpid()))
     partial.mkdir()
     try:
@@ -39,24 +38,10 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
         for entry in sorted(partial.rglob("*")):
             sync(entry)
         sync(partial)
-        replace_folder(partial, path)
+        os.replace(partial, path)
         sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def replace_folder(partial: Path, path: Path) -> None:
-    """Rename one folder to another that may exist; no call of the system does both at once."""
-    old = path.with_name(REPLACED.format(name=path.name, writer=os.getpid()))
-    if path.exists():
-        os.rename(path, old)
-    try:
-        os.rename(partial, path)
-    except BaseException:
-        if old.exists():
-            os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 class Behind:
@@ -88,8 +73,6 @@ class Behind:
 
 def remove_partial(path: Path) -> None:
     """What a killed process left of such a file or folder."""
-    for old in path.parent.glob(REPLACED.format(name=glob.escape(path.name), writer="*")):
-        shutil.rmtree(old) if path.exists() else os.rename(old, path)  # killed between two renames
     for partial in path.parent.glob(PARTIAL.format(name=glob.escape(path.name), writer="*")):
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 

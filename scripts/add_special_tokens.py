@@ -7,14 +7,13 @@ python scripts/add_special_tokens.py --input vicuna-7b-v1.5 --output with-image 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from nemo_vlm.conversion.command import run_command
+from nemo_vlm.conversion.command import Parser, run_command
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(__doc__)
     flags.add_argument("--input", "--input_file", required=True, type=Path, help="tokenizer.model, or a directory")
     flags.add_argument("--output", "--output_file", required=True, type=Path, help="where the result goes")
     flags.add_argument("--tokens", nargs="+", metavar="TOKEN", help="default: <extra_id_0> to <extra_id_7>")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nemo_vlm.conversion.command import PRECISIONS, run_command
+from nemo_vlm.conversion.command import PRECISIONS, Parser, run_command
 
 
 def size(text: str) -> int:
@@ -27,7 +27,7 @@ def layers(text: str) -> tuple[int, ...]:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(__doc__)
     flags.add_argument("--input", required=True, help="Megatron's directory, Hugging Face's, or a .nemo")
     flags.add_argument("--output", required=True, type=Path, help="without --format: a .nemo, or Hugging Face's")
     flags.add_argument("--format", choices=("torch_dist", "mp_rank"), help="of a Megatron directory to write")

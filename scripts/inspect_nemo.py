@@ -5,13 +5,11 @@ python scripts/inspect_nemo.py run.nemo
 
 from __future__ import annotations
 
-import argparse
-
-from nemo_vlm.conversion.command import run_command
+from nemo_vlm.conversion.command import Parser, run_command
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(__doc__)
     flags.add_argument("path", help="a .nemo, or any other checkpoint that docs/weights.md names")
     flags.add_argument("--all", action="store_true", help="list every tensor; else layers are folded into one line")
     flags.add_argument("--json", action="store_true", help="for machines, with every setting and every tensor")

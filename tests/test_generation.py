@@ -311,3 +311,17 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
     questions.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
     with pytest.raises(ConfigError, match="line 1: the tokenizer has no chat template"):
         answer_lines({"model_path": str(folder), "prompt_file": str(questions)}, 3)
+
+
+@pytest.mark.parametrize(
+    "text", ["<image>\nWhich digit?", "a, b", "it's", 'say "hi"', "back\\slash", "end\\", 'q\\"x', "", "{a: 1}", "\\n"]
+)
+def test_a_prompt_on_the_command_line_may_be_any_text(text: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from nemo_vlm.experiment import quoted
+
+    (override,) = OverridesParser.create().parse_overrides([quoted(f"prompt={text}")])
+    assert override.value() == text
+    assert quoted(quoted(f"prompt={text}")) == quoted(f"prompt={text}")  # ranks repeat the command line
+    assert quoted("parallel=tp2") == "parallel=tp2"

@@ -130,7 +130,7 @@ def test_the_script_goes_both_ways(tmp_path: Path, monkeypatch, capsys) -> None:
     third = open_megatron(tmp_path / "third").reader
     assert all(torch.equal(third.read(name), source.reader.read(name).float()) for name in source.reader.names())
     code, said = run_script(monkeypatch, capsys, "--input", first, "--output", first, "--format", "torch_dist")
-    assert code == 2 and said == f"--output={first}: is there already; give another name"
+    assert code == 2 and said == f"{first}: is the source itself; give another name for the output"
 
 
 def bomb(folder: Path, export: str) -> None:

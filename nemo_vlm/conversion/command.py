@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 from nemo_vlm.errors import explain
 from nemo_vlm.logs import set_up_logging
@@ -25,9 +26,19 @@ PRECISIONS = {
 }
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{message} (--help tells all flags)\n")
+
+
+def parser(description: str | None) -> Parser:
     """A parser with the flags of every conversion."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(description)
     made.add_argument(
         "--precision", choices=PRECISIONS, default="auto", help="of the output; auto: each tensor keeps its own"
     )
@@ -44,6 +55,7 @@ def run_command(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, terminate)
     set_up_logging()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.raiseExceptions = False  # where the output is piped to a command that has ended
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     try:
         main()

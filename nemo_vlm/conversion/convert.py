@@ -14,7 +14,7 @@ import torch
 
 from nemo_vlm.archive import TOKENIZER, self_contained, write_members
 from nemo_vlm.conversion.command import PRECISIONS
-from nemo_vlm.conversion.huggingface import CONFIG, write_companions
+from nemo_vlm.conversion.huggingface import write_companions
 from nemo_vlm.conversion.settings import archive_tree
 from nemo_vlm.conversion.stream import Cast, Meter, check_space
 from nemo_vlm.errors import ConfigError
@@ -60,7 +60,7 @@ def rules_of(source: Source) -> list[Rule]:
     needed = {rule.ours.split(".")[0] for rule in rules}
     if missing := needed - source.parts:
         raise ConfigError(
-            f"{source}: holds {', '.join(sorted(source.parts))}, but no {', '.join(sorted(missing))}, "
+            f"{source}: holds {', '.join(sorted(source.parts)) or 'no tensors'}, but no {', '.join(sorted(missing))}, "
             f"without which it is no whole {source.family}"
         )
     return rules
@@ -72,7 +72,7 @@ def to_nemo(source: Source, target: Target) -> None:
     Raises:
         ConfigError: the source is damaged or not whole, or there is no room.
     """
-    output = prepared(target.output)
+    output = prepared(source, target.output)
     if output.is_dir():
         raise ConfigError(f"{output}: is a directory; a .nemo is a file")
     reader = Cast(source.reader, target.dtype)
@@ -98,8 +98,8 @@ def to_huggingface(source: Source, target: Target) -> None:
     Raises:
         ConfigError: as to_nemo, or Hugging Face has no place for the model.
     """
-    output = prepared(target.output)
-    check_replaceable(output)
+    output = prepared(source, target.output)
+    check_free(output)
     rules = rules_of(source)
     reader = Cast(Theirs(rules, source.reader), target.dtype)
     specs = reader.specs(name for rule in rules for name in rule.theirs)
@@ -132,16 +132,22 @@ def finish(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def prepared(output: Path) -> Path:
-    """The path in full, without what a killed conversion to it left."""
+def prepared(source: Source, output: Path) -> Path:
+    """The path in full, without what a killed conversion to it left.
+
+    Raises:
+        ConfigError: it is the source itself.
+    """
     output = Path(os.path.abspath(output))
+    if output.exists() and output.samefile(source.path):
+        raise ConfigError(f"{output}: is the source itself; give another name for the output")
     remove_partial(output)
     return output
 
 
-def check_replaceable(output: Path) -> None:
-    """Raises ConfigError where a directory could be lost that is no earlier export."""
+def check_free(output: Path) -> None:
+    """Raises ConfigError where something would be lost: a directory may hold what no export has written."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output}: is a file; Hugging Face's format is a directory")
-    if output.is_dir() and not (output / CONFIG).is_file() and any(output.iterdir()):
-        raise ConfigError(f"{output}: is not empty and holds no {CONFIG} of an earlier export; give another directory")
+    if output.is_dir() and any(output.iterdir()):
+        raise ConfigError(f"{output}: is not empty; give another directory, or remove it first")

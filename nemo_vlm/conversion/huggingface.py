@@ -8,12 +8,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from nemo_vlm.conversion.chat import chat_template
 from nemo_vlm.data.tokenizer import open_tokenizer
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.safetensors import TensorSpec
 from nemo_vlm.models.base import family
-from nemo_vlm.sources.source import Source
+from nemo_vlm.models.chat import chat_template
+from nemo_vlm.sources.source import Source, save_files
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +28,8 @@ def write_companions(source: Source, specs: list[TensorSpec], folder: Path) -> N
     config = family(source.family, "mapping").hf_config(model) | {"torch_dtype": main_dtype(specs)}
     processor = family(source.family, "processor").hf_processor(model, data)
     write_json(folder / CONFIG, config)  # for the tokenizer, which may ask what model it is of
-    for name, span in source.files.items():
-        if not name.endswith(("processor_config.json",)):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(span.bytes())
+    kept = {name: span for name, span in source.files.items() if not name.endswith("processor_config.json")}
+    save_files(kept, folder)
     for name, content in processor.items():
         write_json(folder / name, content)
     tokenizer = tokenizer_of(source, folder)
@@ -43,10 +41,8 @@ def write_companions(source: Source, specs: list[TensorSpec], folder: Path) -> N
     if not (folder / GENERATION).exists():
         write_json(folder / GENERATION, special_tokens(tokenizer))
     if not has_template(folder, tokenizer, bool(processor)):
-        image_token = model.mm_cfg.image_token if processor else "<image>"
         with_bos = not processor or tokenizer("")["input_ids"] == []
-        text = chat_template(data.conv_template, data.system_message, image_token, with_bos)
-        (folder / TEMPLATES[0]).write_text(text)
+        (folder / TEMPLATES[0]).write_text(chat_template(model, data, with_bos))
         (folder / TEMPLATES[1]).unlink(missing_ok=True)
 
 

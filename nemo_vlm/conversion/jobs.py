@@ -11,6 +11,7 @@ import torch
 
 from nemo_vlm.conversion.command import choose_device
 from nemo_vlm.conversion.convert import Target, dtype_of, to_huggingface, to_nemo
+from nemo_vlm.conversion.huggingface import TEMPLATES
 from nemo_vlm.conversion.settings import merged, with_settings
 from nemo_vlm.conversion.verify import check_tensors, verify
 from nemo_vlm.errors import ConfigError
@@ -146,6 +147,8 @@ def import_llava(source: Source, output: Path, run: Run, settings: dict[str, Any
     """A LLaVA or Llama with settings from elsewhere, and perhaps another tokenizer."""
     if settings:
         source = with_settings(source, settings, "--hparams_file or --conv_template")
+        if "conv_template" in settings.get("data", {}):  # the export makes that one's
+            source = replace(source, files={name: span for name, span in source.files.items() if name not in TEMPLATES})
     if tokenizer is not None:
         source = with_tokenizer(source, tokenizer, "--tokenizer_path")
     import_huggingface(source, output, run)

@@ -79,7 +79,7 @@ def convert(input_path: str, target: Target, export: Export | None, iteration: s
 
 def to_megatron(source: Source, target: Target, export: Export) -> None:
     """Write a directory, which takes its name when every tensor in it has been read back and is equal, bit by bit."""
-    output, model = prepared(target.output), source.model
+    output, model = prepared(source, target.output), source.model
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output={output}: is there already; give another name")
     cast = Cast(source.reader, target.dtype)

@@ -21,6 +21,7 @@ from nemo_vlm.mcore.config import DTYPES, context
 from nemo_vlm.mcore.engine import StageModule, materialize
 from nemo_vlm.mcore.inference import Forward
 from nemo_vlm.models.base import Processor, family
+from nemo_vlm.models.chat import chat_template
 from nemo_vlm.sources.source import Source
 from nemo_vlm.sources.tokenizers import load_tokenizer
 
@@ -127,12 +128,14 @@ def join() -> None:
 
 
 def tokenizer_of(source: Source) -> Any:
-    """With the chat template of the processor, where the tokenizer has none."""
+    """Where it has no chat template: with that of the processor, or of the run that trained the model."""
     if source.tokenizer is None:
         raise ConfigError(f"{source}: holds no tokenizer")
     tokenizer = load_tokenizer(TokenizerConfig(source.tokenizer))
     if tokenizer.chat_template is None and CHAT in source.files:
         tokenizer.chat_template = read_json(source, CHAT)["chat_template"]
+    if tokenizer.chat_template is None and "conv_template" in source.tree.get("data", {}):
+        tokenizer.chat_template = chat_template(source.model, source.settings["data"], with_bos=True)
     return tokenizer
 
 

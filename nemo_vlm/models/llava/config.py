@@ -116,6 +116,10 @@ class Config(LanguageConfig):
         }
 
     @property
+    def image_placeholder(self) -> str:
+        return self.mm_cfg.image_token
+
+    @property
     def image_flops(self) -> float:
         """The layers of the tower that run, and a two-layer projector; patches and norms are too small to count."""
         vision = self.mm_cfg.vision_encoder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from nemo_vlm.batch import IMAGE_TAG
+from nemo_vlm.config import DataConfig, LanguageConfig
 from nemo_vlm.models.conversation import VICUNA_SYSTEM
 
 # What a message says: text, or a list of texts and images. An image stands on a line of its own.
@@ -38,18 +39,17 @@ PLAIN = (
 TEMPLATES = {"v1": V1, "plain": PLAIN}
 
 
-def chat_template(conv_template: str, system: str | None, image_token: str, with_bos: bool) -> str:
-    """The Jinja template of a `model.data.conv_template`.
+def chat_template(model: LanguageConfig, data: DataConfig, with_bos: bool) -> str:
+    """The Jinja template of a run's `model.data.conv_template` and `system_message`.
 
     Args:
-        system: `model.data.system_message`; None means the template's own.
         with_bos: it writes BOS itself, since the tokenizer will not.
     """
     constants = {
         "TAG": IMAGE_TAG,
-        "IMAGE": image_token,
-        "SYSTEM": VICUNA_SYSTEM if system is None else system,
+        "IMAGE": model.image_placeholder,
+        "SYSTEM": VICUNA_SYSTEM if data.system_message is None else data.system_message,
     }
     lines = [f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}" for name, value in constants.items()]
     bos = "(bos_token or '')" if with_bos else "''"
-    return "".join(lines) + f"{{%- set BOS = {bos} -%}}" + CONTENT + TEMPLATES[conv_template]
+    return "".join(lines) + f"{{%- set BOS = {bos} -%}}" + CONTENT + TEMPLATES[data.conv_template]
