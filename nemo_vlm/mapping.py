@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -79,10 +79,10 @@ class Rows:
         return read_runs(theirs, self.runs, slices or whole(self.shape))
 
     def split(self, ours: Reader, name: str, slices: Slices) -> Tensor:
-        starts = accumulate((run.length for run in self.runs), initial=0)
+        borders = pairwise(accumulate((run.length for run in self.runs), initial=0))
         places = sorted(
-            (run.first, Run(self.ours, start, start + run.length))
-            for start, run in zip(starts, self.runs, strict=False)  # the last start is the end
+            (run.first, Run(self.ours, start, end))
+            for (start, end), run in zip(borders, self.runs, strict=True)
             if run.name == name
         )
         return read_runs(ours, [run for _, run in places], slices or whole(self.theirs[name]))

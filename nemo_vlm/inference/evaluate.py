@@ -112,7 +112,7 @@ def draw(
     figure, axes = pyplot.subplots(lines, columns, figsize=(2.1 * columns, 2.4 * lines), constrained_layout=True)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, (row, record) in zip(axes.flat, shown, strict=False):
+    for axis, (row, record) in zip(axes.flat[: len(shown)], shown[: axes.size], strict=True):
         if record["image"]:
             axis.imshow(load_image(record["image"][0]))
         note = "" if row["correct"] else f"\n(expected: {row['expected']})"

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def without_copied_head(theirs: Renamed) -> Renamed:
     """
     heads = [name for name in theirs.names() if name.endswith("lm_head.weight")]
     embeddings = [name for name in theirs.names() if name.endswith("embed_tokens.weight")]
-    for head, embedding in zip(heads, embeddings, strict=False):
+    for head, embedding in product(heads, embeddings):
         if not torch.equal(theirs.read(head), theirs.read(embedding)):
             raise ConfigError(f"{theirs}: tie_word_embeddings is true, but {head} is not {embedding}")
     kept = {name: original for name, original in theirs.originals.items() if name not in heads}
