@@ -1,0 +1,62 @@
+"""The settings of a run as frozen dataclasses, in NeMo's tree. Every default of a run stands here and nowhere else.
+
+The tree has three branches, `trainer`, `exp_manager` and `model`. NeMo keeps everything about the model flat under
+`model`; here that branch is read into several dataclasses (the architecture, which each family defines on top of
+`LanguageConfig`, then `ParallelConfig`, `StepConfig`, and the nested `data`, `optim`, `tokenizer`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nemo_vlm.config.checks import demand, fill, seconds
+from nemo_vlm.config.data import DataConfig, TokenizerConfig
+from nemo_vlm.config.exp_manager import CheckpointConfig, ExpManagerConfig, WandbConfig
+from nemo_vlm.config.model import LanguageConfig, PartConfig, StartConfig
+from nemo_vlm.config.optim import OptimConfig, SchedConfig
+from nemo_vlm.config.step import ParallelConfig, StepConfig
+from nemo_vlm.config.trainer import Precision, TrainerConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "ExpManagerConfig",
+    "LanguageConfig",
+    "MODEL_BRANCHES",
+    "MODEL_SECTIONS",
+    "OptimConfig",
+    "ParallelConfig",
+    "PartConfig",
+    "Precision",
+    "RunConfig",
+    "SchedConfig",
+    "StartConfig",
+    "StepConfig",
+    "TokenizerConfig",
+    "TrainerConfig",
+    "WandbConfig",
+    "demand",
+    "fill",
+    "seconds",
+]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. `model` is the family's own config; `family` the name of its folder under `nemo_vlm/models`."""
+
+    family: str
+    trainer: TrainerConfig
+    exp_manager: ExpManagerConfig
+    model: LanguageConfig
+    parallel: ParallelConfig
+    step: StepConfig
+    data: DataConfig
+    optim: OptimConfig
+    tokenizer: TokenizerConfig
+    start: StartConfig = field(default_factory=StartConfig)
+
+
+# Which dataclasses the flat branch `model` is made of, beside the architecture, and its nested branches.
+MODEL_SECTIONS = {"parallel": ParallelConfig, "step": StepConfig, "start": StartConfig}
+MODEL_BRANCHES = {"data": DataConfig, "optim": OptimConfig, "tokenizer": TokenizerConfig}

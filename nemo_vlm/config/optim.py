@@ -1,0 +1,56 @@
+"""`model.optim.*`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nemo_vlm.config.checks import demand
+from nemo_vlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SchedConfig:
+    """`model.optim.sched.*`: NeMo's learning-rate schedules."""
+
+    name: Literal["CosineAnnealing", "WarmupAnnealing", "constant"] = "CosineAnnealing"
+    warmup_steps: int | None = None
+    warmup_ratio: float | None = None  # of max_steps, instead of warmup_steps
+    min_lr: float = 0.0
+    max_steps: int | None = None  # null: trainer.max_steps
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """`model.optim.*`. All names are AdamW; the distributed ones shard its state over the data-parallel ranks."""
+
+    name: Literal[
+        "adam", "adamw", "fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim"
+    ] = "fused_adam"
+    overlap_grad_sync: bool = False  # reduce gradients while the backward pass runs
+    overlap_param_sync: bool = False  # gather weights while the forward pass runs; for the distributed names
+    # share of the optimizer's state and step that is moved to the host's memory; auto: what the GPU has no room for
+    offload: bool | float | Literal["auto", "static"] = False
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    sched: SchedConfig = field(default_factory=SchedConfig)
+
+    def __post_init__(self) -> None:
+        if self.overlap_param_sync and not self.distributed:
+            raise ConfigError(
+                f"model.optim.overlap_param_sync=true: model.optim.name={self.name} gathers no weights; "
+                "take distributed_fused_adam"
+            )
+        if isinstance(self.offload, float):
+            demand(0 <= self.offload <= 1, "model.optim.offload", self.offload, "from 0.0 to 1.0")
+        demand(self.lr >= 0, "model.optim.lr", self.lr, "0 or more")
+        demand(self.weight_decay >= 0, "model.optim.weight_decay", self.weight_decay, "0 or more")
+        demand(all(0 <= beta < 1 for beta in self.betas), "model.optim.betas", list(self.betas), "from 0 to below 1")
+        demand(self.eps > 0, "model.optim.eps", self.eps, "more than 0")
+
+    @property
+    def distributed(self) -> bool:
+        """Megatron's distributed optimizer; the other names are plain AdamW."""
+        return self.name in ("distributed_fused_adam", "mcore_distributed_optim")
