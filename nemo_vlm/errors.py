@@ -12,6 +12,18 @@ class ConfigError(ValueError):
     """A setting, file or environment that cannot work; the message names it, its value and what would be right."""
 
 
+class SampleError(ConfigError):
+    """A record of which no sample can be made; training leaves it out and counts it.
+
+    Attributes:
+        reason: a short name to count by: missing_image, broken_image, huge_image, broken_record, no_answer, too_long.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Failure:
     """An error as it is told. The exit code is 2 for a user's mistake and 1 for a run that failed."""

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nemo_vlm.experiment import CONF, store_defaults
+from nemo_vlm.door import CONF, store_defaults
 from nemo_vlm.inference.evaluate import EvaluateConfig
 from nemo_vlm.inference.settings import GenerateConfig
 from nemo_vlm.layout import Layout, stage_layers

@@ -319,7 +319,7 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
 def test_a_prompt_on_the_command_line_may_be_any_text(text: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from nemo_vlm.experiment import quoted
+    from nemo_vlm.command_line import quoted
 
     (override,) = OverridesParser.create().parse_overrides([quoted(f"prompt={text}")])
     assert override.value() == text

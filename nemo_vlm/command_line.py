@@ -1,0 +1,26 @@
+"""What stands on the command line, before Hydra reads it."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+FREE_TEXT = "prompt"  # a setting whose value may be any text
+
+
+def quoted(argument: str) -> str:
+    """An override whose value is any text, in the quotes without which Hydra reads its own grammar into it."""
+    key, equals, text = argument.partition("=")
+    if key != FREE_TEXT or not equals or text[:1] in ("'", '"'):
+        return argument
+    text = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text)
+    return f'{key}="{text}"'
+
+
+def given_keys() -> set[str]:
+    """The settings on the command line."""
+    return {argument.lstrip("+").partition("=")[0] for argument in sys.argv[1:] if is_override(argument)}
+
+
+def is_override(argument: str) -> bool:
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
