@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from nemo_vlm.batch import IGNORE_INDEX, Sample, collate
+from nemo_vlm.batch import IGNORE_INDEX, Images, Sample, collate, pack
 from nemo_vlm.config import DataConfig, StepConfig, TokenizerConfig
 from nemo_vlm.data import digits
 from nemo_vlm.data.loader import Order, Share, StepSampler
@@ -22,7 +22,7 @@ from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout
 from nemo_vlm.models.base import FAMILIES, family
 from nemo_vlm.models.conversation import TEMPLATES, Turn, encode
-from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform
+from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform, patchify, unpatchify
 from nemo_vlm.models.merge import merge
 from nemo_vlm.sources.tokenizers import load_tokenizer
 
@@ -126,12 +126,12 @@ def test_pixels_equal_hugging_face(size: tuple[int, int]) -> None:
         (ImageTransform(48, **SIGLIP, mode="stretch"), siglip),
     ):
         expected = theirs(image, return_tensors="pt")["pixel_values"][0]
-        torch.testing.assert_close(ours(image), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.views(image)[0], expected, rtol=0, atol=1e-5)
 
 
 def test_padding_to_a_square_keeps_the_whole_image() -> None:
     image = Image.new("RGB", (40, 20), (255, 0, 0))
-    pixels = ImageTransform(40, mean=(0.5, 0.25, 0.0), std=(1, 1, 1), mode="pad")(image)
+    pixels = ImageTransform(40, mean=(0.5, 0.25, 0.0), std=(1, 1, 1), mode="pad").views(image)[0]
     inside, outside = (
         pixels[:, 20, 20] + torch.tensor([0.5, 0.25, 0]),
         pixels[:, 2, 20] + torch.tensor([0.5, 0.25, 0]),
@@ -159,15 +159,36 @@ def test_the_order_does_not_depend_on_the_layout(shuffle: bool) -> None:
 
 
 def test_collate_pads_on_the_right() -> None:
+    views = patchify([torch.ones(3, 2, 4)], patch_size=2)
     samples = [
-        Sample(torch.arange(1, n + 1), torch.arange(2, n + 2), torch.ones(i, 3, 2, 2)) for i, n in enumerate((3, 5))
+        Sample(torch.arange(1, n + 1), torch.arange(2, n + 2), images) for n, images in ((3, Images()), (5, views))
     ]
     batch = collate(samples, pad_multiple=4)
     assert batch.tokens.tolist() == [[1, 2, 3, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 0, 0, 0]]
     assert batch.labels[0].tolist() == [2, 3, 4] + [IGNORE_INDEX] * 5
     assert batch.lengths.tolist() == [3, 5]
-    assert batch.images.shape == (1, 3, 2, 2)
-    assert batch.counts().tolist() == [8, 16, 34, 1]
+    assert batch.images.grids == [(1, 1, 2)]
+    assert batch.images.pixel_values.shape == (2, 12)
+    assert batch.counts().tolist() == [8, 16, 34, 1, 0]
+    packed = pack(samples, pad_multiple=4)
+    assert (packed.packed, batch.packed) == (True, False)
+    assert packed.tokens.tolist() == [[1, 2, 3, 1, 2, 3, 4, 5]]
+    assert packed.labels.tolist() == [[2, 3, 4, 2, 3, 4, 5, 6]]
+    assert packed.segments.tolist() == [[0] * 3 + [1] * 5]
+    assert packed.counts().tolist() == [8, 8, 34, 1, 0]
+
+
+def test_patches_are_what_the_convolution_reads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.randn(3, *size, generator=generator) for size in ((8, 12), (4, 4), (9, 7))]
+    images = patchify(views, 4)
+    assert images.grids == [(1, 2, 3), (1, 1, 1), (1, 2, 1)]
+    for view, again in zip(views, unpatchify(images), strict=True):
+        assert again.equal(view[:, : again.shape[1], : again.shape[2]])
+    convolution = torch.nn.Conv2d(3, 5, 4, 4)
+    expected = torch.cat([convolution(view[None])[0].flatten(1).T for view in views])
+    found = torch.nn.functional.linear(images.pixel_values, convolution.weight.flatten(1), convolution.bias)
+    torch.testing.assert_close(found, expected)
 
 
 def test_merge_puts_features_in_order_and_counts_them() -> None:

@@ -13,6 +13,7 @@ from nemo_vlm.layout import one_process
 from nemo_vlm.mcore.engine import StageModule
 from nemo_vlm.mcore.inference import Forward
 from nemo_vlm.models.base import FAMILIES, family
+from nemo_vlm.models.images import unpatchify
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -30,7 +31,7 @@ def test_greedy_tokens_equal_hugging_face(name: str, tmp_path: Path) -> None:
         inputs = {
             "input_ids": prompt.tokens[None],
             "attention_mask": torch.ones(1, len(prompt.tokens)),
-        } | ({"pixel_values": prompt.images} if len(prompt.images) else {})
+        } | ({"pixel_values": torch.stack(unpatchify(prompt.images))} if len(prompt.images) else {})
         expected = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
         assert tokens.tolist() == expected[0, len(prompt.tokens) :].tolist()
         ends = [place for place, token in enumerate(tokens.tolist()) if token in stops]

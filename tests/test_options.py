@@ -240,7 +240,8 @@ def poisoned(run: RunConfig, layout: Layout, samples: list[Sample]):
     groups.initialize(layout, seed=1)
     engine = make_engine(run, layout, build_all(run, layout)[0])
     good = micro_batches(layout, samples)
-    bad = [replace(samples[0], images=samples[0].images * math.nan), *samples[1:]]
+    nan = replace(samples[0].images, pixel_values=samples[0].images.pixel_values * math.nan)
+    bad = [replace(samples[0], images=nan), *samples[1:]]
     first = engine.step(good, lr=1e-2)
     before = [part.data.clone() for part in engine.saved_parts() + engine.optimizer_parts()]
     second = engine.step(micro_batches(layout, bad), lr=1e-2)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_vlm.batch import IGNORE_INDEX
+from nemo_vlm.batch import IGNORE_INDEX, Sample, collate, pack
 from nemo_vlm.config import OptimConfig, SchedConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.models.base import family
@@ -25,8 +25,10 @@ LABELS = torch.tensor([[7, IGNORE_INDEX, 7], [IGNORE_INDEX, 7, IGNORE_INDEX], [I
     [("token", 12.0, 3), ("sample", 2.0 + 8.0, 2), ("micro_batch", 4.0, 1)],
 )
 def test_reductions(name: str, total: float, weight: int) -> None:
-    got = REDUCTIONS[name](LOSSES, LABELS)
-    assert (got[0].item(), got[1].item()) == (total, weight)
+    samples = [Sample(torch.ones_like(labels), labels) for labels in LABELS]
+    for losses, batch in ((LOSSES, collate(samples)), (LOSSES.view(1, -1), pack(samples))):
+        got = REDUCTIONS[name](losses, batch)
+        assert (got[0].item(), got[1].item()) == (total, weight)
 
 
 def test_cosine_is_nemos() -> None:

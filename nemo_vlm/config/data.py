@@ -5,24 +5,99 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_vlm.config.checks import demand
+from nemo_vlm.config.checks import demand, only, refuse_others
+from nemo_vlm.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """`model.data.*`."""
 
-    data_path: str | None = None  # LLaVA JSON
-    image_folder: str | None = None
+    # LLaVA JSON, or JSONL; a list of files, with weights in between as Megatron has it: [0.7, a.json, 0.3, b.json]
+    data_path: str | tuple[str | float, ...] | None = None
+    concat_sampling_probabilities: tuple[float, ...] | None = None  # weights of the files; null: by their sizes
+    image_folder: str | tuple[str, ...] | None = None  # or a .tar; one for all files, or one a file; null: beside them
+    video_folder: str | tuple[str, ...] | None = None
+    datasets_exclude: tuple[str, ...] = ()  # records whose field `dataset` is listed are left out
+    validation_split: float = 0.0  # this share of the records is not trained on, and validates
+    validation_path: str | tuple[str, ...] | None = None  # or these files do; their images stand where the others do
+    max_skip_fraction: float = 0.01  # records of which no sample can be made, before the run gives up
     prepare: Literal["digits"] | None = None  # a demo data set that is written on first use
     conv_template: Literal["plain", "v1"] = "v1"
     system_message: str | None = None  # null: the template's own
-    image_aspect_ratio: Literal["square", "pad"] = "square"
-    dataloader_type: Literal["cyclic", "single"] = "cyclic"  # shuffled by epoch; in file order
+    # square: the tower's own way; pad: a square canvas in the mean colour; keep: the whole image in its proportions
+    image_aspect_ratio: Literal["square", "pad", "keep"] = "square"
+    num_frames: int = 8  # of a video, equally spaced; -1: all
+    splice_single_frame: Literal["first", "middle", "last"] | None = None  # only this one of them
+    # cyclic: shuffled by epoch; single: in file order; modality: shuffled, like lengths together, and no global batch
+    # with and without images
+    dataloader_type: Literal["cyclic", "single", "modality"] = "cyclic"
+    # whole samples one behind the other, up to model.encoder_seq_length; the global batch stays the same samples, and
+    # model.micro_batch_size says nothing
+    packing: bool = False
+    pad_to: int | Literal["batch"] = "batch"  # tokens of every batch or pack; batch: of its longest sample
     num_workers: int = 2
 
+    # What contradicts the model is an error
+    image_token_len: int | None = None
+    crop_size: tuple[int, int] | None = None
+    image_size: int | tuple[int, int] | None = None
+
+    # NeMo's, with a single way here
+    media_type: Literal["image", "video"] = "image"  # a record may have both
+    lazy_preprocess: bool = only(True, "records are always parsed when they are drawn; leave it out")
+    is_multimodal: bool = only(True, "records without images train as they are; text alone trains with model=gpt_tiny")
+    packed_sequence: bool = only(False, "take model.data.packing=true, which packs while it trains")
+    data_prefix: str | None = only(None, "give the JSON as model.data.data_path, with model.data.packing=true")
+    sep_token_between_frames: bool = only(False, "frames follow each other without a token between")
+    eod_mask_loss: bool = only(False, "the end of an answer is always trained on")
+    validation_drop_last: bool = True  # either way every sample of the validation counts once
+
     def __post_init__(self) -> None:
+        refuse_others(self, "model.data")
         demand(self.num_workers >= 0, "model.data.num_workers", self.num_workers, "0 or more")
+        count = self.num_frames
+        demand(count == -1 or count > 0, "model.data.num_frames", count, "1 or more, or -1 for all")
+        pad_to = self.pad_to
+        demand(pad_to == "batch" or pad_to > 0, "model.data.pad_to", pad_to, "batch, or a number of tokens")
+        demand(0 <= self.max_skip_fraction <= 1, "model.data.max_skip_fraction", self.max_skip_fraction, "from 0 to 1")
+        demand(
+            0 <= self.validation_split < 1, "model.data.validation_split", self.validation_split, "from 0 to below 1"
+        )
+        if self.validation_split and self.validation_path:
+            raise ConfigError("model.data.validation_split: model.data.validation_path is given too; give one of them")
+        self._check_files()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths of data_path."""
+        paths = (self.data_path,) if isinstance(self.data_path, str) else self.data_path or ()
+        return tuple(path for path in paths if isinstance(path, str))
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """How much of what is drawn comes from each file, adding up to 1; None: as their sizes are."""
+        inside = self.data_path if isinstance(self.data_path, tuple) else ()
+        given = tuple(float(item) for item in inside if not isinstance(item, str)) or self.concat_sampling_probabilities
+        return tuple(weight / (sum(given) or 1) for weight in given) if given else None
+
+    def _check_files(self) -> None:
+        items, key = self.data_path if isinstance(self.data_path, tuple) else (), "concat_sampling_probabilities"
+        kinds = [isinstance(item, str) for item in items]
+        if not all(kinds):
+            right = "a weight before each file, as [0.7,a.json,0.3,b.json], or files alone"
+            demand(kinds == [False, True] * (len(items) // 2), "model.data.data_path", list(items), right)
+            demand(
+                self.concat_sampling_probabilities is None, f"model.data.{key}", "...", "null: data_path has weights"
+            )
+        weights, count = self.weights, len(self.files)
+        if weights is not None:
+            right = f"{count} weights of more than 0, one for each file of model.data.data_path"
+            demand(len(weights) == count and min(weights) > 0, f"model.data.{key}", list(weights), right)
+        for folder in ("image_folder", "video_folder"):
+            given = getattr(self, folder)
+            right = f"one folder, or one for each of {count} files"
+            demand(not isinstance(given, tuple) or len(given) == count, f"model.data.{folder}", given, right)
 
 
 @dataclass(frozen=True)

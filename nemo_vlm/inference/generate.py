@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nemo_vlm import heartbeat
-from nemo_vlm.batch import Batch, Sample
+from nemo_vlm.batch import Batch, Sample, join
 
 
 def greedy(
@@ -30,7 +30,7 @@ def greedy(
     tokens = torch.zeros(len(prompts), int(lengths.max()) + limit, dtype=torch.int64)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt.tokens)] = prompt.tokens
-    images, stops = torch.cat([prompt.images for prompt in prompts]), torch.tensor(sorted(stop_ids), dtype=torch.int64)
+    images, stops = join(prompt.images for prompt in prompts), torch.tensor(sorted(stop_ids), dtype=torch.int64)
     running = torch.ones(len(prompts), dtype=torch.bool)
     for _ in range(limit):
         heartbeat.at("generation")

@@ -21,7 +21,7 @@ from nemo_vlm.mcore.fsdp import FullySharded
 from nemo_vlm.mcore.replicated import Replicated
 from nemo_vlm.mcore.updates import UpdateConfig, Updater
 
-LossFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+LossFunction = Callable[[Tensor, Batch], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,10 @@ class Engine:
 
     Args:
         chunks: the stages that this rank holds, freshly built; their weights may be set before or after.
-        loss_function: (losses [b, s], labels [b, s]) -> (weighted sum, weight); the reported and differentiated loss is
+        loss_function: (losses [b, s], batch) -> (weighted sum, weight); the reported and differentiated loss is
             the sum over the global batch divided by the weight over the global batch.
         reduce_dtype: dtype in which FSDP reduces gradients.
+        has_adapters: what is frozen belongs to another checkpoint, and is not kept.
     """
 
     def __init__(
@@ -85,9 +86,14 @@ class Engine:
         loss_function: LossFunction,
         vocab_size: int,
         reduce_dtype: torch.dtype = torch.float32,
+        has_adapters: bool = False,
     ) -> None:
         self.loss_function = loss_function
         self.regions = [weights.regions(chunk, vocab_size) for chunk in chunks]  # before they are moved
+        self.kept = [
+            {name: self.regions[i][name] for name, p in chunk.named_parameters() if p.requires_grad or not has_adapters}
+            for i, chunk in enumerate(chunks)
+        ]
         stages = [StageModule(chunk) for chunk in chunks]
         self.updater: Updater = (
             FullySharded(stages, updates, layout, reduce_dtype) if layout.fsdp else Replicated(stages, updates)
@@ -118,7 +124,7 @@ class Engine:
             micro_batch_size=1,
             forward_only=False,
         )
-        total = sum(reports) if reports else torch.zeros(6, dtype=torch.float64)
+        total = sum(reports) if reports else torch.zeros(7, dtype=torch.float64)
         loss_sum, weight, *counts = groups.sum_over_data(total.to(cpu.device())).tolist()
         return loss_sum / weight if weight else float("nan"), tuple(counts)
 
@@ -126,24 +132,33 @@ class Engine:
         batch = next(micro_batches).to(cpu.device())
 
         def reduce(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            total, weight = self.loss_function(losses, batch.labels)
-            report = torch.cat([torch.stack([total.detach().double(), weight.double()]), batch.counts()])
+            total, weight = self.loss_function(losses, batch)
+            counts = batch.counts().to(total.device)
+            report = torch.cat([torch.stack([total.detach().double(), weight.double()]), counts])
             return total, weight.int(), report
 
         return model(batch, batch.labels), reduce
 
     def parts(self) -> list[weights.Part]:
         """This rank's weights as they are now, in place."""
+        return self._view(self.regions)
+
+    def kept_parts(self) -> list[weights.Part]:
+        """Those of them that a checkpoint holds: all, or beside adapters only what trains."""
+        return self._view(self.kept)
+
+    def _view(self, regions: list[weights.Regions]) -> list[weights.Part]:
         return [
             part
-            for chunk, places in enumerate(self.regions)
+            for chunk, places in enumerate(regions)
             for name, first, values in self.updater.local_weights(chunk)
+            if name in places
             for part in weights.view(places[name], values, first)
         ]
 
     def saved_parts(self) -> list[weights.Part]:
-        """This rank's weights in the precision of the model; FSDP keeps them in fp32."""
-        return [replace(part, data=part.data.to(self.config.params_dtype)) for part in self.parts()]
+        """What is kept of this rank's weights in the precision of the model; FSDP keeps them in fp32."""
+        return [replace(part, data=part.data.to(self.config.params_dtype)) for part in self.kept_parts()]
 
     def optimizer_state(self) -> dict[str, Any]:
         """What the optimizer keeps beside tensors: Adam's count of updates, the loss scale."""

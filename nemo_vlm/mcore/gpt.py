@@ -8,7 +8,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
+from nemo_vlm.batch import Batch
 from nemo_vlm.config import LanguageConfig
+from nemo_vlm.mcore.attention import packed_batch
 from nemo_vlm.mcore.config import BuildContext, language_config
 from nemo_vlm.mcore.groups import Stage
 from nemo_vlm.mcore.layers import layer_spec, norm_class
@@ -69,7 +71,7 @@ def embed(gpt: GPTModel, tokens: Tensor) -> Tensor:
     return gpt.embedding(tokens, position_ids=None)
 
 
-def decode(gpt: GPTModel, embeddings: Tensor | None, tokens: Tensor, labels: Tensor | None) -> Tensor:
+def decode(gpt: GPTModel, embeddings: Tensor | None, batch: Batch, labels: Tensor | None) -> Tensor:
     """Run this stage's layers.
 
     Args:
@@ -80,4 +82,4 @@ def decode(gpt: GPTModel, embeddings: Tensor | None, tokens: Tensor, labels: Ten
     """
     if embeddings is not None and gpt.config.sequence_parallel:
         embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
-    return gpt(tokens, None, None, decoder_input=embeddings, labels=labels)
+    return gpt(batch.tokens, None, None, decoder_input=embeddings, labels=labels, packed_seq_params=packed_batch(batch))

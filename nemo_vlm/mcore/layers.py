@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -23,9 +22,9 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
 
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.mcore.attention import CoreAttention
 
 Kernels = Literal["local", "transformer_engine"]
 
@@ -60,28 +59,6 @@ def norm_class(config: TransformerConfig, chosen: Kernels) -> type:
     if chosen == "transformer_engine":
         return TESpecProvider().layer_norm()
     return RMSNorm if config.normalization == "RMSNorm" else LayerNorm
-
-
-class CoreAttention(torch.nn.Module):
-    """Causal or bidirectional attention on torch's scaled_dot_product_attention."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        **unused: Any,
-    ) -> None:
-        super().__init__()
-        self.is_causal = attn_mask_type == AttnMaskType.causal
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **unused: Any) -> Tensor:
-        """Query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]."""
-        query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=self.is_causal, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
 
 
 def layer_spec(config: TransformerConfig, chosen: Kernels, causal: bool) -> ModuleSpec:

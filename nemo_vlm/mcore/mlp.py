@@ -19,15 +19,17 @@ class LinearStack(MegatronModule):
 
     Args:
         sizes: widths from input to output, one more than there are layers.
+        input_norm: a LayerNorm in front, named "norm".
     """
 
-    def __init__(self, sizes: list[int], build: BuildContext) -> None:
+    def __init__(self, sizes: list[int], build: BuildContext, input_norm: bool = False) -> None:
         tp = build.layout.tensor
         config = encoder_config(
             build, True, num_layers=1, hidden_size=sizes[-1], num_attention_heads=tp
         )  # heads: it has none
         super().__init__(config)
         self.count = len(sizes) - 1
+        self.norm = torch.nn.LayerNorm(sizes[0]) if input_norm else torch.nn.Identity()
         make = dict(config=config, init_method=config.init_method, bias=True, skip_bias_add=False)
         index = 0
         while index < self.count:
@@ -51,6 +53,7 @@ class LinearStack(MegatronModule):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., sizes[0]] -> [..., sizes[-1]]."""
+        hidden = self.norm(hidden)
         for index in range(self.count):
             hidden = self.get_submodule(str(index))(F.gelu(hidden) if index else hidden)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # Megatron's layers return their bias beside

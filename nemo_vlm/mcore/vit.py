@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -14,7 +17,9 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nemo_vlm.batch import Images
 from nemo_vlm.config import StepConfig
+from nemo_vlm.mcore.attention import packed_sequences
 from nemo_vlm.mcore.config import ACTIVATIONS, BuildContext, encoder_config
 from nemo_vlm.mcore.groups import without_tensor_parallel
 from nemo_vlm.mcore.layers import layer_spec, norm_class
@@ -83,22 +88,49 @@ class VisionTransformer(MegatronModule):
             for parameter in self.parameters():  # else clipping counts it once a rank
                 parameter.tensor_model_parallel = False
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [n, 3, H, W] -> hidden states [n, tokens, h] after `depth` layers; a class token stands in front."""
-        hidden = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
-        if self.class_token is not None:
-            hidden = torch.cat([self.class_token.expand(len(hidden), -1, -1), hidden], dim=1)
-        hidden = self.ln_pre(hidden + self.position_embeddings.weight).transpose(0, 1).contiguous()
+    def forward(self, images: Images) -> Tensor:
+        """Hidden states [patches, h] of views after `depth` layers, without class tokens.
+
+        Views of one size run as a batch, others packed, each seeing only itself.
+        """
+        grids, sizes = images.grids, [math.prod(grid) for grid in images.grids]
+        weight, bias = self.conv1.weight, self.conv1.bias
+        patches = F.linear(images.pixel_values.to(weight.dtype), weight.flatten(1), bias)  # a convolution's stride
+        views = [self.with_positions(view, *grid) for view, grid in zip(patches.split(sizes), grids, strict=True)]
+        lengths = [len(view) for view in views]
+        if len(set(grids)) == 1:
+            hidden, packed = torch.stack(views, 1), None
+        else:
+            hidden = torch.cat(views)[:, None]
+            packed = packed_sequences(lengths, sum(lengths), hidden.device)
+        hidden = self.ln_pre(hidden)
         for start, stop, recompute in recompute_runs(self.depth, self.step):
             if recompute and torch.is_grad_enabled():
-                hidden = checkpoint(self.run_layers, start, stop, hidden, use_reentrant=False)
+                hidden = checkpoint(self.run_layers, start, stop, hidden, packed, use_reentrant=False)
             else:
-                hidden = self.run_layers(start, stop, hidden)
-        return hidden.transpose(0, 1)
+                hidden = self.run_layers(start, stop, hidden, packed)
+        first = 0 if self.class_token is None else 1
+        return torch.cat([view[first:] for view in hidden.transpose(0, 1).flatten(0, 1).split(lengths)])
 
-    def run_layers(self, start: int, stop: int, hidden: Tensor) -> Tensor:
+    def with_positions(self, patches: Tensor, time: int, height: int, width: int) -> Tensor:
+        """A view's patches [height * width, h] with the class token in front and the position table added.
+
+        Of another size than the tower's own, the table is interpolated, as HF's interpolate_pos_encoding.
+        """
+        table = self.position_embeddings.weight
+        first = 0 if self.class_token is None else 1
+        edge = math.isqrt(len(table) - first)
+        if (height, width) != (edge, edge):
+            square = table[first:].unflatten(0, (edge, edge)).permute(2, 0, 1)[None].float()
+            resized = F.interpolate(square, size=(height, width), mode="bicubic", align_corners=False)
+            table = torch.cat([table[:first], resized[0].flatten(1).T.to(table.dtype)])
+        if self.class_token is not None:
+            patches = torch.cat([self.class_token[0], patches])
+        return patches + table
+
+    def run_layers(self, start: int, stop: int, hidden: Tensor, packed: PackedSeqParams | None) -> Tensor:
         for layer in self.layers[start:stop]:
-            hidden, _ = layer(hidden, attention_mask=None)
+            hidden, _ = layer(hidden, attention_mask=None, packed_seq_params=packed)
         return hidden
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

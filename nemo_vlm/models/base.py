@@ -27,7 +27,7 @@ from nemo_vlm.errors import ConfigError
 if TYPE_CHECKING:  # torch is not imported to print a config
     from torch import Tensor
 
-    from nemo_vlm.batch import Sample
+    from nemo_vlm.batch import Images, Sample
 
 FAMILIES = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/config.py")))
 
@@ -49,7 +49,7 @@ class Processor(Protocol):
         """Ids [s] of a text that is not put into a template, <image> standing for as many tokens as the model sees."""
         ...
 
-    def pixels(self, paths: Sequence[Path]) -> Tensor:
+    def pixels(self, paths: Sequence[Path]) -> Images:
         """What Sample.images is for these image files."""
         ...
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 from nemo_vlm.config import RunConfig
+from nemo_vlm.config.peft import trains
 from nemo_vlm.layout import Layout
-from nemo_vlm.mcore import groups
+from nemo_vlm.mcore import groups, lora
 from nemo_vlm.mcore.config import context
 from nemo_vlm.models.base import family
 
 
 def build_chunks(run: RunConfig, layout: Layout) -> list[nn.Module]:
-    """One module for each pipeline stage that this rank holds, frozen where the run freezes it.
+    """One module for each pipeline stage that this rank holds, with adapters, and frozen, where the run says so.
 
     Args:
         run: settled; Megatron's groups must stand.
@@ -23,4 +24,8 @@ def build_chunks(run: RunConfig, layout: Layout) -> list[nn.Module]:
         for name, part in chunk.named_children():
             if name in run.model.parts and run.model.parts[name].freeze:
                 part.requires_grad_(False)
+        if run.peft.lora:
+            lora.install(chunk, run.peft.lora)
+            for name, parameter in chunk.named_parameters():
+                parameter.requires_grad_(trains(name, run.model))
     return chunks

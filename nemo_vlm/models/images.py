@@ -1,46 +1,79 @@
-"""Images to pixels, as Hugging Face's CLIPImageProcessor and SiglipImageProcessor make them."""
+"""Images to pixels, as Hugging Face's CLIPImageProcessor and SiglipImageProcessor make them, and pixels to patches."""
 
 from __future__ import annotations
 
+import math
+import struct
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal, Protocol
 
 import numpy
 import torch
 from PIL import Image
 from torch import Tensor
 
-from nemo_vlm.errors import ConfigError
+from nemo_vlm.batch import Images
+from nemo_vlm.errors import SampleError
+
+KEEP_EDGES = (224, 448)  # the largest shortest and longest edge of NeMo's image_aspect_ratio=keep
+
+
+class Openable(Protocol):
+    """A file inside something else, as a member of a tar; str() names it."""
+
+    def open(self) -> BinaryIO: ...
+
+
+Source = str | Path | Openable
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How an image becomes a square of pixels.
+    """How an image becomes views, which are squares of pixels as a rule.
 
     Attributes:
         mode: crop (shortest edge to size, centre cut out: CLIP), stretch (both edges to size: SigLIP),
-            pad (a square canvas in the mean colour first: LLaVA 1.5's fine-tuning).
+            pad (a square canvas in the mean colour first: LLaVA 1.5's fine-tuning),
+            keep (the whole image in its own proportions).
+        tiles: see it as a whole, and in 2 x 2 tiles of twice the resolution.
     """
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    mode: Literal["crop", "stretch", "pad"]
+    mode: Literal["crop", "stretch", "pad", "keep"]
+    tiles: bool = False
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """[3, size, size] float32, normalised."""
+    def views(self, image: Image.Image) -> list[Tensor]:
+        """[3, height, width] float32 each, normalised; the whole image first, then its tiles row by row."""
+        if not self.tiles:
+            return [self.normalised(self.square(image, self.size))]
+        whole = self.square(image, 2 * self.size)
+        edges = (0, self.size)
+        tiles = [whole.crop((x, y, x + self.size, y + self.size)) for y in edges for x in edges]
+        return [self.normalised(view) for view in (resize(whole, (self.size, self.size)), *tiles)]
+
+    def view_sizes(self, width: int, height: int) -> list[tuple[int, int]]:
+        """(height, width) of the views of an image, in pixels."""
+        if self.mode == "keep":
+            return [kept(width, height, self.size)[::-1]]
+        return [(self.size, self.size)] * (5 if self.tiles else 1)
+
+    def square(self, image: Image.Image, size: int) -> Image.Image:
+        if self.mode == "keep":
+            return resize(image, kept(*image.size, size))
         if self.mode == "pad":
             image = pad_to_square(image, tuple(int(255 * value) for value in self.mean))
-        width, height = image.size
-        if self.mode == "crop":
-            short, long = min(width, height), max(width, height)
-            longer = int(self.size * long / short)
-            image = resize(image, (self.size, longer) if width <= height else (longer, self.size))
-            left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
-            image = image.crop((left, top, left + self.size, top + self.size))
-        else:
-            image = resize(image, (self.size, self.size))
+        if self.mode != "crop":
+            return resize(image, (size, size))
+        image = resize(image, scaled(*image.size, size))
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        return image.crop((left, top, left + size, top + size))
+
+    def normalised(self, image: Image.Image) -> Tensor:
         pixels = numpy.asarray(image, dtype=numpy.float32) / 255
         pixels = (pixels - numpy.asarray(self.mean, numpy.float32)) / numpy.asarray(self.std, numpy.float32)
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
@@ -48,6 +81,18 @@ class ImageTransform:
 
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 SIGLIP = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+def scaled(width: int, height: int, shortest: int) -> tuple[int, int]:
+    """(width, height) with that shortest edge, as HF's get_resize_output_image_size."""
+    longer = int(shortest * max(width, height) / min(width, height))
+    return (shortest, longer) if width <= height else (longer, shortest)
+
+
+def kept(width: int, height: int, size: int) -> tuple[int, int]:
+    """(width, height) of NeMo's keep: neither edge beyond its limit; smaller towers have smaller limits."""
+    short, long = (edge * min(size, KEEP_EDGES[0]) // KEEP_EDGES[0] for edge in KEEP_EDGES)
+    return scaled(width, height, max(int(min(long / (max(width, height) / min(width, height)), short)), 1))
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -61,16 +106,72 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     return canvas
 
 
-def load_image(path: str | Path) -> Image.Image:
+def patchify(views: Sequence[Tensor], patch_size: int) -> Images:
+    """Views [3, height, width] cut into patches; a rest that makes no whole patch is left out.
+
+    Raises:
+        ValueError: a view is smaller than a patch.
+    """
+    if not views:
+        return Images()
+    patches, grids = [], []
+    for view in views:
+        rows, columns = view.shape[1] // patch_size, view.shape[2] // patch_size
+        if not rows or not columns:
+            raise ValueError(f"a view of {view.shape[2]} x {view.shape[1]} pixels holds no patch of {patch_size}")
+        cut = view[:, : rows * patch_size, : columns * patch_size]
+        parted = cut.unflatten(2, (columns, patch_size)).unflatten(1, (rows, patch_size))
+        patches.append(parted.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1))
+        grids.append((1, rows, columns))
+    return Images(torch.cat(patches), torch.tensor(grids))
+
+
+def unpatchify(images: Images) -> list[Tensor]:
+    """The views [3, height, width] again, without what was left out."""
+    edge = math.isqrt(images.pixel_values.shape[1] // 3)
+    views = images.pixel_values.split([time * rows * columns for time, rows, columns in images.grids])
+    return [
+        view.view(rows, columns, 3, edge, edge).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+        for view, (_, rows, columns) in zip(views, images.grids, strict=True)
+    ]
+
+
+def load_image(source: Source) -> Image.Image:
     """An image file as RGB.
 
     Raises:
-        ConfigError: it does not exist or is no image.
+        SampleError: it does not exist, is no image, is damaged, or so large that it may be an attack.
     """
+    with opened(source) as file:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                return Image.open(file).convert("RGB")
+        except Image.DecompressionBombError as error:
+            raise SampleError("huge_image", f"{source}: {error}") from None
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # what Pillow's readers raise
+            raise SampleError("broken_image", f"{source}: not a readable image ({error})") from None
+
+
+def image_size(source: Source) -> tuple[int, int]:
+    """(width, height) from the file's header.
+
+    Raises:
+        SampleError: as load_image.
+    """
+    with opened(source) as file:
+        try:
+            return Image.open(file).size
+        except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+            raise SampleError("broken_image", f"{source}: not a readable image ({error})") from None
+
+
+def opened(source: Source) -> BinaryIO:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        return Path(source).open("rb") if isinstance(source, str | Path) else source.open()
     except FileNotFoundError:
-        raise ConfigError(f"{path}: the image does not exist; model.data.image_folder says where they stand") from None
+        raise SampleError(
+            "missing_image", f"{source}: the image does not exist; model.data.image_folder says where they stand"
+        ) from None
     except OSError as error:
-        raise ConfigError(f"{path}: not a readable image ({error})") from None
+        raise SampleError("broken_image", f"{source}: cannot be read ({error.strerror})") from None

@@ -105,7 +105,7 @@ class TrainingModule(pl.LightningModule):
 
     def _row(self, result: StepResult, lr: float, seconds: float) -> dict[str, float]:
         """The columns of metrics.csv; mfu only where the device's peak is known."""
-        tokens, positions, squares, images = result.counts
+        tokens, positions, squares, images, _ = result.counts
         world_size, position = self.plan.layout.world_size, self.position
         tflops = step_flops(self.run.model, tokens, squares, images) / seconds / world_size / 1e12
         row: dict[str, float] = {

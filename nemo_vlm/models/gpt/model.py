@@ -22,4 +22,4 @@ class Model(nn.Module):
     def forward(self, batch: Batch, labels: Tensor | None = None) -> Tensor:
         """Losses [b, s] where labels are given, else logits; hidden states on all but the last stage."""
         embeddings = embed(self.language_model, batch.tokens) if self.stage.first else None
-        return decode(self.language_model, embeddings, batch.tokens, labels)
+        return decode(self.language_model, embeddings, batch, labels)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_vlm.batch import IMAGE_TAG, Sample
+from nemo_vlm.batch import IMAGE_TAG, Images, Sample
 from nemo_vlm.config import DataConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.models.conversation import TEMPLATES, Turn, check_length, check_prompt, encode, raw_ids, shift, turns
@@ -55,7 +55,7 @@ class Processor:
             self.tokenizer,
         )
         check_length(record, len(ids) - 1, self.config.encoder_seq_length)
-        none = torch.empty(0, 3, 0, 0)
+        none = Images()
         if text[-1].answer is None:
             return Sample(ids, torch.empty(0, dtype=torch.int64), none)
         return Sample(*shift(ids, trained), none)
@@ -72,9 +72,9 @@ class Processor:
         check_prompt(len(ids), self.config.encoder_seq_length)
         return ids
 
-    def pixels(self, paths: Sequence[Path]) -> Tensor:
+    def pixels(self, paths: Sequence[Path]) -> Images:
         """None of no image files."""
-        return torch.empty(0, 3, 0, 0)
+        return Images()
 
 
 def hf_processor(config: Config, data: DataConfig) -> dict[str, dict[str, Any]]:

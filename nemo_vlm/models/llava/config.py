@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nemo_vlm.config import LanguageConfig, PartConfig, fill
+from nemo_vlm.config.checks import only, refuse_others
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.models.adapter import DOWNSAMPLE
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,17 @@ class VisionConfig:
     from_pretrained: str | None = None  # a checkpoint with a tower; see sources/
     freeze: bool = False
     vision_encoder_lr_ratio: float = 1.0  # of model.optim.lr
+    crop_size: tuple[int, int] | None = None  # NeMo's words for image_size, which it must be twice
+    vision_select_feature: str = only("patch", "class tokens are always dropped; leave it out")
+    from_hf: bool = only(True, "towers of NeMo's own are not read; give from_pretrained a CLIP or SigLIP")
 
     def __post_init__(self) -> None:
+        refuse_others(self, "model.mm_cfg.vision_encoder")
+        if self.crop_size not in (None, (self.image_size, self.image_size)):
+            raise ConfigError(
+                f"model.mm_cfg.vision_encoder.crop_size={list(self.crop_size or ())}: the tower sees "
+                f"{self.image_size} x {self.image_size} pixels (image_size); leave it out"
+            )
         clip = self.model_type == "clip"
         fill(
             self,
@@ -65,8 +76,8 @@ class VisionConfig:
         return self.vision_select_layer + (self.num_layers + 1 if self.vision_select_layer < 0 else 0)
 
     @property
-    def num_image_tokens(self) -> int:
-        """Features of an image, without the class token; a rest that makes no whole patch is cut off."""
+    def num_patches(self) -> int:
+        """Of an image of the tower's own size; a rest that makes no whole patch is cut off."""
         return (self.image_size // self.patch_dim) ** 2
 
 
@@ -77,6 +88,8 @@ class LlmConfig:
     from_pretrained: str | None = None  # a checkpoint with a language model; see sources/
     freeze: bool = False
     lr_ratio: float = 1.0  # of model.optim.lr
+    # Whose media token stands for an image where the tokenizer has no <image>: llama_3's are reserved ones
+    model_type: Literal["llama_2", "llama_3", "v1", "nvgpt", "mistral"] = "llama_2"
 
 
 @dataclass(frozen=True)
@@ -85,11 +98,25 @@ class MultimodalConfig:
 
     llm: LlmConfig = field(default_factory=LlmConfig)
     vision_encoder: VisionConfig = field(default_factory=VisionConfig)
-    mm_mlp_adapter_type: str = "mlp2x_gelu"  # linear, identity, mlpNx_gelu
+    mm_mlp_adapter_type: str = "mlp2x_gelu"  # linear, identity, mlpNx_gelu, mlp_downsample
+    use_image_tile: bool = False  # see an image as a whole and in 2 x 2 tiles of twice the resolution
+    pretrain_mm_mlp_adapter: str | None = None  # a checkpoint with a projector, or a projector alone; see sources/
     freeze_mm_mlp_adapter: bool = False
     mm_mlp_adapter_lr_ratio: float = 1.0  # of model.optim.lr
     image_token: str = "<image>"  # placeholder in the text, one token for each feature
     image_token_index: int | None = None  # null: as the tokenizer says
+
+    def features_of_grid(self, rows: int, columns: int) -> int:
+        """Tokens of a view of so many patches."""
+        if self.mm_mlp_adapter_type == DOWNSAMPLE:
+            return -(-rows // 2) * -(-columns // 2)
+        return rows * columns
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Of an image that is seen in the tower's own size, its tiles included."""
+        edge = self.vision_encoder.image_size // self.vision_encoder.patch_dim
+        return self.features_of_grid(edge, edge) * (5 if self.use_image_tile else 1)
 
 
 @dataclass(frozen=True)
@@ -113,6 +140,7 @@ class Config(LanguageConfig):
         return {
             "language_model": (f"{key}.llm.from_pretrained", llm.from_pretrained),
             "vision_model": (f"{key}.vision_encoder.from_pretrained", vision.from_pretrained),
+            "vision_projection": (f"{key}.pretrain_mm_mlp_adapter", self.mm_cfg.pretrain_mm_mlp_adapter),
         }
 
     @property
@@ -123,7 +151,7 @@ class Config(LanguageConfig):
     def image_flops(self) -> float:
         """The layers of the tower that run, and a two-layer projector; patches and norms are too small to count."""
         vision = self.mm_cfg.vision_encoder
-        tokens = vision.num_image_tokens + vision.class_token_length  # type: ignore[operator]
+        tokens = vision.num_patches + vision.class_token_length  # type: ignore[operator]
         layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
         tower = vision.depth * (2 * tokens * layer + 4 * tokens**2 * vision.hidden_size)
-        return tower + 2 * vision.num_image_tokens * self.hidden_size * (vision.hidden_size + self.hidden_size)
+        return tower + 2 * vision.num_patches * self.hidden_size * (vision.hidden_size + self.hidden_size)

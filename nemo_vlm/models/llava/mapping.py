@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.mapping import Reshape, Rule, rename
-from nemo_vlm.models.adapter import num_linear_layers
+from nemo_vlm.models.adapter import DOWNSAMPLE, num_linear_layers
 from nemo_vlm.models.llava.config import Config, MultimodalConfig, VisionConfig
 from nemo_vlm.models.rules import decoder_rules, llama_config, llama_fields, vision_layer_rules
 
@@ -41,7 +41,13 @@ def rules(config: Config) -> list[Rule]:
 
 
 def projector_rules(config: Config, theirs: str) -> list[Rule]:
-    """The projector's linear layers, which HF counts from 1."""
+    """The projector's linear layers, which HF counts from 1.
+
+    Raises:
+        ConfigError: HF's LLaVA has no such projector.
+    """
+    if config.mm_cfg.mm_mlp_adapter_type == DOWNSAMPLE:
+        raise ConfigError(f"model.mm_cfg.mm_mlp_adapter_type={DOWNSAMPLE}: Hugging Face's LLaVA has no such projector")
     width, inner = config.hidden_size, config.mm_cfg.vision_encoder.hidden_size
     rules: list[Rule] = []
     for index in range(num_linear_layers(config.mm_cfg.mm_mlp_adapter_type)):
@@ -56,7 +62,7 @@ def projector_rules(config: Config, theirs: str) -> list[Rule]:
 def vision_rules(vision: VisionConfig, ours: str, theirs: str) -> list[Rule]:
     """HF CLIPVisionModel or SiglipVisionModel."""
     clip, width, patch = vision.model_type == "clip", vision.hidden_size, vision.patch_dim
-    positions = vision.num_image_tokens + int(clip)
+    positions = vision.num_patches + int(clip)
     embeddings = f"{theirs}embeddings"
     rules: list[Rule] = [
         rename(f"{ours}conv1.weight", f"{embeddings}.patch_embedding.weight", (width, 3, patch, patch)),
@@ -113,7 +119,7 @@ def hf_config(config: Config) -> dict[str, Any]:
         "text_config": llama_config(config),
         "vision_config": vision_hf_config(vision),
         "image_token_index": config.mm_cfg.image_token_index,
-        "image_seq_length": vision.num_image_tokens,
+        "image_seq_length": config.mm_cfg.num_image_tokens,
         "vision_feature_layer": vision.vision_select_layer,
         "vision_feature_select_strategy": "default" if vision.class_token_length else "full",
         "projector_hidden_act": "gelu",

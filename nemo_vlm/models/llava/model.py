@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from nemo_vlm.batch import Batch
+from nemo_vlm.batch import Batch, Images
 from nemo_vlm.mcore.config import BuildContext
 from nemo_vlm.mcore.gpt import build_gpt, decode, embed
 from nemo_vlm.mcore.groups import Stage
 from nemo_vlm.mcore.vit import VisionShape, VisionTransformer
+from nemo_vlm.models.adapter import DOWNSAMPLE
 from nemo_vlm.models.llava.config import Config, VisionConfig
 from nemo_vlm.models.merge import merge
-from nemo_vlm.models.projector import build_projector
+from nemo_vlm.models.projector import build_projector, fuse_neighbours
 
 
 class Model(nn.Module):
@@ -35,7 +37,7 @@ class Model(nn.Module):
     def forward(self, batch: Batch, labels: Tensor | None = None) -> Tensor:
         """Losses [b, s] where labels are given, else logits; hidden states on all but the last stage."""
         embeddings = self.embed(batch) if self.stage.first else None
-        return decode(self.language_model, embeddings, batch.tokens, labels)
+        return decode(self.language_model, embeddings, batch, labels)
 
     def embed(self, batch: Batch) -> Tensor:
         """Word embeddings [s, b, h] with the projected vision features at the image tokens."""
@@ -43,15 +45,26 @@ class Model(nn.Module):
         features = self.encode(batch.images) if len(batch.images) or self.training else embeddings[0, :0]
         return merge(embeddings, batch.tokens, features, self.config.mm_cfg.image_token_index)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Features [n * tokens, h] of images [n, 3, H, W].
+    def encode(self, images: Images) -> Tensor:
+        """Features [tokens, h] of all views, in order.
 
-        No image is still an image to compute: ranks gather and reduce the tower's weights together, so all must run it.
+        No image is still one of a single patch to compute: ranks gather and reduce the tower's weights together, so all
+        must run it.
         """
-        vision = self.config.mm_cfg.vision_encoder
-        blank = images.new_zeros(1, 3, vision.image_size, vision.image_size)
-        hidden = self.vision_model(images if len(images) else blank)[:, vision.class_token_length :]
-        return self.vision_projection(hidden)[: len(images)].flatten(0, 1)
+        seen = images if len(images) else blank(self.config.mm_cfg.vision_encoder.patch_dim, self.device)
+        features = self.vision_model(seen)
+        if self.config.mm_cfg.mm_mlp_adapter_type == DOWNSAMPLE:
+            features = fuse_neighbours(features, seen.grids)
+        features = self.vision_projection(features)
+        return features if len(images) else features[:0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_model.conv1.weight.device
+
+
+def blank(patch_size: int, device: torch.device) -> Images:
+    return Images(torch.zeros(1, 3 * patch_size**2, device=device), torch.ones(1, 3, dtype=torch.int64))
 
 
 def vision_shape(vision: VisionConfig) -> VisionShape:

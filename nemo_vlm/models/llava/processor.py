@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
-from nemo_vlm.batch import IMAGE_TAG, Sample
+from nemo_vlm.batch import IMAGE_TAG, Images, Sample
 from nemo_vlm.config import DataConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.models.conversation import (
@@ -25,8 +24,9 @@ from nemo_vlm.models.conversation import (
     shift,
     turns,
 )
-from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform, load_image
-from nemo_vlm.models.llava.config import Config, VisionConfig
+from nemo_vlm.models.images import ImageTransform
+from nemo_vlm.models.llava.config import Config
+from nemo_vlm.models.llava.views import Media, Views, image_transform
 from nemo_vlm.models.vocabulary import settle_vocabulary, token_id
 
 
@@ -47,7 +47,7 @@ class Processor:
     def __init__(self, config: Config, data: DataConfig, tokenizer: Any) -> None:
         self.config, self.data, self.tokenizer = config, data, tokenizer
         self.vision = config.mm_cfg.vision_encoder
-        self.transform = image_transform(self.vision, data.image_aspect_ratio)
+        self.views = Views(config, data)
 
     def sample(self, record: Mapping[str, Any]) -> Sample:
         """Tokens, labels and pixels of a LLaVA record whose `image` lists paths.
@@ -74,7 +74,7 @@ class Processor:
         count = int((ids == placeholder).sum())
         if count != len(paths):
             raise ConfigError(f"record {record.get('id')}: {count} {IMAGE_TAG} in the text, {len(paths)} images")
-        repeats = expand(ids, placeholder, self.vision.num_image_tokens)
+        repeats = expand(ids, placeholder, self.config.mm_cfg.num_image_tokens)
         ids, trained = ids.repeat_interleave(repeats), trained.repeat_interleave(repeats)
         check_length(record, len(ids) - 1, self.config.encoder_seq_length)
         pixels = self.pixels(paths)
@@ -93,29 +93,28 @@ class Processor:
         count = int((ids == placeholder).sum())
         if count != num_images:
             raise ConfigError(f"{count} {IMAGE_TAG} in the text, {num_images} images")
-        ids = ids.repeat_interleave(expand(ids, placeholder, self.vision.num_image_tokens))
+        ids = ids.repeat_interleave(expand(ids, placeholder, self.config.mm_cfg.num_image_tokens))
         check_prompt(len(ids), self.config.encoder_seq_length)
         return ids
 
-    def pixels(self, paths: Sequence[Path]) -> Tensor:
-        """[n, 3, size, size] of image files."""
-        size = self.vision.image_size
-        images = [self.transform(load_image(path)) for path in paths]
-        return torch.stack(images) if images else torch.empty(0, 3, size, size)
-
-
-def image_transform(vision: VisionConfig, aspect_ratio: str) -> ImageTransform:
-    clip = vision.model_type == "clip"
-    mode = "pad" if aspect_ratio == "pad" else "crop" if clip else "stretch"
-    return ImageTransform(vision.image_size, **(CLIP if clip else SIGLIP), mode=mode)  # type: ignore[arg-type]
+    def pixels(self, paths: Sequence[Media]) -> Images:
+        """The views of images and videos as patches."""
+        return self.views.pixels(paths)
 
 
 HF_CLASSES = {"crop": "CLIPImageProcessor", "stretch": "SiglipImageProcessor", "pad": "LlavaImageProcessor"}
 
 
 def hf_processor(config: Config, data: DataConfig) -> dict[str, dict[str, Any]]:
-    """Hugging Face's files of a processor that does as ours, by name."""
+    """Hugging Face's files of a processor that does as ours, by name.
+
+    Raises:
+        ConfigError: there is none.
+    """
     vision = config.mm_cfg.vision_encoder
+    if config.mm_cfg.use_image_tile or data.image_aspect_ratio == "keep":
+        what = "mm_cfg.use_image_tile=true" if config.mm_cfg.use_image_tile else "data.image_aspect_ratio=keep"
+        raise ConfigError(f"model.{what}: Hugging Face's LlavaProcessor cannot make such views")
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": config.mm_cfg.image_token,
@@ -123,7 +122,7 @@ def hf_processor(config: Config, data: DataConfig) -> dict[str, dict[str, Any]]:
         "vision_feature_select_strategy": "default" if vision.class_token_length else "full",
         "num_additional_image_tokens": vision.class_token_length,
     }
-    images = hf_images(image_transform(vision, data.image_aspect_ratio))
+    images = hf_images(image_transform(config.mm_cfg, data.image_aspect_ratio))
     return {"processor_config.json": processor, "preprocessor_config.json": images}
 
 
@@ -157,7 +156,7 @@ def data_from_hf(files: Mapping[str, dict[str, Any]], config: Config) -> tuple[d
     """
     theirs = {key: value for file in files.values() for key, value in (file | file.get("image_processor", {})).items()}
     aspect_ratio = "pad" if theirs.get("do_pad") else "square"
-    ours = hf_images(image_transform(config.mm_cfg.vision_encoder, aspect_ratio))
+    ours = hf_images(image_transform(config.mm_cfg, aspect_ratio))
     names = ("processor_class", "image_processor_type", *(() if ours["do_center_crop"] else ("crop_size",)))
     compared = {key: value for key, value in ours.items() if key in theirs and key not in names}
     different = [f"{k} is {theirs[k]}, here {value}" for k, value in compared.items() if unlike(theirs[k], value)]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from nemo_vlm.batch import IGNORE_INDEX, Batch, Sample
+from nemo_vlm.models.images import patchify, unpatchify
 from nemo_vlm.models.llava.config import Config, MultimodalConfig, VisionConfig
 
 
@@ -41,14 +42,15 @@ def samples(config: Config, count: int, generator: torch.Generator) -> list[Samp
         num_images = (1, 2, 1, 0)[number % 4]
         text = torch.randint(0, min(240, config.vocab_size), (12 + 4 * (number % 3),), generator=generator)
         text[text == image_token] = (image_token + 1) % config.vocab_size
-        image = torch.full((vision.num_image_tokens * num_images,), image_token)
+        image = torch.full((config.mm_cfg.num_image_tokens * num_images,), image_token)
         ids = torch.cat([text[:3], image, text[3:]])
         labels = torch.where(ids == image_token, IGNORE_INDEX, ids)[1:]
         pixels = torch.randn(num_images, 3, vision.image_size, vision.image_size, generator=generator)
-        made.append(Sample(ids[:-1], labels, pixels))
+        made.append(Sample(ids[:-1], labels, patchify(list(pixels), vision.patch_dim)))
     return made
 
 
 def hf_inputs(batch: Batch) -> dict[str, Any]:
     """The arguments of the Hugging Face class's forward."""
-    return {"input_ids": batch.tokens} | ({"pixel_values": batch.images} if len(batch.images) else {})
+    views = unpatchify(batch.images)
+    return {"input_ids": batch.tokens} | ({"pixel_values": torch.stack(views)} if views else {})

@@ -1,0 +1,81 @@
+"""Attention without Transformer Engine: on torch's scaled_dot_product_attention, of padded rows and packed samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nemo_vlm.batch import Batch
+
+
+class CoreAttention(torch.nn.Module):
+    """Causal or bidirectional attention; as Megatron's DotProductAttention and TEDotProductAttention are called."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        self.is_causal = attn_mask_type == AttnMaskType.causal
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """Query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
+
+        Packed samples come without the batch: query [t, heads, d], key and value [t, groups, d] -> [t, heads * d].
+        """
+        if packed_seq_params is None:
+            out = self.attend(*(part.permute(1, 2, 0, 3) for part in (query, key, value)))
+            return out.permute(2, 0, 1, 3).flatten(2)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        # split, not slices: the backward of n slices fills n tensors of the full length
+        samples = zip(*(part.transpose(0, 1)[None].split(lengths, 2) for part in (query, key, value)), strict=True)
+        out = torch.cat([self.attend(*sample) for sample in samples], 2)
+        return out[0].transpose(0, 1).flatten(1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Query [b, heads, s, d], key and value [b, groups, s, d] -> as query."""
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal, enable_gqa=grouped)
+
+
+def packed_sequences(lengths: list[int], width: int, device: torch.device) -> PackedSeqParams:
+    """Megatron's description of samples that stand one behind the other.
+
+    Args:
+        lengths: of the samples.
+        width: of the row; what the samples leave of it is padding, and counts as one more.
+    """
+    rest = width - sum(lengths)
+    lengths = [*lengths, rest] if rest else lengths
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
+
+
+def packed_batch(batch: Batch) -> PackedSeqParams | None:
+    """None of a padded batch."""
+    if not batch.packed:
+        return None
+    return packed_sequences(batch.lengths.tolist(), batch.tokens.shape[1], batch.tokens.device)

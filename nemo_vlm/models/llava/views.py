@@ -1,0 +1,78 @@
+"""What LLaVA sees of images and videos: views as patches, and how many tokens they take in the text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from nemo_vlm.batch import IMAGE_TAG, VIDEO_TAG, Images, join
+from nemo_vlm.config import DataConfig
+from nemo_vlm.errors import SampleError
+from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform, Source, image_size, load_image, patchify
+from nemo_vlm.models.llava.config import Config, MultimodalConfig
+from nemo_vlm.models.video import FrameSampling, Video
+
+Media = Source | Video
+
+
+class Views:
+    """The image part of the processor."""
+
+    def __init__(self, config: Config, data: DataConfig) -> None:
+        self.mm_cfg, self.patch_size = config.mm_cfg, config.mm_cfg.vision_encoder.patch_dim
+        self.transform = image_transform(config.mm_cfg, data.image_aspect_ratio)
+        self.sampling = FrameSampling(data.num_frames, data.splice_single_frame)
+
+    def num_features(self, media: Media) -> int:
+        """Tokens of an image or a video; where all images take the same, the file is not opened.
+
+        Raises:
+            SampleError: it must be, and cannot.
+        """
+        if isinstance(media, Video):
+            return self.sampling.count(media) * self.of_size(self.transform.size, self.transform.size)
+        square = self.transform.mode != "keep"
+        return self.of_size(*((self.transform.size, self.transform.size) if square else image_size(media)))
+
+    def of_size(self, width: int, height: int) -> int:
+        grids = [(h // self.patch_size, w // self.patch_size) for h, w in self.transform.view_sizes(width, height)]
+        return sum(self.mm_cfg.features_of_grid(*grid) for grid in grids)
+
+    def pixels(self, media: Sequence[Media]) -> Images:
+        """Raises:
+        SampleError: a file cannot be read, or is too small.
+        """
+        return join(self.of_one(one) for one in media)
+
+    def of_one(self, media: Media) -> Images:
+        seen: list[Image.Image] = self.sampling.frames(media) if isinstance(media, Video) else [load_image(media)]
+        try:
+            return patchify([view for image in seen for view in self.transform.views(image)], self.patch_size)
+        except ValueError as error:
+            raise SampleError("broken_image", f"{media}: {error}") from None
+
+
+def media_of(record: Mapping[str, Any], text: str) -> list[Media]:
+    """A record's images and videos in the order in which the text speaks of them.
+
+    Raises:
+        SampleError: the text speaks of more or fewer than there are.
+    """
+    found = {tag: list(record.get(kind) or []) for tag, kind in ((IMAGE_TAG, "image"), (VIDEO_TAG, "video"))}
+    for tag, media in found.items():
+        if (count := text.count(tag)) != len(media):
+            kind = "images" if tag == IMAGE_TAG else "videos"
+            message = f"record {record.get('id')}: {count} {tag} in the text, {len(media)} {kind}"
+            raise SampleError("broken_record", message)
+    places = [(place.start(), tag) for tag in found for place in re.finditer(tag, text)]
+    return [Video(found[tag].pop(0)) if tag == VIDEO_TAG else found[tag].pop(0) for _, tag in sorted(places)]
+
+
+def image_transform(mm_cfg: MultimodalConfig, aspect_ratio: str) -> ImageTransform:
+    vision = mm_cfg.vision_encoder
+    clip = vision.model_type == "clip"
+    mode = aspect_ratio if aspect_ratio != "square" else "crop" if clip else "stretch"
+    return ImageTransform(vision.image_size, **(CLIP if clip else SIGLIP), mode=mode, tiles=mm_cfg.use_image_tile)  # type: ignore[arg-type]
