@@ -1,9 +1,11 @@
-"""Videos to frames, by decord."""
+"""Videos to frames, by decord, or by PyAV on machines that decord is not built for."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO, NoReturn, Protocol, TypeVar
 
 import numpy
 from PIL import Image
@@ -11,7 +13,55 @@ from PIL import Image
 from nemo_vlm.errors import SampleError
 from nemo_vlm.models.images import Source, opened
 
-SINGLE = ("first", "middle", "last")
+T = TypeVar("T")
+
+
+class Reader(Protocol):
+    """An open video: how many frames it has, and some of them as RGB images."""
+
+    def __len__(self) -> int: ...
+    def read(self, indices: Sequence[int]) -> list[Image.Image]: ...
+
+
+class Decord:
+    """decord.VideoReader, which seeks."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        import decord
+
+        self.video = decord.VideoReader(file, num_threads=1)
+
+    def __len__(self) -> int:
+        return len(self.video)
+
+    def read(self, indices: Sequence[int]) -> list[Image.Image]:
+        return [Image.fromarray(pixels) for pixels in self.video.get_batch(indices).asnumpy()]
+
+
+class PyAv:
+    """PyAV, which decodes from the beginning."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.total = sum(1 for _ in self.decoded())
+
+    def __len__(self) -> int:
+        return self.total
+
+    def decoded(self) -> Iterator[Any]:
+        import av
+
+        self.file.seek(0)
+        with av.open(self.file) as container:
+            yield from container.decode(video=0)
+
+    def read(self, indices: Sequence[int]) -> list[Image.Image]:
+        wanted = set(indices)
+        frames = {n: frame.to_image() for n, frame in enumerate(self.decoded()) if n in wanted}
+        return [frames[index] for index in indices]
+
+
+READER = Decord if importlib.util.find_spec("decord") else PyAv
 
 
 @dataclass(frozen=True)
@@ -37,25 +87,22 @@ class FrameSampling:
     single: str | None
 
     def count(self, video: Video) -> int:
-        """Frames that `frames` gives."""
+        """Frames that `frames` gives.
+
+        Raises:
+            SampleError: as frames, where the file must be opened to tell.
+        """
         if self.single is not None:
             return 1
-        return self.num_frames if self.num_frames > 0 else len(reader(video))
+        return self.num_frames if self.num_frames > 0 else use(video, len)
 
     def frames(self, video: Video) -> list[Image.Image]:
         """As RGB images.
 
         Raises:
-            SampleError: the file does not exist or cannot be decoded.
+            SampleError: the file does not exist, or cannot be decoded.
         """
-        decoded = reader(video)
-        chosen = self.indices(len(decoded))
-        try:
-            pixels = decoded.get_batch(sorted(set(chosen))).asnumpy()
-        except Exception as error:  # decord's errors derive from Exception alone
-            raise unreadable(video, error) from None
-        place = {index: number for number, index in enumerate(sorted(set(chosen)))}
-        return [Image.fromarray(pixels[place[index]]) for index in chosen]
+        return use(video, lambda reader: reader.read(self.indices(len(reader))))
 
     def indices(self, total: int) -> list[int]:
         count = total if self.num_frames < 0 else min(self.num_frames, total)
@@ -66,23 +113,29 @@ class FrameSampling:
         return [found[{"first": 0, "middle": len(found) // 2, "last": -1}[self.single]]]
 
 
-def reader(video: Video) -> Any:
-    """decord's VideoReader.
+def frame_size(video: Video) -> tuple[int, int]:
+    """(width, height).
 
     Raises:
-        SampleError: the file does not exist or is no video.
+        SampleError: as FrameSampling.frames.
     """
-    import decord
+    return use(video, lambda reader: reader.read([0])[0].size)
 
+
+def use(video: Video, question: Callable[[Reader], T]) -> T:
+    """What an open video answers.
+
+    Raises:
+        SampleError: the file does not exist, or cannot be decoded.
+    """
     with opened(video.source) as file:
         try:
-            found = decord.VideoReader(file, num_threads=1)
-        except Exception as error:  # as above
-            raise unreadable(video, error) from None
-    if not len(found):
-        raise SampleError("broken_image", f"{video}: the video has no frame")
-    return found
+            reader = READER(file)
+            return question(reader) if len(reader) else no_frame()
+        except Exception as error:  # both libraries raise what they like
+            text = " ".join(str(error).split())[:200]
+            raise SampleError("broken_video", f"{video}: not a readable video ({text})") from None
 
 
-def unreadable(video: Video, error: Exception) -> SampleError:
-    return SampleError("broken_image", f"{video}: not a readable video ({' '.join(str(error).split())[:200]})")
+def no_frame() -> NoReturn:
+    raise ValueError("it has no frame")

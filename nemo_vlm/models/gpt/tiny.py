@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nemo_vlm.batch import Batch, Sample
+from nemo_vlm.batch import Batch, Images, Sample
 from nemo_vlm.models.gpt.config import Config
 
 
@@ -29,7 +29,7 @@ def samples(config: Config, count: int, generator: torch.Generator) -> list[Samp
     """Random text of several lengths."""
     vocabulary = min(240, config.vocab_size)
     rows = [torch.randint(0, vocabulary, (20 + 4 * (i % 3),), generator=generator) for i in range(count)]
-    return [Sample(row[:-1], row[1:], torch.empty(0, 3, 0, 0)) for row in rows]
+    return [Sample(row[:-1], row[1:], Images()) for row in rows]
 
 
 def hf_inputs(batch: Batch) -> dict[str, Any]:

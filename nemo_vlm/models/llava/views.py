@@ -13,7 +13,7 @@ from nemo_vlm.config import DataConfig
 from nemo_vlm.errors import SampleError
 from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform, Source, image_size, load_image, patchify
 from nemo_vlm.models.llava.config import Config, MultimodalConfig
-from nemo_vlm.models.video import FrameSampling, Video
+from nemo_vlm.models.video import FrameSampling, Video, frame_size
 
 Media = Source | Video
 
@@ -32,10 +32,12 @@ class Views:
         Raises:
             SampleError: it must be, and cannot.
         """
+        count, size = 1, (self.transform.size, self.transform.size)
         if isinstance(media, Video):
-            return self.sampling.count(media) * self.of_size(self.transform.size, self.transform.size)
-        square = self.transform.mode != "keep"
-        return self.of_size(*((self.transform.size, self.transform.size) if square else image_size(media)))
+            count = self.sampling.count(media)
+        if self.transform.mode == "keep":
+            size = frame_size(media) if isinstance(media, Video) else image_size(media)
+        return count * self.of_size(*size)
 
     def of_size(self, width: int, height: int) -> int:
         grids = [(h // self.patch_size, w // self.patch_size) for h, w in self.transform.view_sizes(width, height)]
