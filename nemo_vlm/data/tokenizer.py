@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from a directory, or trained for a demo."""
+"""Tokenizers: loaded from files, or trained for a demo."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from typing import Any
 from nemo_vlm.config import TokenizerConfig
 from nemo_vlm.errors import ConfigError
 
-SENTENCEPIECE = "tokenizer.model"
+SENTENCEPIECE, SETTINGS = "tokenizer.model", "tokenizer_config.json"
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 
 
 def tokenizer_exists(config: TokenizerConfig) -> bool:
-    """Whether there is a directory, an archive, or a repository in the local cache, of the name; it is not opened."""
+    """Whether there is a file, a directory, or a repository in the local cache, of the name; it is not opened."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    if config.type is None:
+    if config.place is None:
         return False
-    return Path(config.type).exists() or Path(HF_HUB_CACHE, f"models--{config.type.replace('/', '--')}").is_dir()
+    return Path(config.place).exists() or Path(HF_HUB_CACHE, f"models--{config.place.replace('/', '--')}").is_dir()
 
 
 def located(config: TokenizerConfig) -> TokenizerConfig:
-    """With its whole path, where it has one: checkpoints are opened from other folders too."""
-    return replace(config, type=os.path.abspath(config.type)) if Path(str(config.type)).exists() else config
+    """With its whole paths, where it has some: checkpoints are opened from other folders too."""
+    paths = {name: getattr(config, name) for name in ("type", "model", "vocab_file", "merge_file")}
+    whole = {name: os.path.abspath(path) for name, path in paths.items() if path is not None and Path(path).exists()}
+    return replace(config, **whole)
 
 
 def name_sentencepiece(folder: Path) -> None:
@@ -35,32 +37,106 @@ def name_sentencepiece(folder: Path) -> None:
 
     transformers would take it for one without normalisation, and make other tokens.
     """
-    described = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    described = any((folder / name).is_file() for name in (SETTINGS, "tokenizer.json"))
     if (folder / SENTENCEPIECE).is_file() and not described:
         settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        (folder / SETTINGS).write_text(json.dumps(settings))
 
 
-def open_tokenizer(place: str, called: str) -> Any:
-    """A Hugging Face tokenizer from a directory or the local cache; nothing is downloaded.
+def open_with(config: TokenizerConfig, place: str | Path | None) -> Any:
+    """The tokenizer of some settings.
+
+    Args:
+        place: where that of `model.tokenizer.type` is, if that is given.
+    Raises:
+        ConfigError: there is none.
+    """
+    if config.model is not None:
+        return open_model(config)
+    if config.vocab_file is not None:
+        return open_vocabulary(config)
+    return open_tokenizer(str(place), str(config.type), config)
+
+
+def open_tokenizer(place: str, called: str, config: TokenizerConfig = TokenizerConfig()) -> Any:
+    """A tokenizer in Hugging Face's layout, from a directory or the local cache; nothing is downloaded.
 
     Args:
         called: what messages call the place.
+        config: what else the user wants of it.
     Raises:
-        ConfigError: there is none, or it cannot report character offsets, which the label mask needs.
+        ConfigError: there is none.
     """
     from transformers import AutoTokenizer
 
+    folder = Path(place)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError):
+        if is_ours(folder) or (not config.use_fast and (folder / SENTENCEPIECE).is_file()):
+            from nemo_vlm.data.sentencepiece import SentencePieceTokenizer
+
+            tokenizer = SentencePieceTokenizer.from_pretrained(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError):
         raise ConfigError(
             f"model.tokenizer.type={called}: no tokenizer there, nor one of that name in the cache"
         ) from None
-    if not tokenizer.is_fast or tokenizer.eos_token is None:
-        raise ConfigError(f"model.tokenizer.type={called}: a fast tokenizer (tokenizer.json) with an EOS is needed")
+    return completed(tokenizer, called, config)
+
+
+def open_model(config: TokenizerConfig) -> Any:
+    """A SentencePiece model that stands alone, without Hugging Face's configuration.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from nemo_vlm.data.sentencepiece import SentencePieceTokenizer
+
+    try:
+        tokenizer = SentencePieceTokenizer(str(config.model), config.sentencepiece_legacy)
+    except (OSError, RuntimeError):
+        raise ConfigError(f"model.tokenizer.model={config.model}: no SentencePiece model there") from None
+    return completed(tokenizer, str(config.model), config)
+
+
+def open_vocabulary(config: TokenizerConfig) -> Any:
+    """A byte-level BPE as GPT-2's, of vocab.json and merges.txt.
+
+    Raises:
+        ConfigError: they are not there, or not what they should be.
+    """
+    from transformers import GPT2Tokenizer
+
+    try:
+        tokenizer = GPT2Tokenizer(config.vocab_file, config.merge_file, **config.roles)
+    except Exception as error:  # the tokenizers library raises no other class
+        message = " ".join(str(error).split())
+        raise ConfigError(f"model.tokenizer.vocab_file={config.vocab_file}: no vocabulary there ({message})") from None
+    return completed(tokenizer, str(config.vocab_file), config)
+
+
+def completed(tokenizer: Any, called: str, config: TokenizerConfig) -> Any:
+    """With the roles and the tokens that the user gives it.
+
+    Raises:
+        ConfigError: it has no EOS, or is of a kind whose texts cannot be put together from pieces.
+    """
+    if not tokenizer.is_fast and not hasattr(tokenizer, "piece"):  # SentencePieceTokenizer's
+        kind = type(tokenizer).__name__
+        raise ConfigError(f"model.tokenizer.type={called}: a {kind}; tokenizer.json or a SentencePiece model is needed")
+    tokenizer.add_special_tokens(config.roles)
+    tokenizer.add_tokens([token for token in config.added if token not in tokenizer.get_vocab()], special_tokens=True)
+    if tokenizer.eos_token is None:
+        raise ConfigError(f"model.tokenizer.special_tokens.eos_token=null: the tokenizer {called} has no EOS; name it")
     tokenizer.name_or_path = called
     return tokenizer
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a SentencePieceTokenizer has been saved there: a LlamaTokenizer that transformers has not."""
+    path = folder / SETTINGS
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    return (settings.get("backend"), settings.get("tokenizer_class")) == ("sentencepiece", "LlamaTokenizer")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

@@ -1,12 +1,17 @@
-"""Conversation templates as Jinja, for Hugging Face's chat templates: models.conversation's, to the letter."""
+"""Conversation templates as Jinja, for Hugging Face's chat templates: models.templates', to the letter."""
 
 from __future__ import annotations
 
 import json
+import re
 
 from nemo_vlm.batch import IMAGE_TAG
 from nemo_vlm.config import DataConfig, LanguageConfig
-from nemo_vlm.models.conversation import VICUNA_SYSTEM
+from nemo_vlm.models.templates import BOS, EOS, TEMPLATES, Template
+
+TOKENS = {BOS: "(bos_token or '')", EOS: "eos_token"}
+MARKS = re.compile(f"({BOS}|{EOS})")
+SIDES = ("BEFORE", "AFTER")
 
 # What a message says: text, or a list of texts and images. An image stands on a line of its own.
 CONTENT = (
@@ -19,24 +24,33 @@ CONTENT = (
     "{%- endfor -%}{%- endif -%}"
     "{%- endmacro -%}"
 )
-V1 = (
-    "{%- set first = messages[0]['role'] == 'system' -%}"
-    "{%- set system = (say(messages[0]['content']) if first else '') or SYSTEM -%}"
-    "{{ BOS }}{{ (system + ' ') if system else '' }}"
-    "{%- for message in messages -%}"
+# Images in front of the first question, where model.data.sep_image_conv_front puts them.
+IN_FRONT = (
+    "{%- macro in_front(text) -%}"
+    "{{ ((IMAGE + '\\n') * text.count(IMAGE) + (text | replace(IMAGE, '') | trim)) | trim if IMAGE in text else text }}"
+    "{%- endmacro -%}"
+)
+LABELLED = (
+    "{%- macro prompt(message) -%}"
+    "{%- set label = message['label'] if message['label'] is defined else LABEL -%}"
+    "{{ PROMPT + ((LABEL_BEFORE + label + LABEL_AFTER) if label else '') }}"
+    "{%- endmacro -%}"
+)
+PROMPT = "{%- macro prompt(message) -%}{{ PROMPT }}{%- endmacro -%}"
+MESSAGES = (
+    "{%- set rest = messages[1:] if messages[0]['role'] == 'system' else messages -%}"
+    "{%- set system = (say(messages[0]['content']) if messages[0]['role'] == 'system' else '') or SYSTEM -%}"
+    "{{ FRONT + START + ((SYSTEM_BEFORE + system + SYSTEM_AFTER) if system else '') }}"
+    "{%- for message in rest -%}"
     "{%- if message['role'] == 'user' -%}"
-    "{{ ' ' if loop.index0 > (1 if first else 0) else '' }}{{ 'USER: ' + say(message['content']) }}"
-    "{%- elif message['role'] == 'assistant' -%}{{ ' ASSISTANT: ' + say(message['content']) + eos_token }}"
+    "{%- set text = say(message['content']) -%}"
+    "{{ FIRST + QUESTION_FIRST if loop.first else NEXT + QUESTION }}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{ prompt(message) + ANSWER_BEFORE + say(message['content']) + ANSWER_AFTER }}"
+    "{{ END if loop.last and not add_generation_prompt else '' }}"
     "{%- endif -%}{%- endfor -%}"
-    "{{ ' ASSISTANT:' if add_generation_prompt else '' }}"
+    "{{ prompt({}) if add_generation_prompt else '' }}"
 )
-PLAIN = (
-    "{{ BOS }}{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{ IMAGE * say(message['content']).count(IMAGE) }}"
-    "{%- elif message['role'] == 'assistant' -%}{{ say(message['content']) + '\\n' }}"
-    "{%- endif -%}{%- endfor -%}"
-)
-TEMPLATES = {"v1": V1, "plain": PLAIN}
 
 
 def chat_template(model: LanguageConfig, data: DataConfig, with_bos: bool) -> str:
@@ -45,11 +59,40 @@ def chat_template(model: LanguageConfig, data: DataConfig, with_bos: bool) -> st
     Args:
         with_bos: it writes BOS itself, since the tokenizer will not.
     """
-    constants = {
-        "TAG": IMAGE_TAG,
-        "IMAGE": model.image_placeholder,
-        "SYSTEM": VICUNA_SYSTEM if data.system_message is None else data.system_message,
-    }
-    lines = [f"{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}" for name, value in constants.items()]
-    bos = "(bos_token or '')" if with_bos else "''"
-    return "".join(lines) + f"{{%- set BOS = {bos} -%}}" + CONTENT + TEMPLATES[data.conv_template]
+    template = TEMPLATES[data.conv_template]
+    system = template.system if data.system_message is None else data.system_message
+    given = {"TAG": IMAGE_TAG, "IMAGE": model.image_text, "SYSTEM": system}
+    texts = texts_of(template) | {"FRONT": BOS if with_bos else ""}
+    values = {name: quoted(text) for name, text in given.items()}
+    values |= {name: expression(text) for name, text in texts.items()}
+    constants = "".join(f"{{%- set {name} = {value} -%}}" for name, value in values.items())
+    labelled = LABELLED if template.around_label else PROMPT
+    first, later = question(template, data.sep_image_conv_front), question(template, False)
+    messages = MESSAGES.replace("QUESTION_FIRST", first).replace("QUESTION", later)
+    return constants + CONTENT + IN_FRONT + labelled + messages
+
+
+def texts_of(template: Template) -> dict[str, str]:
+    """The constants of a template by their names in Jinja."""
+    label = template.around_label or ("", "")
+    pairs = {"SYSTEM": template.around_system, "ANSWER": template.around_answer, "LABEL": label}
+    around = {f"{name}_{side}": text for name, pair in pairs.items() for side, text in zip(SIDES, pair, strict=True)}
+    names = ("start", "first", "next", "prompt", "end")
+    return around | {name.upper(): getattr(template, name) for name in names} | {"LABEL": template.label or ""}
+
+
+def expression(text: str) -> str:
+    """A text in Jinja, with the tokenizer's BOS and EOS in their places."""
+    return " + ".join(TOKENS[part] if part in TOKENS else quoted(part) for part in MARKS.split(text))
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def question(template: Template, in_front: bool) -> str:
+    """A question in Jinja, from what the user's message says."""
+    if template.captions:
+        return "IMAGE * text.count(IMAGE)"
+    said = "in_front(text)" if in_front else "text"
+    return f"({said} | trim)" if template.trims else said

@@ -1,110 +1,40 @@
-"""Conversations as text, and which of its tokens are trained on.
-
-A template turns a conversation into segments; the whole text is tokenized once, and a token counts as trained where it
-begins in a trained segment. So the mask does not depend on how a tokenizer treats the borders of segments.
-"""
+"""Conversations as they are given: a record's turns, and messages as a chat template of Hugging Face has them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from nemo_vlm.batch import HUMANS, IGNORE_INDEX, IMAGE_TAG
-from nemo_vlm.errors import ConfigError
-
-Segment = tuple[str, bool]  # text, trained
-
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
+from nemo_vlm.batch import HUMANS, IMAGE_TAG
+from nemo_vlm.errors import ConfigError, SampleError
+from nemo_vlm.models.templates import Turn
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One question and its answer; None where the answer is to be generated."""
+def turns(record: Mapping[str, Any]) -> list[Turn]:
+    """The turns of a LLaVA record; a leading answer without a question is left out, as LLaVA does.
 
-    question: str
-    answer: str | None
-
-
-def plain(turns: Sequence[Turn], system: str | None, end: str) -> list[Segment]:
-    """LLaVA's pretraining: the image, then its caption; the question's text is left out."""
-    if len(turns) != 1:
-        raise ConfigError(f"model.data.conv_template=plain: for one caption, a record has {len(turns)} turns")
-    return [
-        (IMAGE_TAG * turns[0].question.count(IMAGE_TAG), False),
-        (answer(turns[0], "", "\n"), True),
-    ]
-
-
-def v1(turns: Sequence[Turn], system: str | None, end: str) -> list[Segment]:
-    """Vicuna 1.1 in NeMo's form: a space between the end of an answer and the next question."""
-    system = VICUNA_SYSTEM if system is None else system
-    segments = [(f"{system} ", False)] if system else []
-    for number, turn in enumerate(turns):
-        segments += [
-            (f"{' ' if number else ''}USER: {turn.question} ASSISTANT:", False),
-            (answer(turn, " ", end), True),
-        ]
-    return segments
-
-
-def answer(turn: Turn, before: str, after: str) -> str:
-    return "" if turn.answer is None else before + turn.answer + after
-
-
-TEMPLATES: dict[str, Callable[[Sequence[Turn], str | None, str], list[Segment]]] = {
-    "plain": plain,
-    "v1": v1,
-}
-
-
-def encode(segments: Sequence[Segment], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Token ids of the whole text, and which of them are trained.
-
-    Returns:
-        ids [s] int64, with the tokenizer's BOS in front where it has one, and trained [s] bool.
+    Raises:
+        SampleError: broken_record: not a list of texts, or the speakers do not alternate.
     """
-    encoded = tokenizer("".join(text for text, _ in segments), add_special_tokens=False, return_offsets_mapping=True)
-    spans, end = [], 0
-    for text, is_trained in segments:
-        end += len(text)
-        if is_trained:
-            spans.append(range(end - len(text), end))
-    trained = [any(start in span for span in spans) for start, _ in encoded["offset_mapping"]]
-    front = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return torch.tensor(front + encoded["input_ids"]), torch.tensor([False] * len(front) + trained)
+    said = record.get("conversations")
+    if not isinstance(said, list) or not all(is_turn(turn) for turn in said):
+        raise SampleError("broken_record", f"record {record.get('id')}: 'conversations' must be turns with texts")
+    said = said[1:] if said and not is_human(said[0]) else said
+    if not said or [is_human(turn) for turn in said] != [number % 2 == 0 for number in range(len(said))]:
+        raise SampleError("broken_record", f"record {record.get('id')}: human and gpt must take turns")
+    answers = [(turn["value"], turn.get("label")) for turn in said[1::2]] + [(None, None)] * (len(said) % 2)
+    return [Turn(asked["value"], *answer) for asked, answer in zip(said[::2], answers, strict=True)]
 
 
-def expand(ids: Tensor, placeholder_id: int, count: int) -> Tensor:
-    """For each token how often it stands in the expanded sequence: a placeholder once for each of its features."""
-    return torch.where(ids == placeholder_id, count, 1)
+def is_turn(turn: Any) -> bool:
+    """Whether it says who says what; `label` is SteerLM's."""
+    if not isinstance(turn, dict) or not isinstance(turn.get("label"), str | None):
+        return False
+    return isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
 
 
-def shift(ids: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:
-    """Next-token inputs and labels [s - 1] from ids [s]."""
-    return ids[:-1], torch.where(trained, ids, IGNORE_INDEX)[1:]
-
-
-def check_length(record: Mapping[str, Any], length: int, limit: int) -> None:
-    if length > limit:
-        raise ConfigError(f"record {record.get('id')}: {length} tokens do not fit model.encoder_seq_length={limit}")
-
-
-def check_prompt(length: int, limit: int) -> None:
-    if length >= limit:
-        raise ConfigError(f"{length} tokens leave no room for an answer in model.encoder_seq_length={limit}")
-
-
-def raw_ids(text: str, tokenizer: Any, add_special_tokens: bool) -> Tensor:
-    """Ids [s] of a text as it is; special tokens are what the tokenizer puts around every text, BOS as a rule."""
-    encoded = tokenizer(text, add_special_tokens=add_special_tokens)
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+def is_human(turn: Mapping[str, Any]) -> bool:
+    return turn["from"].lower() in HUMANS
 
 
 def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
@@ -143,18 +73,3 @@ def pieces(message: Mapping[str, Any]) -> list[str]:
     """What of a message must be found in any rendering of it."""
     content = message["content"]
     return [piece.strip() for piece in content.split(IMAGE_TAG)] if isinstance(content, str) else []
-
-
-def turns(record: Mapping[str, Any]) -> list[Turn]:
-    """The turns of a LLaVA record; a leading answer without a question is left out, as LLaVA does.
-
-    Raises:
-        ConfigError: speakers do not alternate.
-    """
-    said = [(turn["from"] in HUMANS, turn["value"]) for turn in record["conversations"]]
-    if said and not said[0][0]:
-        said = said[1:]
-    if [human for human, _ in said] != [number % 2 == 0 for number in range(len(said))]:
-        raise ConfigError(f"record {record.get('id')}: human and gpt must take turns")
-    values = [value for _, value in said] + [None] * (len(said) % 2)
-    return [Turn(question, reply) for question, reply in zip(values[::2], values[1::2], strict=True)]

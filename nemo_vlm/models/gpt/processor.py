@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_vlm.batch import IMAGE_TAG, Images, Sample
+from nemo_vlm.batch import Images, Sample
 from nemo_vlm.config import DataConfig
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.models.conversation import TEMPLATES, Turn, check_length, check_prompt, encode, raw_ids, shift, turns
 from nemo_vlm.models.gpt.config import Config
+from nemo_vlm.models.text import ConversationText
+from nemo_vlm.models.tokens import Encoded
 from nemo_vlm.models.vocabulary import settle_vocabulary
 
 log = logging.getLogger(__name__)
@@ -30,47 +31,60 @@ class Processor:
 
     def __init__(self, config: Config, data: DataConfig, tokenizer: Any) -> None:
         self.config, self.data, self.tokenizer = config, data, tokenizer
+        self.text = ConversationText(data, tokenizer, config.encoder_seq_length)
         self.warned = False
 
     def sample(self, record: Mapping[str, Any]) -> Sample:
-        """Tokens and labels of a LLaVA record."""
-        return self._encode(record, turns(record))
+        """Tokens and labels of a LLaVA record.
 
-    def prompt(self, record: Mapping[str, Any]) -> Sample:
-        """The first question alone."""
-        first = turns(record)[0]
-        return self._encode(record, [Turn(first.question, None)])
+        Raises:
+            SampleError: there is no sample to be made of it.
+        """
+        return Sample(*self._encode(record).shifted())
 
-    def _encode(self, record: Mapping[str, Any], conversation: list[Turn]) -> Sample:
+    def length(self, record: Mapping[str, Any]) -> int:
+        """Tokens of the record's sample.
+
+        Raises:
+            SampleError: as sample.
+        """
+        return len(self._encode(record)) - 1
+
+    def _encode(self, record: Mapping[str, Any]) -> Encoded:
         if record["image"] and not self.warned:
             log.warning(
                 "the gpt family reads text only: the images of %s and of all other records are left out",
                 record.get("id"),
             )
             self.warned = True
-        text = [Turn(turn.question.replace(IMAGE_TAG, "").lstrip("\n"), turn.answer) for turn in conversation]
-        system = record.get("system") or self.data.system_message
-        ids, trained = encode(
-            TEMPLATES[self.data.conv_template](text, system, self.tokenizer.eos_token),
-            self.tokenizer,
-        )
-        check_length(record, len(ids) - 1, self.config.encoder_seq_length)
-        none = Images()
-        if text[-1].answer is None:
-            return Sample(ids, torch.empty(0, dtype=torch.int64), none)
-        return Sample(*shift(ids, trained), none)
+        return self.text.train(record, self.text.turns(record), [])
 
-    def tokens(self, text: str, num_images: int, add_special_tokens: bool = True) -> Tensor:
+    def prompt(self, record: Mapping[str, Any]) -> Sample:
+        """The first question alone.
+
+        Raises:
+            ConfigError: it is too long.
+        """
+        tokens, _ = self.asked(record)
+        return Sample(tokens, torch.empty(0, dtype=torch.int64))
+
+    def asked(self, record: Mapping[str, Any]) -> tuple[Tensor, list[Any]]:
+        """Tokens [s] of the first question, and no files.
+
+        Raises:
+            ConfigError: it is too long.
+        """
+        return self.text.prompt(record, self.text.turns(record)[0], []), []
+
+    def tokens(self, text: str, media: Sequence[Path], add_special_tokens: bool = True) -> Tensor:
         """Ids [s] of a raw text.
 
         Raises:
             ConfigError: there are images, or it is too long for the model.
         """
-        if num_images:
-            raise ConfigError(f"the gpt family reads text only, there are {num_images} images")
-        ids = raw_ids(text, self.tokenizer, add_special_tokens)
-        check_prompt(len(ids), self.config.encoder_seq_length)
-        return ids
+        if media:
+            raise ConfigError(f"the gpt family reads text only, there are {len(media)} images")
+        return self.text.raw(text, [], add_special_tokens)
 
     def pixels(self, paths: Sequence[Path]) -> Images:
         """None of no image files."""

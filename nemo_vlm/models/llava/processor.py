@@ -13,20 +13,12 @@ from torch import Tensor
 from nemo_vlm.batch import IMAGE_TAG, Images, Sample
 from nemo_vlm.config import DataConfig
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.models.conversation import (
-    TEMPLATES,
-    Turn,
-    check_length,
-    check_prompt,
-    encode,
-    expand,
-    raw_ids,
-    shift,
-    turns,
-)
 from nemo_vlm.models.images import ImageTransform
 from nemo_vlm.models.llava.config import Config
-from nemo_vlm.models.llava.views import Media, Views, image_transform
+from nemo_vlm.models.llava.views import Media, Views, image_transform, media_of
+from nemo_vlm.models.templates import PLACEHOLDERS, spoken
+from nemo_vlm.models.text import ConversationText
+from nemo_vlm.models.tokens import Encoded, MediaTokens
 from nemo_vlm.models.vocabulary import settle_vocabulary, token_id
 
 
@@ -48,58 +40,75 @@ class Processor:
         self.config, self.data, self.tokenizer = config, data, tokenizer
         self.vision = config.mm_cfg.vision_encoder
         self.views = Views(config, data)
+        self.text = ConversationText(data, tokenizer, config.encoder_seq_length, media_tokens(config, tokenizer))
 
     def sample(self, record: Mapping[str, Any]) -> Sample:
-        """Tokens, labels and pixels of a LLaVA record whose `image` lists paths.
+        """Tokens, labels and pixels of a LLaVA record whose `image` and `video` list files.
 
         Raises:
-            ConfigError: too long for the model, or images and placeholders differ in number.
+            SampleError: there is no sample to be made of it.
         """
-        return self._encode(record, turns(record))
+        encoded, media = self._encode(record)
+        return Sample(*encoded.shifted(), self.pixels(media[: self.text.num_media(encoded)]))
+
+    def length(self, record: Mapping[str, Any]) -> int:
+        """Tokens of the record's sample; no pixels are loaded.
+
+        Raises:
+            SampleError: as sample, but for pixels that cannot be read.
+        """
+        return len(self._encode(record)[0]) - 1
+
+    def _encode(self, record: Mapping[str, Any]) -> tuple[Encoded, list[Media]]:
+        turns = self.text.turns(record)
+        media = media_of(record, spoken(turns))
+        return self.text.train(record, turns, [self.views.num_features(one) for one in media]), media
 
     def prompt(self, record: Mapping[str, Any]) -> Sample:
-        """The first question alone, with the whole of it as tokens."""
-        first = turns(record)[0]
-        return self._encode(record, [Turn(first.question, None)])
+        """The first question alone, with the whole of it as tokens.
 
-    def _encode(self, record: Mapping[str, Any], conversation: list[Turn]) -> Sample:
-        system = record.get("system") or self.data.system_message
-        segments = TEMPLATES[self.data.conv_template](conversation, system, self.tokenizer.eos_token)
-        token = self.config.mm_cfg.image_token
-        ids, trained = encode(
-            [(text.replace(IMAGE_TAG, token), is_trained) for text, is_trained in segments],
-            self.tokenizer,
-        )
-        paths, placeholder = record["image"], self.config.mm_cfg.image_token_index
-        count = int((ids == placeholder).sum())
-        if count != len(paths):
-            raise ConfigError(f"record {record.get('id')}: {count} {IMAGE_TAG} in the text, {len(paths)} images")
-        repeats = expand(ids, placeholder, self.config.mm_cfg.num_image_tokens)
-        ids, trained = ids.repeat_interleave(repeats), trained.repeat_interleave(repeats)
-        check_length(record, len(ids) - 1, self.config.encoder_seq_length)
-        pixels = self.pixels(paths)
-        if conversation[-1].answer is None:
-            return Sample(ids, torch.empty(0, dtype=torch.int64), pixels)
-        return Sample(*shift(ids, trained), pixels)
+        Raises:
+            ConfigError: it is too long, or a file cannot be read.
+        """
+        tokens, media = self.asked(record)
+        return Sample(tokens, torch.empty(0, dtype=torch.int64), self.pixels(media))
 
-    def tokens(self, text: str, num_images: int, add_special_tokens: bool = True) -> Tensor:
+    def asked(self, record: Mapping[str, Any]) -> tuple[Tensor, list[Media]]:
+        """Tokens [s] of the first question, and what it speaks of; no pixels are loaded.
+
+        Raises:
+            ConfigError: it is too long, or a file that must be opened cannot be read.
+        """
+        turns = self.text.turns(record)
+        media = media_of(record, spoken(turns))[: len(PLACEHOLDERS.findall(turns[0].question))]
+        return self.text.prompt(record, turns[0], [self.views.num_features(one) for one in media]), media
+
+    def tokens(self, text: str, media: Sequence[Media], add_special_tokens: bool = True) -> Tensor:
         """Ids [s] of a raw text, an image token for each feature.
 
         Raises:
-            ConfigError: as sample.
+            ConfigError: it is too long, or images and placeholders differ in number.
         """
-        placeholder = self.config.mm_cfg.image_token_index
-        ids = raw_ids(text.replace(IMAGE_TAG, self.config.mm_cfg.image_token), self.tokenizer, add_special_tokens)
-        count = int((ids == placeholder).sum())
-        if count != num_images:
-            raise ConfigError(f"{count} {IMAGE_TAG} in the text, {num_images} images")
-        ids = ids.repeat_interleave(expand(ids, placeholder, self.config.mm_cfg.num_image_tokens))
-        check_prompt(len(ids), self.config.encoder_seq_length)
-        return ids
+        placeholder = self.config.image_placeholder
+        text = text.replace(self.config.image_text, placeholder).replace(IMAGE_TAG, placeholder)
+        return self.text.raw(text, [self.views.num_features(one) for one in media], add_special_tokens)
 
     def pixels(self, paths: Sequence[Media]) -> Images:
         """The views of images and videos as patches."""
         return self.views.pixels(paths)
+
+
+def media_tokens(config: Config, tokenizer: Any) -> MediaTokens:
+    """Raises:
+    ConfigError: the tokenizer lacks those that mm_cfg.use_im_start_end puts around an image.
+    """
+    mm_cfg = config.mm_cfg
+    assert mm_cfg.image_token_index is not None
+    if not mm_cfg.use_im_start_end:
+        return MediaTokens(mm_cfg.image_token_index)
+    names = ("image_start_token", "image_end_token")
+    start, end = (token_id(tokenizer, getattr(mm_cfg, name), f"model.mm_cfg.{name}") for name in names)
+    return MediaTokens(mm_cfg.image_token_index, (start,), (end,))
 
 
 HF_CLASSES = {"crop": "CLIPImageProcessor", "stretch": "SiglipImageProcessor", "pad": "LlavaImageProcessor"}

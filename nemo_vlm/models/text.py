@@ -1,0 +1,122 @@
+"""The text part of every family's processor: a record's conversation as tokens and labels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_vlm.config import DataConfig
+from nemo_vlm.data.codec import CONTROL
+from nemo_vlm.errors import ConfigError, SampleError
+from nemo_vlm.models.conversation import turns
+from nemo_vlm.models.templates import PLACEHOLDERS, TEMPLATES, Turn, segments
+from nemo_vlm.models.tokens import Encoded, MediaTokens, SegmentEncoder
+
+log = logging.getLogger(__name__)
+
+
+class ConversationText:
+    """Args:
+    limit: model.encoder_seq_length.
+    media: None: images and videos are left out.
+    """
+
+    def __init__(self, data: DataConfig, tokenizer: Any, limit: int, media: MediaTokens | None = None) -> None:
+        self.data, self.tokenizer, self.limit, self.media = data, tokenizer, limit, media
+        self.template = TEMPLATES[data.conv_template]
+        self.encoder = SegmentEncoder(tokenizer, media)
+        missing = set(CONTROL.findall(str(self.template))) - self.encoder.codec.special.keys()
+        if missing:
+            log.warning(
+                "model.data.conv_template=%s: %s is ordinary text to the tokenizer %s; "
+                "model.tokenizer.additional_special_tokens or scripts/add_special_tokens.py makes it a token",
+                *(data.conv_template, ", ".join(sorted(missing)), tokenizer.name_or_path),
+            )
+
+    def turns(self, record: Mapping[str, Any]) -> list[Turn]:
+        """A record's turns, with images and videos where the model is to see them.
+
+        Raises:
+            SampleError: broken_record.
+        """
+        found = turns(record)
+        if self.template.captions and len(found) != 1:
+            problem = f"{len(found)} turns; model.data.conv_template={self.data.conv_template} is for one caption"
+            raise SampleError("broken_record", f"record {record.get('id')}: {problem}")
+        if self.media is None:
+            return [replace(turn, question=PLACEHOLDERS.sub("", turn.question).lstrip("\n")) for turn in found]
+        if self.data.sep_image_conv_front:
+            return [replace(found[0], question=in_front(found[0].question)), *found[1:]]
+        return found
+
+    def train(self, record: Mapping[str, Any], turns: Sequence[Turn], counts: Sequence[int]) -> Encoded:
+        """A training sample, before the shift.
+
+        Args:
+            counts: features of each image and video, in the order in which the turns speak of them.
+        Raises:
+            SampleError: broken_record, no_answer or too_long.
+        """
+        called = f"record {record.get('id')}"
+        if all(turn.answer is None for turn in turns):
+            raise SampleError("no_answer", f"{called}: has no answer")
+        whole = self._encode(record, turns, counts)
+        encoded = whole.cut(self.limit + 1)  # the last token is only a label
+        if len(encoded) < len(whole) and self.data.too_long == "drop" or not len(encoded):
+            long = f"{len(whole) - 1} tokens do not fit model.encoder_seq_length={self.limit}"
+            raise SampleError("too_long", f"{called}: {long}" + ("" if len(encoded) else ", nor does any answer"))
+        return encoded
+
+    def num_media(self, encoded: Encoded) -> int:
+        """Images and videos that a sample still has."""
+        return 0 if self.media is None else int((encoded.ids == self.media.placeholder).sum())
+
+    def prompt(self, record: Mapping[str, Any], turn: Turn, counts: Sequence[int]) -> Tensor:
+        """Tokens [s] of one question, up to where its answer begins.
+
+        Raises:
+            ConfigError: it is too long, or speaks of other images.
+        """
+        return self._roomy(self._encode(record, [replace(turn, answer=None)], counts).tokens())
+
+    def raw(self, text: str, counts: Sequence[int], add_special_tokens: bool) -> Tensor:
+        """Tokens [s] of a text as it is; special tokens are what the tokenizer puts around every text, BOS as a rule.
+
+        Raises:
+            ConfigError: as prompt.
+        """
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        if self.media is not None:
+            ids = [inner for one in ids for inner in (self.media.ids if one == self.media.placeholder else [one])]
+        repeats = self._repeats(ids, counts, "the prompt")
+        return self._roomy(torch.tensor(ids, dtype=torch.int64).repeat_interleave(repeats))
+
+    def _encode(self, record: Mapping[str, Any], turns: Sequence[Turn], counts: Sequence[int]) -> Encoded:
+        system = record.get("system") or self.data.system_message
+        marks = self.tokenizer.bos_token or "", self.tokenizer.eos_token
+        ids, trained = self.encoder.encode(segments(self.template, turns, system, *marks))
+        repeats = self._repeats(ids, counts, f"record {record.get('id')}")
+        return Encoded(torch.tensor(ids), torch.tensor(trained), repeats)
+
+    def _repeats(self, ids: Sequence[int], counts: Sequence[int], called: str) -> Tensor:
+        try:
+            return self.encoder.repeats(ids, counts)
+        except ValueError as error:
+            raise SampleError("broken_record", f"{called}: {error}") from None
+
+    def _roomy(self, prompt: Tensor) -> Tensor:
+        if len(prompt) >= self.limit:
+            message = f"{len(prompt)} tokens leave no room for an answer in model.encoder_seq_length={self.limit}"
+            raise ConfigError(message)
+        return prompt
+
+
+def in_front(question: str) -> str:
+    """A question with its images before its text, each on a line of its own, as the guide's fork has it."""
+    tags = "".join(f"{tag}\n" for tag in PLACEHOLDERS.findall(question))
+    return f"{tags}{PLACEHOLDERS.sub('', question).strip()}".strip() if tags else question
