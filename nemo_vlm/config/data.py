@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from nemo_vlm.config.checks import demand, only, refuse_others
@@ -23,8 +23,13 @@ class DataConfig:
     validation_path: str | tuple[str, ...] | None = None  # or these files do; their images stand where the others do
     max_skip_fraction: float = 0.01  # records of which no sample can be made, before the run gives up
     prepare: Literal["digits"] | None = None  # a demo data set that is written on first use
-    conv_template: Literal["plain", "v1"] = "v1"
+    # how conversations are written; v1_fork is the guide's fork's v1
+    conv_template: Literal[
+        "plain", "v1", "v1_fork", "llama_2", "llama_3", "nvgpt", "nv_steerlm", "nv_dpo", "mistral", "yi_34b", "chatml"
+    ] = "v1"
     system_message: str | None = None  # null: the template's own
+    sep_image_conv_front: bool = False  # all images in front of the first question, as the fork has it: <image>\n
+    too_long: Literal["truncate", "drop"] = "truncate"  # a sample beyond encoder_seq_length; never within an image
     # square: the tower's own way; pad: a square canvas in the mean colour; keep: the whole image in its proportions
     image_aspect_ratio: Literal["square", "pad", "keep"] = "square"
     num_frames: int = 8  # of a video, equally spaced; -1: all
@@ -92,8 +97,8 @@ class DataConfig:
             )
         weights, count = self.weights, len(self.files)
         if weights is not None:
-            right = f"{count} weights of more than 0, one for each file of model.data.data_path"
-            demand(len(weights) == count and min(weights) > 0, f"model.data.{key}", list(weights), right)
+            right = f"{count} weights, none below a ten-thousandth of all, one for each file of model.data.data_path"
+            demand(len(weights) == count and min(weights) >= 1e-4, f"model.data.{key}", list(weights), right)
         for folder in ("image_folder", "video_folder"):
             given = getattr(self, folder)
             right = f"one folder, or one for each of {count} files"
@@ -101,7 +106,71 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class SpecialTokens:
+    """`model.tokenizer.special_tokens.*`: roles that the tokenizer's own files do not give, or give otherwise."""
+
+    bos_token: str | None = None
+    eos_token: str | None = None
+    unk_token: str | None = None
+    pad_token: str | None = None
+
+
+@dataclass(frozen=True)
+class AdditionalTokens:
+    """NeMo's form of `model.tokenizer.additional_special_tokens`, a group with a single key."""
+
+    additional_special_tokens: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class TokenizerConfig:
     """`model.tokenizer.*`."""
 
     type: str | None = None  # a directory in Hugging Face's layout, or a name in its local cache
+    library: Literal["huggingface", "sentencepiece", "megatron"] = "huggingface"
+    model: str | None = None  # library=sentencepiece: the model's file
+    vocab_file: str | None = None  # library=huggingface without a type: GPT-2's vocab.json, with merge_file
+    merge_file: str | None = None
+    use_fast: bool = True  # false: SentencePiece itself reads a tokenizer.model; fast ones make the same tokens of it
+    sentencepiece_legacy: bool = False  # library=sentencepiece: a space in front of the text behind every special token
+    special_tokens: SpecialTokens | None = field(default_factory=SpecialTokens)
+    # added behind the vocabulary, where it lacks them
+    additional_special_tokens: tuple[str, ...] | AdditionalTokens | None = None
+
+    delimiter: str | None = only(None, "NeMo's tokenizers of tables have one, and are not here")
+    trust_remote_code: bool = only(False, "code that comes with a tokenizer is never run; it must do without")
+
+    def __post_init__(self) -> None:
+        refuse_others(self, "model.tokenizer")
+        if self.library == "megatron":
+            raise ConfigError("model.tokenizer.library=megatron: take huggingface with vocab_file and merge_file")
+        alone = self.library == "sentencepiece"
+        if self.model is not None and not alone:
+            raise ConfigError(f"model.tokenizer.model={self.model}: only with model.tokenizer.library=sentencepiece")
+        if alone and self.model is None:
+            raise ConfigError(
+                "model.tokenizer.model=null: model.tokenizer.library=sentencepiece needs a tokenizer.model"
+            )
+        if (self.vocab_file is None) != (self.merge_file is None):
+            raise ConfigError("model.tokenizer.vocab_file, model.tokenizer.merge_file: give both or none of them")
+        if self.vocab_file is not None and (alone or self.type is not None):
+            raise ConfigError(
+                f"model.tokenizer.vocab_file={self.vocab_file}: model.tokenizer.type or model is given too"
+            )
+
+    @property
+    def place(self) -> str | None:
+        """The file or directory that it is read from."""
+        return self.model or self.type or self.vocab_file
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """bos_token and the like, as far as they are given."""
+        return {
+            role: token for role, token in vars(self.special_tokens or SpecialTokens()).items() if token is not None
+        }
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        given = self.additional_special_tokens
+        return given.additional_special_tokens if isinstance(given, AdditionalTokens) else given or ()

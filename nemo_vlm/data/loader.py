@@ -1,20 +1,27 @@
-"""The order of samples, and the loader of one data-parallel rank.
+"""The loaders of one data-parallel rank: each item is a step's micro-batches, padded or packed.
 
-The order depends on the seed alone: sample k of a run is the same under every layout and batch size.
+Which samples a step has is the order's business, see data.orders: the same under every layout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
+import numpy
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from nemo_vlm.batch import Batch, Sample, collate
-from nemo_vlm.config import StepConfig
+from nemo_vlm.batch import Batch, Sample, collate, pack, round_up
+from nemo_vlm.config import RunConfig, StepConfig
+from nemo_vlm.data import packing
+from nemo_vlm.data.orders import Blend, Grouped
+from nemo_vlm.data.records import RecordDataset
 from nemo_vlm.layout import Layout
+
+Groups = list[list[int]]  # record numbers, see Shares
 
 
 @dataclass(frozen=True)
@@ -25,85 +32,158 @@ class Share:
     of: int
 
 
-class Order:
-    """Sample k of an endless run over `size` samples: each epoch a new permutation, or the file's order."""
+class InTurn:
+    """One group, as long as every other rank's; it is cut into micro-batches when it has been read."""
 
-    def __init__(self, size: int, seed: int, shuffle: bool) -> None:
-        self.size, self.seed, self.shuffle = size, seed, shuffle
-        self.epoch, self.permutation = -1, torch.arange(size)
-
-    def __getitem__(self, k: int) -> int:
-        epoch, position = divmod(k, self.size)
-        if self.shuffle and epoch != self.epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self.epoch, self.permutation = epoch, torch.randperm(self.size, generator=generator)
-        return int(self.permutation[position])
+    def __call__(self, batch: Sequence[int], share: Share) -> Groups:
+        each = len(batch) // share.of
+        return [list(batch[share.rank * each : (share.rank + 1) * each])]
 
 
-def batch_size_at(consumed_samples: int, step: StepConfig) -> int:
-    """The global batch of a step that begins after so many samples; ramp-up as Megatron's num_microbatches_calculator.
+class Packs:
+    """A group for each pack, as many as every other rank's.
 
-    The batch grows by equal increments, each held for an equal share of the ramp-up's samples.
+    Args:
+        lengths: [records], tokens by record number.
+        capacity: tokens of a pack at most.
+        together: packs that each rank must take together, one or the pipeline's size.
     """
-    if step.rampup_batch_size is None:
-        return step.global_batch_size
-    start, increment, samples = step.rampup_batch_size
-    increments = (step.global_batch_size - start) // increment
-    if consumed_samples > samples or not increments:
-        return step.global_batch_size
-    return min(start + int(consumed_samples / (samples / increments)) * increment, step.global_batch_size)
+
+    def __init__(self, lengths: numpy.ndarray, capacity: int, together: int) -> None:
+        self.lengths, self.capacity, self.together = lengths, capacity, together
+
+    def __call__(self, batch: Sequence[int], share: Share) -> Groups:
+        lengths = [int(self.lengths[number]) if number >= 0 else 1 for number in batch]
+        packs = packing.plan(lengths, self.capacity, share.of * self.together)
+        mine = packing.share(packs, share.rank, share.of)
+        return [[batch[place] for place in places] or [-1] for places in mine]
 
 
-class StepSampler(Sampler[list[int]]):
+Shares = Callable[[Sequence[int], Share], Groups]  # what one rank reads of a global batch
+
+
+class StepSampler(Sampler[Groups]):
     """For each step, the samples that one data-parallel rank reads of the global batch.
 
     Args:
+        order: its batches() are the global batches.
         num_steps: steps that are left.
         consumed_samples: where the first of them begins.
     """
 
-    def __init__(self, order: Order, num_steps: int, consumed_samples: int, step: StepConfig, share: Share) -> None:
+    def __init__(
+        self,
+        order: Blend | Grouped,
+        num_steps: int,
+        consumed_samples: int,
+        step: StepConfig,
+        share: Share,
+        shares: Shares = InTurn(),
+    ) -> None:
         self.order, self.num_steps, self.consumed_samples = order, num_steps, consumed_samples
-        self.step, self.share = step, share
+        self.step, self.share, self.shares = step, share, shares
 
     def __len__(self) -> int:
         return self.num_steps
 
-    def __iter__(self) -> Iterator[list[int]]:
-        consumed = self.consumed_samples
-        for _ in range(self.num_steps):
-            size = batch_size_at(consumed, self.step)
-            each = size // self.share.of
-            first = consumed + self.share.rank * each
-            yield [self.order[k] for k in range(first, first + each)]
-            consumed += size
+    def __iter__(self) -> Iterator[Groups]:
+        for batch in islice(self.order.batches(self.consumed_samples, self.step), self.num_steps):
+            yield self.shares(batch, self.share)
 
 
-def make_loader(dataset: Dataset, sampler: StepSampler, layout: Layout, num_workers: int) -> DataLoader:
-    """One item a step: this rank's micro-batches."""
+class Steps(Dataset):
+    """Micro-batches of the groups that a sampler gives, read in a worker."""
+
+    def __init__(self, dataset: Dataset, put_together: Callable[[list[list[Sample]]], list[Batch]]) -> None:
+        self.dataset, self.put_together = dataset, put_together
+
+    def __getitem__(self, groups: Groups) -> list[Batch]:
+        return self.put_together([[self.dataset[number] for number in group] for group in groups])
+
+
+def padded(groups: list[list[Sample]], micro_batch_size: int, pad_multiple: int) -> list[Batch]:
+    """Micro-batches of samples of like length, the longest first: less padding, and memory peaks at once.
+
+    Which samples share one does not matter to the loss of the global batch, unless loss_reduction=micro_batch.
+    """
+    samples = sorted((s for group in groups for s in group), key=lambda sample: len(sample.tokens), reverse=True)
+    return [collate(samples[i : i + micro_batch_size], pad_multiple) for i in range(0, len(samples), micro_batch_size)]
+
+
+def packed(groups: list[list[Sample]], pad_multiple: int) -> list[Batch]:
+    return [pack(group, pad_multiple) for group in groups]
+
+
+def pad_multiple(run: RunConfig, layout: Layout) -> int:
+    """Sequence parallelism splits the tokens over the tensor-parallel ranks; all else is padded to a given number."""
+    if run.data.pad_to != "batch":
+        return run.data.pad_to
+    return layout.tensor if layout.sequence_parallel else 1
+
+
+def training_loader(
+    dataset: RecordDataset, layout: Layout, share: Share, run: RunConfig, num_steps: int, consumed_samples: int
+) -> DataLoader:
+    """One item for each of the steps that are left: this rank's micro-batches."""
+    order = order_of(dataset, run)
+    shares = shares_of(dataset, layout, run)
+    return loader(dataset, StepSampler(order, num_steps, consumed_samples, run.step, share, shares), layout, run)
+
+
+def validation_loader(dataset: RecordDataset, layout: Layout, share: Share, run: RunConfig, limit: int) -> DataLoader:
+    """One item for each of the first `limit` global batches: this rank's micro-batches, as many as every other rank's.
+
+    Each sample is seen once; empty ones fill the last batch.
+    """
+    numbers = [int(number) for part in dataset.parts for number in part]
+    size = run.step.global_batch_size
+    together = share.of * layout.micro_batch_size * (layout.pipeline if layout.virtual > 1 else 1)
+    batches = []
+    for first in range(0, min(limit * size, len(numbers)), size):
+        batch = numbers[first : first + size]
+        batches.append(batch + [-1] * (round_up(len(batch), together) - len(batch)))
+    shares = shares_of(dataset, layout, run)
+    return loader(dataset, [shares(batch, share) for batch in batches], layout, run)
+
+
+def loader(dataset: Dataset, sampler: Sampler | list[Groups], layout: Layout, run: RunConfig) -> DataLoader:
+    if run.data.packing:
+        put_together = partial(packed, pad_multiple=pad_multiple(run, layout))
+    else:
+        put_together = partial(padded, micro_batch_size=layout.micro_batch_size, pad_multiple=pad_multiple(run, layout))
     return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=partial(
-            collate_step,
-            micro_batch_size=layout.micro_batch_size,
-            pad_multiple=pad_multiple(layout),
-        ),
-        num_workers=num_workers,
+        Steps(dataset, put_together),
+        sampler=sampler,
+        batch_size=None,
+        num_workers=run.data.num_workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: the run's random numbers do not depend on when a loader starts
     )
 
 
-def collate_step(samples: list[Sample], micro_batch_size: int, pad_multiple: int) -> list[Batch]:
-    """Micro-batches of samples of like length, the longest first: less padding, and memory peaks at once.
+def shares_of(dataset: RecordDataset, layout: Layout, run: RunConfig) -> Shares:
+    if not run.data.packing:
+        return InTurn()
+    together = layout.pipeline if layout.virtual > 1 else 1
+    assert dataset.lengths is not None
+    return Packs(dataset.lengths[:, 0], run.model.encoder_seq_length, together)
 
-    Which samples share one does not matter to the loss of the global batch, unless loss_reduction=micro_batch.
-    """
-    samples = sorted(samples, key=lambda sample: len(sample.tokens), reverse=True)
-    return [collate(samples[i : i + micro_batch_size], pad_multiple) for i in range(0, len(samples), micro_batch_size)]
 
-
-def pad_multiple(layout: Layout) -> int:
-    """Sequence parallelism splits the tokens over the tensor-parallel ranks."""
-    return layout.tensor if layout.sequence_parallel else 1
+def order_of(dataset: RecordDataset, run: RunConfig) -> Blend | Grouped:
+    """The order that dataloader_type asks for; without weights, all files are drawn from as one."""
+    parts, weights, seed = dataset.parts, run.data.weights, run.step.seed
+    if weights is None:
+        parts, weights = [numpy.concatenate(parts)], (1.0,)
+    if run.data.dataloader_type != "modality":
+        return Blend(parts, weights, seed, shuffle=run.data.dataloader_type == "cyclic")
+    assert dataset.lengths is not None
+    kinds, shares = [], []
+    for kind in (1, 0):  # with images or videos, without
+        some = [part[dataset.lengths[part, 1] == kind] for part in parts]
+        held = [weight * len(few) / len(part) for weight, few, part in zip(weights, some, parts, strict=True)]
+        present = [number for number, share in enumerate(held) if share]
+        if present:
+            shares.append(sum(held))
+            within = [held[number] / shares[-1] for number in present]
+            kinds.append(Blend([some[number] for number in present], within, seed, shuffle=True))
+    return Grouped(kinds, shares, dataset.lengths[:, 0], seed)

@@ -1,69 +1,224 @@
-"""LLaVA JSON: a list of records, each a conversation and the images it speaks of."""
+"""Records: LLaVA JSON or JSONL, each a conversation and the images and videos that it speaks of.
+
+A file is indexed once, and a record is parsed when it is drawn, so that memory does not grow with the data.
+"""
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy
 from torch.utils.data import Dataset
 
-from nemo_vlm.batch import HUMANS, IMAGE_TAG, Sample
-from nemo_vlm.errors import ConfigError
+from nemo_vlm.batch import HUMANS, IMAGE_TAG, Sample, empty_sample
+from nemo_vlm.data import spans
+from nemo_vlm.data.cached import cached
+from nemo_vlm.data.media import descriptor, open_folder
+from nemo_vlm.errors import ConfigError, SampleError
+
+IMAGE_IN_TEXT = re.compile(r"""<img src=["']([^"']+)["'][^>]*>""")  # how SteerLM's records speak of images
+KEY = "model.data.data_path"
+LOOKED_AT = 100  # records, one of which must be whole when a file is opened
 
 
-def read_records(data_path: str, image_folder: str | None, key: str = "model.data.data_path") -> list[dict[str, Any]]:
-    """The records of a file, `image` always a list of paths, which stand below `image_folder` or beside the file.
+class RecordFile:
+    """The records of a file, by number.
 
     Args:
+        image_folder, video_folder: where the files stand that they name; None: beside the file.
         key: the setting that named the file, for messages.
     Raises:
         ConfigError: there is no such file, or it is no list of conversations.
     """
-    path = Path(data_path)
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{key}={data_path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ConfigError(f"{key}={data_path}: not JSON ({error})") from None
-    if not isinstance(records, list) or not records:
-        raise ConfigError(f"{key}={data_path}: must be a list of records with 'conversations'")
-    folder = Path(image_folder) if image_folder else path.parent
-    for number, record in enumerate(records):
+
+    def __init__(
+        self, path: Path, image_folder: str | None = None, video_folder: str | None = None, key: str = KEY
+    ) -> None:
+        self.path, self.keeps_folders = path, image_folder is None
+        self.images = open_folder(image_folder or str(path.parent), "model.data.image_folder")
+        self.videos = open_folder(video_folder or str(path.parent), "model.data.video_folder")
+        try:
+            self.index()
+        except OSError as error:
+            raise ConfigError(f"{key}={path}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise ConfigError(f"{key}={path}: must be a list of records with 'conversations'; {error}") from None
+        self._look(key)
+
+    def index(self) -> numpy.ndarray:
+        """[records, 2] int64, mapped: where each begins and ends."""
+        return cached(self.path, "index", "", lambda: checked(self.path))
+
+    @cached_property
+    def _spans(self) -> numpy.ndarray:
+        return self.index()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker: what is mapped here is mapped anew there."""
+        return {name: value for name, value in vars(self).items() if name != "_spans"}
+
+    def _look(self, key: str) -> None:
+        faults = []
+        for number in range(min(len(self), LOOKED_AT)):
+            try:
+                self[number]
+                return
+            except SampleError as error:
+                faults.append(str(error))
+        raise ConfigError(f"{key}={self.path}: {faults[0]}")
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def raw(self, number: int) -> Any:
+        """A record as it stands in the file.
+
+        Raises:
+            SampleError: it is not JSON.
+        """
+        start, end = map(int, self._spans[number])
+        try:
+            return json.loads(os.pread(descriptor(self.path), end - start, start))
+        except ValueError as error:
+            raise SampleError("broken_record", f"{self.path}: record {number}: not JSON ({error})") from None
+
+    def name(self, number: int) -> Any:
+        """A record's `id`, where it has one that can be read."""
+        try:
+            record = self.raw(number)
+        except SampleError:
+            return None
+        return record.get("id") if isinstance(record, dict) else None
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """A record whose `image` and `video` are lists of files, which need not exist.
+
+        Raises:
+            SampleError: broken_record, no_answer, or missing_image in a tar.
+        """
+        record = self.raw(number)
         if problem := fault(record):
-            name = record.get("id", number) if isinstance(record, dict) else number
-            raise ConfigError(f"{key}={data_path}: record {name}: {problem}")
-    return [{**record, "image": image_paths(record.get("image"), folder)} for record in records]
+            raise SampleError("broken_record", f"{self.path}: record {name_of(record, number)}: {problem}")
+        if self.path.suffix == ".jsonl":
+            record = from_steerlm(record, self.keeps_folders)
+        if not any(turn["from"] not in HUMANS for turn in record["conversations"]):
+            raise SampleError("no_answer", f"{self.path}: record {name_of(record, number)}: has no answer")
+        images = [self.images.file(name) for name in names(record.get("image"))]
+        videos = [self.videos.file(name) for name in names(record.get("video"))]
+        return {**record, "image": images, "video": videos}
+
+
+def checked(path: Path) -> numpy.ndarray:
+    """Raises:
+    ValueError: there is no record.
+    """
+    found = spans.find(path)
+    if not len(found) or (len(found) == 1 and found[0, 0] == found[0, 1]):
+        raise ValueError("it is empty")
+    return found
 
 
 def fault(record: Any) -> str | None:
-    """What is wrong with a record, as far as that shows without opening its images."""
+    """What is wrong with a record's form."""
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         return "must have 'conversations', a list of turns"
     if not all(isinstance(turn.get(part), str) for turn in turns for part in ("from", "value")):
         return "each turn needs 'from' and 'value', both text"
-    if not any(turn["from"] not in HUMANS for turn in turns):
-        return "has no answer"
-    tags, images = sum(turn["value"].count(IMAGE_TAG) for turn in turns), len(image_paths(record.get("image"), Path()))
-    return None if tags == images else f"{tags} {IMAGE_TAG} in the text, {images} images"
+    for kind in ("image", "video"):
+        entry = record.get(kind)
+        if not isinstance(entry, str | list | None) or not all(isinstance(name, str) for name in entry or ""):
+            return f"'{kind}' must be a file's name or a list of them"
+    return None
 
 
-def image_paths(entry: str | list[str] | None, folder: Path) -> list[Path]:
-    names = [entry] if isinstance(entry, str) else entry or []
-    return [folder / name for name in names if name]
+def names(entry: str | list[str] | None) -> list[str]:
+    return [name for name in ([entry] if isinstance(entry, str) else entry or []) if name]
+
+
+def name_of(record: Any, number: int) -> Any:
+    """What a message calls a record."""
+    return record.get("id", number) if isinstance(record, dict) else number
+
+
+def from_steerlm(record: dict[str, Any], keep_folders: bool) -> dict[str, Any]:
+    """A record whose turns show images as <img src="..."> as one that lists them; others stay as they are.
+
+    Every tag becomes a placeholder and every image is listed, so that both have one order and number.
+
+    Args:
+        keep_folders: look for the images where the tags say, not by their last names below the image folder.
+    """
+    images, turns = names(record.get("image")), []
+    for turn in record["conversations"]:
+        sources = IMAGE_IN_TEXT.findall(turn["value"])
+        images += sources if keep_folders else [os.path.basename(source) for source in sources]
+        turns.append({**turn, "from": turn["from"].lower(), "value": IMAGE_IN_TEXT.sub(IMAGE_TAG, turn["value"])})
+    return {**record, "image": images, "conversations": turns}
+
+
+def read_records(data_path: str, image_folder: str | None, key: str = KEY) -> list[dict[str, Any]]:
+    """All records of a file that is small.
+
+    Raises:
+        ConfigError: as RecordFile, or a record is broken.
+    """
+    file = RecordFile(Path(data_path), image_folder, key=key)
+    return [file[number] for number in range(len(file))]
 
 
 class RecordDataset(Dataset):
-    """Records as samples, made by a family's processor when they are asked for."""
+    """Samples made of records by a family's processor when they are drawn, by the records' numbers.
 
-    def __init__(self, records: list[dict[str, Any]], processor: Any) -> None:
-        self.records, self.processor = records, processor
+    A number counts over all files, records that do not belong to the dataset included: it does not change with what is
+    left out.
+
+    Args:
+        chosen: for each file, which of its records belong to the dataset; None: all.
+        lengths: [records, 2] as lengths.of_file, where an order or packing needs it.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[RecordFile],
+        chosen: Sequence[numpy.ndarray] | None,
+        processor: Any,
+        lengths: numpy.ndarray | None = None,
+    ) -> None:
+        self.files, self.processor, self.lengths = files, processor, lengths
+        self.first = [0, *itertools.accumulate(len(file) for file in files)]
+        chosen = [numpy.arange(len(file)) for file in files] if chosen is None else chosen
+        self.parts = [first + some for first, some in zip(self.first[:-1], chosen, strict=True)]
 
     def __len__(self) -> int:
-        return len(self.records)
+        return sum(len(part) for part in self.parts)
 
-    def __getitem__(self, index: int) -> Sample:
-        return replace(self.processor.sample(self.records[index]), record=index)
+    def where(self, number: int) -> tuple[int, int]:
+        """The place of a record's file among the files, and its number there."""
+        file = bisect.bisect_right(self.first, number) - 1
+        return file, number - self.first[file]
+
+    def record(self, number: int) -> dict[str, Any]:
+        """Raises:
+        SampleError: as RecordFile.
+        """
+        file, inside = self.where(number)
+        return self.files[file][inside]
+
+    def __getitem__(self, number: int) -> Sample:
+        """The sample of a record, or the empty one where none can be made of it; -1 stands for no record."""
+        if number < 0:
+            return empty_sample()
+        try:
+            return replace(self.processor.sample(self.record(number)), record=number)
+        except SampleError as error:
+            return empty_sample(number, f"{error.reason}: {error}")

@@ -1,0 +1,116 @@
+"""The data of a run: its files opened, and which records train and which validate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from nemo_vlm.config import DataConfig, RunConfig
+from nemo_vlm.data import lengths
+from nemo_vlm.data.cached import cached
+from nemo_vlm.data.orders import FILES_APART, generator
+from nemo_vlm.data.records import RecordDataset, RecordFile
+from nemo_vlm.errors import ConfigError, SampleError
+
+log = logging.getLogger(__name__)
+
+NOT_AN_EPOCH = 2**32  # where an epoch would stand among the seeds
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a run trains on, and what it validates on, if anything."""
+
+    train: RecordDataset
+    validation: RecordDataset | None
+
+
+def open_datasets(run: RunConfig, processor: Any) -> Datasets:
+    """Index the files of a run, and find out the lengths where grouping or packing needs them.
+
+    Args:
+        processor: of the run's family.
+    Raises:
+        ConfigError: a file cannot be read, is no list of conversations, or nothing of it is left to train on.
+    """
+    data = run.data
+    files = open_files(data, data.files, "data_path")
+    kept = [not_excluded(file, data.datasets_exclude) for file in files]
+    seeds = [run.step.seed + FILES_APART * number for number in range(len(files))]
+    halves = [split(part, data.validation_split, seed) for part, seed in zip(kept, seeds, strict=True)]
+    for file, (trained, _) in zip(files, halves, strict=True):
+        if not len(trained):
+            key = "datasets_exclude" if data.datasets_exclude else "validation_split"
+            raise ConfigError(f"model.data.{key}={getattr(data, key)}: leaves nothing of {file.path} to train on")
+    table = lengths_of(files, data, processor)
+    train = RecordDataset(files, [trained for trained, _ in halves], processor, table)
+    if data.validation_path is not None:
+        return Datasets(train, validation_apart(data, processor))
+    held_out = RecordDataset(files, [validating for _, validating in halves], processor, table)
+    return Datasets(train, held_out if len(held_out) else None)
+
+
+def validation_apart(data: DataConfig, processor: Any) -> RecordDataset:
+    assert data.validation_path is not None
+    paths = (data.validation_path,) if isinstance(data.validation_path, str) else data.validation_path
+    files = open_files(data, paths, "validation_path")
+    parts = [not_excluded(file, data.datasets_exclude) for file in files]
+    return RecordDataset(files, parts, processor, lengths_of(files, data, processor))
+
+
+def open_files(data: DataConfig, paths: Sequence[str], setting: str) -> list[RecordFile]:
+    """Each with its own image and video folder, or all with one."""
+    folders = {}
+    for name in ("image_folder", "video_folder"):
+        given = getattr(data, name)
+        folders[name] = list(given) if isinstance(given, tuple) else [given] * len(paths)
+        if len(folders[name]) != len(paths):
+            raise ConfigError(f"model.data.{name}={list(given)}: model.data.{setting} has {len(paths)} files; give one")
+    key = f"model.data.{setting}"
+    return [
+        RecordFile(Path(path), images, videos, key)
+        for path, images, videos in zip(paths, *folders.values(), strict=True)
+    ]
+
+
+def not_excluded(file: RecordFile, names: tuple[str, ...]) -> numpy.ndarray:
+    """Numbers of the records whose `dataset` is none of these."""
+    if not names:
+        return numpy.arange(len(file))
+    mask = cached(file.path, "excluded", repr(names), lambda: excluded(file, names))
+    log.info("model.data.datasets_exclude=%s: %d records of %s are left out", list(names), mask.sum(), file.path)
+    return numpy.flatnonzero(~mask)
+
+
+def excluded(file: RecordFile, names: tuple[str, ...]) -> numpy.ndarray:
+    """[records] bool."""
+    return numpy.array([of_dataset(file, number, names) for number in range(len(file))])
+
+
+def of_dataset(file: RecordFile, number: int, names: tuple[str, ...]) -> bool:
+    try:
+        record = file.raw(number)
+    except SampleError:
+        return False  # it is left out, and counted, when it is drawn
+    return isinstance(record, dict) and record.get("dataset") in names
+
+
+def split(records: numpy.ndarray, fraction: float, seed: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Those to train on and those to validate on, which end a permutation; both in the order of the file."""
+    count = round(len(records) * fraction)
+    order = torch.randperm(len(records), generator=generator(seed, NOT_AN_EPOCH)).numpy()
+    first = len(records) - count
+    return records[numpy.sort(order[:first])], records[numpy.sort(order[first:])]
+
+
+def lengths_of(files: Sequence[RecordFile], data: DataConfig, processor: Any) -> numpy.ndarray | None:
+    """[records of all files, 2], see lengths.of_file; None where nothing needs it."""
+    if not data.packing and data.dataloader_type != "modality":
+        return None
+    return numpy.concatenate([lengths.of_file(file, processor) for file in files])

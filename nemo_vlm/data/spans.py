@@ -1,0 +1,131 @@
+"""Where the records of a file stand: a JSON list or JSONL cut into byte spans in one pass, without parsing a record.
+
+Which brackets and commas count depends on which quotes open and close a text; numpy finds that out for many bytes at
+once, and most of the time goes into reading the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy
+
+BLOCK = 2**22  # bytes that are looked at together
+QUOTE, BACKSLASH, NEWLINE, COMMA = b'"\\\n,'
+DEPTH = numpy.zeros(256, numpy.int8)  # what a byte outside of texts adds to the depth
+DEPTH[list(b"[{")] = 1
+DEPTH[list(b"]}")] = -1
+MARKS = DEPTH != 0
+MARKS[COMMA] = True
+MAX_BLANK = 2**16  # bytes in front of the list
+
+
+def find(path: Path) -> numpy.ndarray:
+    """[records, 2] int64: where each record of a .jsonl, or of the list in any other file, begins and ends.
+
+    Raises:
+        ValueError: the file as a whole is no list; the message says why.
+    """
+    with open(path, "rb") as file:
+        found = lines(file) if path.suffix == ".jsonl" else elements(file)
+        return numpy.concatenate([numpy.empty((0, 2), numpy.int64), *found])
+
+
+def lines(file: BinaryIO) -> Iterator[numpy.ndarray]:
+    """The lines that hold more than their end."""
+    start = at = 0
+    while block := file.read(BLOCK):
+        ends = at + numpy.flatnonzero(numpy.frombuffer(block, numpy.uint8) == NEWLINE)
+        at += len(block)
+        if len(ends):
+            spans = between(start, ends)
+            yield spans[spans[:, 1] - spans[:, 0] > 1]
+            start = int(ends[-1]) + 1
+    if at > start:
+        yield numpy.array([[start, at]])
+
+
+def between(start: int, cuts: numpy.ndarray) -> numpy.ndarray:
+    """[n, 2]: from `start` to the first of n cuts, from behind it to the next, ..."""
+    return numpy.stack([numpy.concatenate([[start], cuts[:-1] + 1]), cuts], axis=1)
+
+
+def elements(file: BinaryIO) -> Iterator[numpy.ndarray]:
+    """The elements of a list: what stands between its brackets and the commas at their depth.
+
+    Raises:
+        ValueError: it is none, does not end, or something follows.
+    """
+    start = at = start_of_list(file)
+    marks = Marks()
+    while block := whole_escapes(file):
+        cuts = at + marks.cuts(block)
+        at += len(block)
+        if len(cuts):
+            yield between(start, cuts)
+            start = int(cuts[-1]) + 1
+        if marks.depth == 0:
+            return check_end(file, start)
+    raise ValueError(f"it ends within {'a text' if marks.inside else 'its list'}, after {at} bytes")
+
+
+def start_of_list(file: BinaryIO) -> int:
+    """Put the file behind the bracket that opens the list; how many bytes that are."""
+    head = file.read(MAX_BLANK)
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not text.startswith(b"["):
+        raise ValueError("it is no list")
+    return file.seek(len(head) - len(text) + 1)
+
+
+def whole_escapes(file: BinaryIO) -> bytes:
+    """The next block; it does not end between a backslash and what that escapes."""
+    block = file.read(BLOCK)
+    while block.endswith(b"\\") and (more := file.read(1)):
+        block += more
+    return block
+
+
+def check_end(file: BinaryIO, end: int) -> None:
+    """Only blanks may follow."""
+    file.seek(end)
+    while block := file.read(BLOCK):
+        if block.strip():
+            raise ValueError(f"something follows its list, after {end} bytes")
+
+
+class Marks:
+    """The brackets and commas outside of texts, block by block, from behind the bracket that opens the list."""
+
+    def __init__(self) -> None:
+        self.inside, self.depth = False, 1  # of a text, of brackets, at the end of the last block
+
+    def cuts(self, block: bytes) -> numpy.ndarray:
+        """Offsets of the commas at depth 1, and of the bracket that closes the list, after which nothing is read."""
+        data = numpy.frombuffer(block, numpy.uint8)
+        inside = self.inside ^ numpy.logical_xor.accumulate(unescaped_quotes(data))
+        marks = numpy.flatnonzero(MARKS[data] & ~inside)
+        kinds = data[marks]
+        depths = self.depth + numpy.cumsum(DEPTH[kinds], dtype=numpy.int64)
+        cut = ((kinds == COMMA) & (depths == 1)) | (depths == 0)
+        self.inside = bool(inside[-1])
+        if (closed := numpy.flatnonzero(depths == 0)).size:
+            self.depth = 0
+            return marks[: closed[0] + 1][cut[: closed[0] + 1]]
+        self.depth = int(depths[-1]) if len(depths) else self.depth
+        return marks[cut]
+
+
+def unescaped_quotes(data: numpy.ndarray) -> numpy.ndarray:
+    """Of each byte, whether it is a quote behind an even number of backslashes."""
+    quotes = data == QUOTE
+    behind = numpy.flatnonzero(quotes[1:] & (data[:-1] == BACKSLASH)) + 1
+    length, left = numpy.zeros(len(behind), numpy.int64), numpy.arange(len(behind))
+    while len(left):
+        length[left] += 1
+        before = behind[left] - length[left] - 1
+        left = left[(before >= 0) & (data[numpy.maximum(before, 0)] == BACKSLASH)]
+    quotes[behind[length % 2 == 1]] = False
+    return quotes

@@ -1,0 +1,491 @@
+"""Records, orders, packs and loaders: what each step reads, whatever the layout, the files or the workers."""
+
+from __future__ import annotations
+
+import json
+import random
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from megatron.core.datasets import helpers_cpp
+from PIL import Image
+
+from nemo_vlm.batch import IGNORE_INDEX, Batch
+from nemo_vlm.checkpoints import Position
+from nemo_vlm.config import (
+    DataConfig,
+    ExpManagerConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    StepConfig,
+    TokenizerConfig,
+    TrainerConfig,
+)
+from nemo_vlm.data import lengths, packing, spans
+from nemo_vlm.data.loader import Packs, Share, StepSampler, order_of, training_loader, validation_loader
+from nemo_vlm.data.opening import open_datasets
+from nemo_vlm.data.orders import PERIOD, Blend, Grouped
+from nemo_vlm.data.records import RecordDataset, RecordFile
+from nemo_vlm.data.tokenizer import train_tokenizer
+from nemo_vlm.errors import ConfigError, SampleError
+from nemo_vlm.layout import Layout, check
+from nemo_vlm.models.base import family
+from nemo_vlm.models.images import load_image
+from nemo_vlm.training import skips
+
+LENGTHS = Path(__file__).parents[1] / "scripts/benchmarks/llava665k_lengths.json"
+WORDS = ["a", "cat", "and", "two", "dogs", "look", "at", "the", "sea", "while", "it", "rains"]
+
+
+def conversation(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def text_record(number: int, words: int, **more: object) -> dict:
+    said = " ".join(WORDS[(number + i) % len(WORDS)] for i in range(words))
+    return {"id": f"r{number}", "conversations": conversation("Tell me.", said), **more}
+
+
+def write(path: Path, records: list) -> str:
+    path.write_text(json.dumps(records))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(WORDS, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def make_run(tokenizer):
+    """A gpt run, and its processor."""
+
+    def make(step: StepConfig, **data: object) -> tuple[RunConfig, object]:
+        parts = family("gpt", "processor")
+        config = replace(family("gpt", "tiny").config(), vocab_size=None, encoder_seq_length=64)
+        run = RunConfig(
+            family="gpt",
+            trainer=TrainerConfig(),
+            exp_manager=ExpManagerConfig(),
+            model=parts.settle(config, tokenizer),
+            parallel=ParallelConfig(),
+            step=step,
+            data=DataConfig(system_message="", num_workers=0, **data),  # type: ignore[arg-type]
+            optim=OptimConfig(),
+            tokenizer=TokenizerConfig(),
+        )
+        return run, parts.Processor(run.model, run.data, tokenizer)
+
+    return make
+
+
+def layout(data: int, micro_batch_size: int, num_micro_batches: int) -> Layout:
+    return Layout(1, data, 1, 1, False, (1,), micro_batch_size, num_micro_batches)
+
+
+# Files
+
+
+def random_value(source: random.Random, depth: int = 0) -> object:
+    kind = source.random()
+    if kind < 0.5 or depth > 3:
+        return "".join(source.choice('ab"\\[]{},:\n é😀') for _ in range(source.randint(0, 12)))
+    if kind < 0.6:
+        return source.choice([1, None, True, 1.5])
+    inner = [random_value(source, depth + 1) for _ in range(source.randint(0, 4))]
+    return inner if kind < 0.8 else {f'"{n}]': value for n, value in enumerate(inner)}
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 10**6])
+def test_any_list_is_cut_into_its_elements(block: int, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(spans, "BLOCK", block)
+    source = random.Random(block)
+    for suffix in (".json", ".jsonl") * 15:
+        records = [[random_value(source)] for _ in range(source.randint(1, 20))]
+        ascii_only, indent = source.random() < 0.5, source.choice([None, 1])
+        text = json.dumps(records, ensure_ascii=ascii_only, indent=indent) + " \n"
+        if suffix == ".jsonl":
+            text = "\n\n".join(json.dumps(record, ensure_ascii=ascii_only) for record in records)
+        path = tmp_path / f"x{suffix}"
+        path.write_text(text, encoding="utf-8")
+        content = path.read_bytes()
+        assert [json.loads(content[start:end]) for start, end in spans.find(path)] == records
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{}", "no list"),
+        ("[]", "empty"),
+        ("", "no list"),
+        ('[{"a": "b', "ends within a text"),
+        ('[{"a": [1}', "ends within its list"),
+        ("[1] [2]", "something follows"),
+        ("[1, 2]", "must have 'conversations'"),
+        ('[{"conversations": [{"from": "human"}]}]', "'from' and 'value'"),
+    ],
+)
+def test_a_broken_file_is_one_line_at_the_door(content: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ConfigError, match=says) as error:
+        RecordFile(tmp_path / "x.json")
+    assert str(error.value).startswith("model.data.data_path=") and "\n" not in str(error.value)
+
+
+def test_a_broken_record_is_the_matter_of_its_drawing(tmp_path: Path) -> None:
+    records = [text_record(0, 3), {"id": "x", "conversations": 5}, text_record(2, 3, image=7), text_record(3, 3)]
+    records[3]["conversations"].pop()
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(records).replace('"id": "r0"', '"id": nul, "image": ""', 1))
+    with pytest.raises(ConfigError, match="not JSON"):
+        RecordFile(path)  # none of them is whole
+    path.write_text(json.dumps([*records, text_record(4, 2, image="")]).replace('"id": "r0"', '"id": nul', 1))
+    file = RecordFile(path)
+    reasons = []
+    for number in range(4):
+        with pytest.raises(SampleError) as error:
+            file[number]
+        reasons.append(error.value.reason)
+    assert reasons == ["broken_record"] * 3 + ["no_answer"]
+    assert file[4]["image"] == file[4]["video"] == []
+
+
+def test_a_file_is_indexed_once_for_each_of_its_versions(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    passes = []
+    find = spans.find
+    monkeypatch.setattr(spans, "find", lambda path: passes.append(path) or find(path))
+    short, long = tmp_path / "x.json", tmp_path / f"{'x' * 250}.json"  # the latter leaves no room for a longer name
+    for path in (short, long):
+        for count in (3, 3, 4):
+            write(path, [text_record(n, 2) for n in range(count)]) if count == 4 or not path.exists() else None
+            assert [record["id"] for record in map(RecordFile(path).__getitem__, range(count))][-1] == f"r{count - 1}"
+    assert passes == [short, short, long, long]
+    assert len(list(tmp_path.glob(".x.json.*"))) == len(list((tmp_path / "cache/nemo_vlm").iterdir())) == 1
+
+
+def test_images_in_a_tar_are_those_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "images/a").mkdir(parents=True)
+    names = [f"a/{n}.png" for n in range(5)]
+    for n, name in enumerate(names):
+        Image.new("RGB", (4, 4), (50 * n, 0, 0)).save(tmp_path / "images" / name)
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "images", arcname=".")
+    data = Path(write(tmp_path / "x.json", [text_record(n, 2, image=[name]) for n, name in enumerate(names)]))
+    in_tar, in_folder = (RecordFile(data, str(tmp_path / name)) for name in ("images.tar", "images"))
+    for number in range(5):
+        ours, theirs = (load_image(file[number]["image"][0]) for file in (in_tar, in_folder))
+        assert ours.tobytes() == theirs.tobytes() and ours.getpixel((0, 0)) == (50 * number, 0, 0)
+    write(data, [text_record(0, 2), text_record(1, 2, image="a/9.png")])
+    with pytest.raises(SampleError, match="images.tar: holds no a/9.png") as error:
+        RecordFile(data, str(tmp_path / "images.tar"))[1]
+    assert error.value.reason == "missing_image"
+    (tmp_path / "no.tar").write_text("none")
+    with pytest.raises(ConfigError, match="model.data.image_folder=.*no.tar: not an uncompressed tar"):
+        RecordFile(data, str(tmp_path / "no.tar"))
+
+
+def test_steerlm_speaks_of_its_images_in_the_text(tmp_path: Path) -> None:
+    turns = [
+        {"from": "User", "value": 'See <img src="/data/one.jpg"> and <img src="two.jpg"/>.', "label": None},
+        {"from": "Assistant", "value": "Both.", "label": "quality:4"},
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"conversations": turns}) + "\n\n" + json.dumps(text_record(1, 2)) + "\n")
+    below, beside = RecordFile(path, str(tmp_path / "images")), RecordFile(path)
+    assert len(below) == 2
+    assert below[0]["image"] == [tmp_path / "images/one.jpg", tmp_path / "images/two.jpg"]
+    assert beside[0]["image"] == [Path("/data/one.jpg"), tmp_path / "two.jpg"]
+    assert [turn["value"] for turn in below[0]["conversations"]] == ["See <image> and <image>.", "Both."]
+    assert [turn["from"] for turn in below[0]["conversations"]] == ["user", "assistant"]
+
+
+# Orders
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (0.5, 0.3, 0.2), (0.98, 0.01, 0.01)])
+def test_blends_are_megatrons(weights: tuple[float, ...]) -> None:
+    parts = [numpy.arange(1000 * n, 1000 * n + 7 * (n + 1)) for n in range(len(weights))]
+    which, sample = numpy.zeros(PERIOD, numpy.int16), numpy.zeros(PERIOD, numpy.int64)
+    helpers_cpp.build_blending_indices(which, sample, numpy.array(weights), len(weights), PERIOD, False)
+    blend = Blend(parts, weights, seed=3, shuffle=False)
+    for k in (*range(300), PERIOD - 1):
+        part = parts[which[k]]
+        assert blend[k] == part[sample[k] % len(part)]
+    drawn = Counter(blend[k] // 1000 for k in range(10 * PERIOD - 500, 10 * PERIOD + 500))  # anywhere, at once
+    assert [drawn[n] / 1000 for n in range(len(weights))] == pytest.approx(weights, abs=0.003)
+
+
+def kinds_of_lengths(generator: numpy.random.Generator) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Lengths of 90 records, and which third of them has no images."""
+    return generator.integers(10, 400, 90), numpy.arange(90) % 3 == 0
+
+
+@pytest.mark.parametrize("rampup", [None, (4, 4, 24)])
+def test_no_batch_mixes_records_with_and_without_images(rampup) -> None:
+    sizes, without = kinds_of_lengths(numpy.random.default_rng(0))
+    kinds = [Blend([numpy.flatnonzero(kind)], (1.0,), 5, shuffle=True) for kind in (~without, without)]
+    step = StepConfig(micro_batch_size=2, global_batch_size=8, rampup_batch_size=rampup, mega_batch_mult=3)
+
+    def sampled(num_steps: int, consumed: int, of: int) -> list[list[int]]:
+        grouped = Grouped(kinds, (2 / 3, 1 / 3), sizes, seed=5)
+        ranks = [list(StepSampler(grouped, num_steps, consumed, step, Share(rank, of))) for rank in range(of)]
+        return [[k for (group,) in step for k in group] for step in zip(*ranks, strict=True)]
+
+    batches = sampled(45, 0, of=1)
+    assert all(len({bool(without[k]) for k in batch}) == 1 for batch in batches)
+    seen = Counter(k for batch in batches for k in batch)
+    assert seen.keys() == set(range(90)) and max(seen.values()) - min(seen.values()) <= 1
+    consumed = sum(map(len, batches[:20]))
+    assert sampled(25, consumed, of=2) == batches[20:]
+    if rampup is None:
+        spread = [numpy.ptp(sizes[batch]) for batch in batches]
+        assert numpy.mean(spread) < 0.5 * numpy.ptp(sizes)
+
+
+# Packs
+
+
+def llava_lengths(count: int, generator: numpy.random.Generator) -> list[int]:
+    parts = json.loads(LENGTHS.read_text())["parts"]
+    weights = numpy.array([part["thousand_samples"] for part in parts], float)
+    found = []
+    for number in generator.choice(len(parts), count, p=weights / weights.sum()):
+        percentiles = parts[number]["text_tokens_percentiles"]
+        text = numpy.interp(generator.uniform(0, 100), [int(p) for p in percentiles], list(percentiles.values()))
+        found.append(parts[number]["image_tokens"] + int(text))
+    return found
+
+
+def test_packs_of_llavas_lengths_hold_next_to_no_padding() -> None:
+    generator = numpy.random.default_rng(0)
+    tokens, positions = 0, {"batch": 0, "4096": 0}
+    for _ in range(30):
+        sizes = llava_lengths(128, generator)
+        packs = packing.plan(sizes, 4096, 1)
+        filled = [sum(sizes[place] for place in pack) for pack in packs]
+        assert sorted(place for pack in packs for place in pack) == list(range(128)) and max(filled) <= 4096
+        assert filled == sorted(filled, reverse=True) and filled[-1] > 0.85 * filled[0]
+        tokens += sum(sizes)
+        positions["batch"] += sum(-(-size // 8) * 8 for size in filled)  # sequence parallelism over 8 ranks
+        positions["4096"] += 4096 * len(packs)
+    assert tokens / positions["batch"] > 0.99
+    assert tokens / positions["4096"] > 0.95
+
+
+@pytest.mark.parametrize(("count", "of", "together"), [(128, 4, 1), (16, 2, 2), (3, 4, 1), (1, 1, 1)])
+def test_every_rank_has_as_many_packs_and_together_they_are_the_batch(count: int, of: int, together: int) -> None:
+    sizes = numpy.array(llava_lengths(count, numpy.random.default_rng(1)))
+    ranks = [Packs(sizes, 4096, together)(range(count), Share(rank, of)) for rank in range(of)]
+    assert len({len(packs) for packs in ranks}) == 1 and len(ranks[0]) % together == 0
+    assert sorted(k for packs in ranks for pack in packs for k in pack if k >= 0) == list(range(count))
+    assert all(packs and all(pack for pack in packs) for packs in ranks)
+
+
+# Loaders
+
+
+def samples_of(batch: Batch) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """Record, tokens and labels of each sample of a batch, packed or padded."""
+    found, start = [], 0
+    for row, (record, length) in enumerate(zip(batch.records.tolist(), batch.lengths.tolist(), strict=True)):
+        row, start = (0, start) if batch.packed or len(batch.tokens) == 1 else (row, 0)
+        tokens, labels = (tensor[row, start : start + length].tolist() for tensor in (batch.tokens, batch.labels))
+        found.append((record, tuple(tokens), tuple(labels)))
+        start += length
+    return found
+
+
+def steps_of(dataset: RecordDataset, run: RunConfig, data: int, num_steps: int, consumed: int) -> list[list[Batch]]:
+    """The micro-batches of all data-parallel ranks, step by step."""
+    where = layout(data, run.step.micro_batch_size, 1)
+    loaders = [training_loader(dataset, where, Share(rank, data), run, num_steps, consumed) for rank in range(data)]
+    return [[batch for rank in ranks for batch in rank] for ranks in zip(*loaders, strict=True)]
+
+
+def test_a_packed_step_has_the_samples_of_the_padded_one(make_run, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.json", [text_record(n, 3 + 5 * (n % 7)) for n in range(40)])
+    found = {}
+    for packs in (False, True):
+        run, processor = make_run(StepConfig(1, 16), data_path=path, packing=packs)
+        dataset = open_datasets(run, processor).train
+        for data in (1, 2):
+            steps = steps_of(dataset, run, data, 5, 16)
+            found[packs, data] = [sorted(s for batch in step for s in samples_of(batch)) for step in steps]
+            if packs:
+                assert all(batch.tokens.shape[1] <= 64 for step in steps for batch in step)
+                assert len(steps[0]) < 16
+                assert all(batch.tokens.numel() == batch.lengths.sum() for step in steps for batch in step)
+    assert found[False, 1] == found[False, 2] == found[True, 1] == found[True, 2]
+
+
+def test_lengths_are_those_of_the_samples_and_are_kept(make_run, tmp_path: Path, monkeypatch) -> None:
+    records = [text_record(n, 3 + n) for n in range(9)] + [{"id": "broken"}, text_record(10, 500)]
+    path = write(tmp_path / "x.json", records)
+    run, processor = make_run(StepConfig(1, 4), data_path=path, packing=True)
+    dataset = open_datasets(run, processor).train
+    assert dataset.lengths[:, 0].tolist() == [len(dataset[n].tokens) for n in range(11)]
+    assert dataset[9].skipped.startswith("broken_record: ") and dataset.lengths[10, 0] == 64
+    monkeypatch.setattr(lengths, "lengths", None)  # not called again
+    assert (open_datasets(run, processor).train.lengths == dataset.lengths).all()
+    other, processor = make_run(StepConfig(1, 4), data_path=path, packing=True, conv_template="plain")
+    with pytest.raises(TypeError, match="not callable"):
+        open_datasets(other, processor)
+
+
+@pytest.mark.parametrize("pad_to", ["batch", 64])
+@pytest.mark.parametrize("packs", [False, True])
+def test_what_cannot_be_read_leaves_its_place_empty(pad_to, packs: bool, make_run, tmp_path: Path) -> None:
+    records = [text_record(n, 4 + n) for n in range(6)]
+    records[2]["conversations"], records[4]["conversations"] = [], conversation("", "")[:1]
+    path = write(tmp_path / "x.json", records)
+    run, processor = make_run(
+        StepConfig(1 if packs else 2, 6), data_path=path, packing=packs, pad_to=pad_to, dataloader_type="single"
+    )
+    dataset = open_datasets(run, processor).train
+    (step,) = training_loader(dataset, layout(1, run.step.micro_batch_size, 3), Share(0, 1), run, 1, 0)
+    whys = dict(skip for batch in step for skip in batch.skipped)
+    assert sorted(record for batch in step for record in batch.records.tolist()) == list(range(6))
+    assert {number: why.partition(": ")[0] for number, why in whys.items()} == {2: "no_answer", 4: "no_answer"}
+    assert sum(int(batch.counts()[-1]) for batch in step) == 2
+    for record, tokens, labels in (sample for batch in step for sample in samples_of(batch)):
+        assert (len(tokens) == 1 and labels == (IGNORE_INDEX,)) == (record in whys)
+    if pad_to != "batch":
+        assert {batch.tokens.shape[1] % 64 for batch in step} == {0}
+    lines = skips.details(step, dataset)
+    assert {(line["record"], line["id"], line["file"], line["reason"]) for line in lines} == {
+        (number, f"r{number}", path, "no_answer") for number in (2, 4)
+    }
+
+
+def test_workers_change_nothing(make_run, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.json", [text_record(n, 3 + n % 9) for n in range(30)])
+    found = []
+    for workers in (0, 2):
+        run, processor = make_run(StepConfig(2, 8), data_path=path)
+        run = replace(run, data=replace(run.data, num_workers=workers))
+        loader = training_loader(open_datasets(run, processor).train, layout(1, 2, 4), Share(0, 1), run, 5, 24)
+        found.append([[samples_of(batch) for batch in step] for step in loader])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", ["cyclic", "single", "modality"])
+@pytest.mark.parametrize("packs", [False, True])
+def test_every_loader_goes_on_anywhere_under_any_layout(kind: str, packs: bool, make_run, tmp_path: Path) -> None:
+    """Two files with weights, a ramp-up, one record held out for validation."""
+    paths = []
+    for number in range(2):
+        records = [text_record(n, 3 + n % 9, image="x.png" if n % 3 else None) for n in range(20 + number)]
+        paths.append(write(tmp_path / f"{number}.json", records))
+    step = StepConfig(1 if packs else 2, 8, rampup_batch_size=(4, 4, 16), mega_batch_mult=2)
+    run, processor = make_run(
+        step, data_path=(0.75, paths[0], 0.25, paths[1]), packing=packs, dataloader_type=kind, validation_split=0.05
+    )
+    dataset = open_datasets(run, processor).train
+    sizes = [4, 4, 4, 4, 8, 8, 8, 8, 8, 8]
+
+    def read(data: int, first: int) -> list[list[int]]:
+        consumed, left = sum(sizes[:first]), len(sizes) - first
+        steps = steps_of(dataset, run, data, left, consumed)
+        return [sorted(k for batch in step for k in batch.records.tolist() if k >= 0) for step in steps]
+
+    whole = read(1, 0)
+    assert [len(step) for step in whole] == sizes
+    assert read(2, 4) == whole[4:] and read(4, 7) == whole[7:]
+    drawn = Counter(k < 20 for step in whole for k in step)
+    assert drawn[True] / sum(drawn.values()) == pytest.approx(0.75, abs=0.12)
+    held_out = open_datasets(run, processor).validation
+    assert not {int(k) for part in held_out.parts for k in part} & {k for step in whole for k in step}
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("data", [1, 3])
+def test_validation_sees_every_sample_once(packs: bool, data: int, make_run, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.json", [text_record(n, 3 + n % 9) for n in range(50)])
+    step = StepConfig(1 if packs else 2, 12)
+    run, processor = make_run(step, data_path=path, packing=packs, validation_split=0.5)
+    datasets = open_datasets(run, processor)
+    assert sorted(int(k) for half in (datasets.train, datasets.validation) for k in half.parts[0]) == list(range(50))
+    where = layout(data, step.micro_batch_size, 12 // data // step.micro_batch_size)
+    ranks = [list(validation_loader(datasets.validation, where, Share(r, data), run, 10)) for r in range(data)]
+    assert len({tuple(len(batches) for batches in rank) for rank in ranks}) == 1
+    seen = [k for rank in ranks for step in rank for batch in step for k in batch.records.tolist() if k >= 0]
+    assert sorted(seen) == datasets.validation.parts[0].tolist()
+    assert len(list(validation_loader(datasets.validation, where, Share(0, data), run, 1))) == 1
+
+
+def test_validation_from_files_of_their_own_and_excluded_records(make_run, tmp_path: Path) -> None:
+    records = [text_record(n, 3, dataset="ocr" if n % 4 == 0 else "vqa") for n in range(12)]
+    path, other = write(tmp_path / "x.json", records), write(tmp_path / "y.json", records[:5])
+    run, processor = make_run(StepConfig(1, 4), data_path=path, validation_path=other, datasets_exclude=("ocr",))
+    datasets = open_datasets(run, processor)
+    assert datasets.train.parts[0].tolist() == [n for n in range(12) if n % 4]
+    assert datasets.validation.parts[0].tolist() == [1, 2, 3]
+    with pytest.raises(ConfigError, match=r"datasets_exclude=\('ocr', 'vqa'\): leaves nothing of .*x.json"):
+        open_datasets(replace(run, data=replace(run.data, datasets_exclude=("ocr", "vqa"))), processor)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"data_path": (0.5, "a", "b")}, "model.data.data_path=.*a weight before each file"),
+        ({"data_path": ("a", "b"), "concat_sampling_probabilities": (1.0,)}, "2 weights"),
+        ({"data_path": ("a", "b"), "image_folder": ("x",)}, "one for each of 2 files"),
+        ({"data_path": "a", "pad_to": 0}, "model.data.pad_to=0"),
+        ({"validation_split": 0.1, "validation_path": "b"}, "give one of them"),
+        ({"packed_sequence": True}, "model.data.packed_sequence=true: take model.data.packing=true"),
+        ({"eod_mask_loss": True}, "model.data.eod_mask_loss=true"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        DataConfig(**settings)
+
+
+def test_all_is_padded_to_no_less_than_the_longest_sample(make_run) -> None:
+    with pytest.raises(ConfigError, match="model.data.pad_to=32: must be batch, or no less than .*seq_length=64"):
+        check(make_run(StepConfig(2, 8), pad_to=32)[0])
+
+
+def test_images_that_the_data_and_the_model_speak_of_are_the_same() -> None:
+    facts = family("llava", "tiny").config().image_facts
+    assert facts == {"image_token_len": 16, "crop_size": 32, "image_size": 32}
+
+
+# What was left out
+
+
+def test_skips_are_counted_cut_back_and_stop_the_run(tmp_path: Path) -> None:
+    position = Position(consumed_samples=99)
+    lines = [{"record": n, "reason": "missing_image" if n else "too_long"} for n in range(3)]
+    skips.count(lines, position)
+    skips.append(lines, tmp_path)
+    skips.append(lines, tmp_path)  # of steps behind the checkpoint
+    skips.cut_back(tmp_path, position)
+    assert [json.loads(text) for text in (tmp_path / skips.FILE).read_text().splitlines()] == lines
+    assert skips.report(position) == "3 of 99 samples were left out (2 missing_image, 1 too_long)"
+    skips.check(position, 0.01, finished=False)  # too early to say
+    with pytest.raises(RuntimeError, match=r"3 of 99 .* more than model.data.max_skip_fraction=0.01"):
+        skips.check(position, 0.01, finished=True)
+    position.consumed_samples = 100
+    with pytest.raises(RuntimeError, match="3 of 100"):
+        skips.check(position, 0.01, finished=False)
+    skips.check(position, 0.03, finished=True)
+
+
+def test_an_order_is_its_seeds_alone(make_run, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.json", [text_record(n, 3) for n in range(30)])
+    orders = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(orders))
+        run, processor = make_run(StepConfig(1, 4, seed=seed), data_path=path)
+        order = order_of(RecordDataset([RecordFile(Path(path))], None, processor), run)
+        orders.append([order[k] for k in range(60)])
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0][:30]) == sorted(orders[0][30:]) == list(range(30)) and orders[0][:30] != orders[0][30:]
