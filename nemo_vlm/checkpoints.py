@@ -36,6 +36,8 @@ class Position:
         optimizer: Engine.optimizer_state.
         layout: the layout it was saved under; random number generators go on in the same one only.
         metrics: the row of metrics.csv of the last step.
+        skipped_samples: records that no sample could be made of, counted by reason.
+        stopping: what early stopping remembers, training.early_stopping.Watch.
     """
 
     global_step: int = 0
@@ -44,14 +46,34 @@ class Position:
     optimizer: dict[str, Any] = field(default_factory=dict)
     layout: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    skipped_samples: dict[str, int] = field(default_factory=dict)
+    stopping: dict[str, Any] = field(default_factory=dict)
 
 
 def run_folder(config: ExpManagerConfig) -> Path:
-    return Path(config.exp_dir, config.name)
+    if config.explicit_log_dir is not None:
+        return Path(config.explicit_log_dir)
+    assert config.exp_dir is not None
+    version = () if config.version is None else (str(config.version),)
+    return Path(config.exp_dir, config.name, *version)
+
+
+def make_run_folder(config: ExpManagerConfig) -> Path:
+    """The run's folder, made where it is missing.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    folder = run_folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"exp_manager.exp_dir={config.exp_dir}: {folder} cannot be made ({error.strerror})") from None
+    return folder
 
 
 def folder_of(config: ExpManagerConfig) -> Path:
-    return run_folder(config) / "checkpoints"
+    return Path(config.checkpoint_callback_params.dirpath or run_folder(config) / "checkpoints")
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -80,20 +102,38 @@ def choose(config: ExpManagerConfig) -> Path | None:
     """
     found = complete(folder_of(config))
     if config.resume_from_step is not None:
-        for path in found:
-            if step_of(path) == config.resume_from_step:
-                return path
-        steps = ", ".join(str(step_of(path)) for path in found) or "none"
-        raise ConfigError(
-            f"exp_manager.resume_from_step={config.resume_from_step}: no complete checkpoint of that step in "
-            f"{folder_of(config)}; there are: {steps}"
-        )
-    if config.resume_if_exists and not found and not config.resume_ignore_no_checkpoint:
+        return at_step(config.resume_from_step, found, folder_of(config))
+    if config.resume_if_exists and found:
+        return found[-1]
+    if config.resume_from_checkpoint is not None:
+        return given(Path(config.resume_from_checkpoint))
+    if config.resume_if_exists and not config.resume_ignore_no_checkpoint:
         raise ConfigError(
             f"exp_manager.resume_if_exists=true: no complete checkpoint in {folder_of(config)}; "
             "resume_ignore_no_checkpoint=true starts from zero"
         )
-    return found[-1] if config.resume_if_exists and found else None
+    return None
+
+
+def at_step(step: int, found: list[Path], folder: Path) -> Path:
+    for path in found:
+        if step_of(path) == step:
+            return path
+    steps = ", ".join(str(step_of(path)) for path in found) or "none"
+    raise ConfigError(
+        f"exp_manager.resume_from_step={step}: no complete checkpoint of that step in {folder}; there are: {steps}"
+    )
+
+
+def given(path: Path) -> Path:
+    """A checkpoint, or the newest of a folder of them."""
+    found = complete(path) or [each for each in complete(path.parent) if each.name == path.name]
+    if not found:
+        raise ConfigError(
+            f"exp_manager.resume_from_checkpoint={path}: no complete checkpoint of a run, such as step_000020, nor a "
+            "folder of them; weights alone are taken by model.restore_from_path"
+        )
+    return found[-1]
 
 
 def begin(path: Path) -> None:
@@ -153,15 +193,25 @@ def prune(folder: Path, config: CheckpointConfig) -> None:
     *others, _ = found = complete(folder)
     if config.save_top_k < 0:
         return
-    ranked = sorted(found, key=lambda path: (merit(path, config), step_of(path)), reverse=True)
+    kept = ranked(found, config)[: config.save_top_k]
     for path in others:
-        if path not in ranked[: config.save_top_k]:
+        if path not in kept:
             remove(path)
 
 
+def best(config: ExpManagerConfig) -> Path:
+    """The best complete checkpoint of a run, by the monitored metric."""
+    return ranked(complete(folder_of(config)), config.checkpoint_callback_params)[0]
+
+
+def ranked(found: list[Path], config: CheckpointConfig) -> list[Path]:
+    """Checkpoints by the monitored metric, the best first; of equals the newer."""
+    return sorted(found, key=lambda path: (merit(path, config), step_of(path)), reverse=True)
+
+
 def merit(path: Path, config: CheckpointConfig) -> float:
-    """The monitored metric, more is better; a step that was skipped had none."""
-    value = read(path).metrics[config.monitor]
-    if not math.isfinite(value):
+    """The monitored metric, more is better; a step that was skipped, or not validated, had none."""
+    metrics = read(path).metrics
+    if config.monitor not in metrics or not math.isfinite(metrics[config.monitor]):
         return -math.inf
-    return value if config.mode == "max" else -value
+    return metrics[config.monitor] if config.mode == "max" else -metrics[config.monitor]

@@ -21,6 +21,7 @@ from nemo_vlm.config import RunConfig, seconds
 from nemo_vlm.formats.safetensors import TensorSpec
 from nemo_vlm.mcore import groups, weights
 from nemo_vlm.parallel import rank
+from nemo_vlm.training import early_stopping, saving
 from nemo_vlm.training.exp_manager import archive_path, read_rows
 from nemo_vlm.training.module import TrainingModule
 from nemo_vlm.training.saving import Saver
@@ -43,7 +44,7 @@ class Progress(TQDMProgressBar):
             "loss": f"{latest['reduced_train_loss']:.4f}",
             "s/step": f"{seconds:.3f}",
             "samples/s": f"{samples:.1f}",
-        }
+        } | ({"val_loss": f"{latest['val_loss']:.4f}"} if "val_loss" in latest else {})
 
 
 class EndAtOnce(Callback):
@@ -97,8 +98,20 @@ class Stop:
         return self.reason is not None
 
 
+class StopEarly(Callback):
+    """Ends the run when the monitored metric no longer gets better; all ranks know the same metric."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *unused: Any) -> None:
+        config, position = module.run.exp_manager.early_stopping_callback_params, module.position
+        if config.monitor in position.metrics:
+            position.stopping = early_stopping.judge(position.stopping, position.metrics[config.monitor], config)
+        if module.stopped_early:
+            log.info("stopped early, after step %d: %s", position.global_step, module.stopped_early)
+            trainer.should_stop = True
+
+
 class SaveCheckpoints(Callback):
-    """Writes training checkpoints by steps and by time, and the last one; ends the run when it is asked to.
+    """Writes training checkpoints by steps, epochs and time, and the last one; ends the run when it is asked to.
 
     The ranks agree on it after every step, since signals and clocks reach them at different moments.
     """
@@ -120,9 +133,9 @@ class SaveCheckpoints(Callback):
         self.stop.listen()  # here, because Lightning sets its own handlers shortly before
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *unused: Any) -> None:
-        step, every = module.position.global_step, self.config.every_n_train_steps
+        step = module.position.global_step
         stop, due = groups.any_rank(self.stop.asked(), time.monotonic() - self.saved_at > self.interval)
-        if self.saver and (stop or due or (every and step % every == 0)):
+        if self.saver and (stop or due or self.due(module)):
             self.saver.save(module.engine, module.position)
             self.saved_at = time.monotonic()
             module.last_time = time.perf_counter()  # saving is no part of the next step
@@ -133,6 +146,13 @@ class SaveCheckpoints(Callback):
             log.info("stopped after step %d (%s), %s", step, reasons[0], kept)
             trainer.should_stop = True
 
+    def due(self, module: TrainingModule) -> bool:
+        """By steps, epochs or validations."""
+        position, steps, epochs = module.position, self.config.every_n_train_steps, self.config.every_n_epochs
+        if (steps and position.global_step % steps == 0) or (epochs and module.epochs_ended(epochs)):
+            return True
+        return self.config.at_validations and "val_loss" in position.metrics
+
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)
         if self.saver:
@@ -142,16 +162,35 @@ class SaveCheckpoints(Callback):
 
 
 class SaveArchive(Callback):
-    """Writes <name>.nemo when training is done: weights gathered one by one from all ranks, config, tokenizer."""
+    """Writes <name>.nemo when training is done: weights gathered one by one from all ranks, config, tokenizer.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    Args:
+        checkpoints: with always_save_nemo one is written after each of them, too.
+    """
+
+    def __init__(self, run: RunConfig, tokenizer: Any, checkpoints: SaveCheckpoints) -> None:
+        self.config, self.tokenizer = run.exp_manager.checkpoint_callback_params, tokenizer
+        self.checkpoints = checkpoints
+        self.written: int | None = None  # the step that the archive is of
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *unused: Any) -> None:
+        saver = self.checkpoints.saver
+        if self.config.always_save_nemo and saver and saver.last_step == module.position.global_step:
+            self.write(trainer, module)
+            module.last_time = time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)
-        if not module.finished or not module.run.exp_manager.checkpoint_callback_params.save_nemo_on_train_end:
-            return
+        done = module.finished and self.config.save_nemo_on_train_end
+        if done and self.config.save_best_model:
+            saving.load_best(module.engine, module.run.exp_manager)
+            self.written = None
+        if (done or self.config.always_save_nemo) and self.written != module.position.global_step:
+            self.write(trainer, module)
+
+    def write(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         heartbeat.at("archive")
+        self.written = module.position.global_step
         parts = module.engine.saved_parts()
         placed = weights.placements(parts)
         tensors = weights.gather(parts, placed)
@@ -159,7 +198,7 @@ class SaveArchive(Callback):
             for _ in tensors:
                 raise AssertionError("only rank 0 receives tensors")
             return
-        config = self_contained(model_tree(module.run))
+        config = self_contained(model_tree(module.run), has_base=module.run.peft.lora is not None)
         specs = [TensorSpec(name, placement.shape, placement.dtype) for name, placement in placed.items()]
         path = archive_path(module.run.exp_manager)
         with tempfile.TemporaryDirectory() as scratch:
@@ -178,7 +217,7 @@ class Curves(Callback):
 
 @rank_zero_only
 def draw_curves(folder: Path) -> None:
-    """loss.png from metrics.csv: loss, learning rate and gradient norm over the steps."""
+    """loss.png from metrics.csv: losses, learning rate and gradient norm over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,6 +225,7 @@ def draw_curves(folder: Path) -> None:
 
     rows = read_rows(folder / "metrics.csv")
     figure, axes = pyplot.subplots(3, 1, figsize=(8, 9), sharex=True, constrained_layout=True)
+    validated = [row for row in rows if row["val_loss"]]
     titles = {"reduced_train_loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
     for axis, (column, title) in zip(axes, titles.items(), strict=True):
         axis.plot(
@@ -197,6 +237,10 @@ def draw_curves(folder: Path) -> None:
         axis.grid(alpha=0.3)
         if column != "lr":
             axis.set_yscale("log")
+    if validated:
+        steps, losses = zip(*((int(row["global_step"]), float(row["val_loss"])) for row in validated), strict=True)
+        axes[0].plot(steps, losses, "o-", markersize=3, label="validation")
+        axes[0].legend()
     axes[0].set_title(folder.name)
     axes[-1].set_xlabel("step")
     figure.savefig(folder / "loss.png", dpi=120)

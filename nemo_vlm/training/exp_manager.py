@@ -1,6 +1,7 @@
 """What is kept of a run: its folder, settings, command line and metrics; and from where it goes on.
 
-<exp_dir>/<name>/  config.yaml  cmd-args.log  metrics.csv  tensorboard/  loss.png  checkpoints/  run_0/ ...
+<exp_dir>/<name>/  config.yaml  cmd-args.log  git-info.log  nemo_log_globalrank-0_localrank-0.txt  metrics.csv
+                   tensorboard/  loss.png  checkpoints/  run_0/ ...
 
 A run that starts from zero under a name that exists moves what the earlier one left into run_0, run_1, ...
 """
@@ -11,20 +12,24 @@ import csv
 import importlib.util
 import logging
 import shlex
+import shutil
+import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from nemo_vlm import checkpoints
 from nemo_vlm.config import ExpManagerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import remove_partial, written_whole
+from nemo_vlm.typed import plain
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +49,7 @@ COLUMNS = (
     "skipped_steps",
     "loss_scale",
 )
-OF_ONE_RUN = ("metrics.csv", "checkpoints", "loss.png", "tensorboard/*")
+OF_ONE_RUN = ("metrics.csv", "skipped_samples.jsonl", "checkpoints", "loss.png", "tensorboard/*")
 
 
 @dataclass(frozen=True)
@@ -56,41 +61,74 @@ class Opened:
 
 
 def archive_path(config: ExpManagerConfig) -> Path:
-    return checkpoints.folder_of(config) / f"{config.name}.nemo"
+    params = config.checkpoint_callback_params
+    return checkpoints.folder_of(config) / f"{params.prefix or config.name}{params.postfix}"
 
 
 @rank_zero_only
 def open_run(config: ExpManagerConfig, settings: dict[str, Any]) -> Opened:
     """Make the run's folder ready and write down what was asked for; nothing of an earlier run is touched yet."""
-    folder = checkpoints.run_folder(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"exp_manager.exp_dir={config.exp_dir}: {folder} cannot be made ({error.strerror})") from None
+    folder = checkpoints.make_run_folder(config)
     for name in checkpoints.clean(checkpoints.folder_of(config)):
         log.warning("removed the unfinished checkpoint %s", name)
     remove_partial(archive_path(config))
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     with open(folder / "cmd-args.log", "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
+    write_git_info(folder / "git-info.log")
+    copy_files(config.files_to_copy or (), folder)
     return Opened(checkpoints.choose(config), [path for name in OF_ONE_RUN for path in folder.glob(name)])
+
+
+def write_git_info(path: Path) -> None:
+    """Commit and changes of the code that runs, where it stands in a git repository."""
+    git = shutil.which("git")
+    if git is None:
+        return
+    told = [
+        subprocess.run([git, *what], cwd=Path(__file__).parent, capture_output=True, text=True, errors="replace")
+        for what in (["rev-parse", "HEAD"], ["diff", "HEAD"])
+    ]
+    if not any(each.returncode for each in told):
+        path.write_text(f"commit hash: {told[0].stdout}{told[1].stdout}")
+
+
+def copy_files(names: Sequence[str], folder: Path) -> None:
+    """Keep copies of files in the run's folder.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
+    for name in names:
+        try:
+            shutil.copy(name, folder)
+        except OSError as error:
+            raise ConfigError(f"exp_manager.files_to_copy={name}: cannot be copied ({error.strerror})") from None
 
 
 @rank_zero_only
 def begin(config: ExpManagerConfig, opened: Opened) -> None:
     """Drop or move what an earlier run of this name left; only now, when all ranks stand where they should."""
-    if opened.checkpoint is not None:
-        go_on(checkpoints.run_folder(config), opened.checkpoint)
-    elif opened.left:
-        set_aside(checkpoints.run_folder(config), opened.left)
+    checkpoint, folder = opened.checkpoint, checkpoints.folder_of(config)
+    if checkpoint is not None and checkpoint.parent.resolve() == folder.resolve():
+        go_on(checkpoints.run_folder(config), checkpoint)
+    else:
+        start = "STARTING FROM ZERO" if checkpoint is None else f"starting from {checkpoint}"
+        set_aside(checkpoints.run_folder(config), opened.left, start)
+        set_aside(folder, checkpoints.complete(folder), start)  # where dirpath is another folder
+    if checkpoint is not None:
+        log.info("going on from step %d (%s)", checkpoints.step_of(checkpoint), checkpoint)
 
 
-def set_aside(folder: Path, left: list[Path]) -> None:
+def set_aside(folder: Path, left: list[Path], start: str) -> None:
     """An earlier run's files make room, and nothing of them is lost."""
+    if not left:
+        return
     number = next(n for n in range(sys.maxsize) if not (folder / f"run_{n}").exists())
     log.warning(
-        "STARTING FROM ZERO: a run of this name exists in %s; its %s are moved to run_%d "
+        "%s: a run of this name exists in %s; its %s are moved to run_%d "
         "(exp_manager.resume_if_exists=true goes on from its last checkpoint)",
+        start,
         folder,
         ", ".join(str(path.relative_to(folder)) for path in left if path.parent == folder),
         number,
@@ -113,7 +151,6 @@ def go_on(folder: Path, checkpoint: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    log.info("going on from step %d (%s)", step, checkpoint)
 
 
 def read_rows(metrics: Path) -> list[dict[str, str]]:
@@ -158,15 +195,31 @@ class MetricsFile(Logger):
 
 
 def loggers(config: ExpManagerConfig) -> list[Logger]:
-    """CSV always; TensorBoard and W&B as configured."""
+    """CSV always; TensorBoard, W&B and MLflow as configured."""
     folder = checkpoints.run_folder(config)
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
     chosen: list[Logger] = [MetricsFile(folder / "metrics.csv")]
     if config.create_tensorboard_logger:
-        chosen.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+        settings = plain(config.summary_writer_kwargs)
+        chosen.append(TensorBoardLogger(folder, name="", version="tensorboard", **settings))
     if config.create_wandb_logger:
-        if importlib.util.find_spec("wandb") is None:
-            raise ConfigError("exp_manager.create_wandb_logger=true: wandb is not installed; pip install wandb")
-        kwargs = config.wandb_logger_kwargs
-        chosen.append(WandbLogger(project=kwargs.project, name=kwargs.name or config.name, save_dir=folder))
+        require("wandb")
+        settings = {"name": config.name, **given(config.wandb_logger_kwargs)}
+        chosen.append(WandbLogger(**settings, save_dir=folder))
+    if config.create_mlflow_logger:
+        require("mlflow")
+        settings = {"experiment_name": config.name, **given(config.mlflow_logger_kwargs)}
+        chosen.append(MLFlowLogger(**settings, save_dir=str(folder / "mlruns")))
     return chosen
+
+
+def given(settings: Any) -> dict[str, Any]:
+    """Those of a logger's settings that are not left to its library."""
+    return {key: value for key, value in plain(settings).items() if value is not None}
+
+
+def require(library: str) -> None:
+    if importlib.util.find_spec(library) is None:
+        raise ConfigError(
+            f"exp_manager.create_{library}_logger=true: {library} is not installed; pip install {library}"
+        )

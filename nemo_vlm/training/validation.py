@@ -1,0 +1,80 @@
+"""The loss on samples that a run does not train on: val_loss, the mean over all their trained tokens."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from nemo_vlm import heartbeat
+from nemo_vlm.checkpoints import Position
+from nemo_vlm.config import RunConfig
+from nemo_vlm.data.loader import Share, validation_loader
+from nemo_vlm.data.records import RecordDataset
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.layout import Layout
+from nemo_vlm.mcore.engine import Engine
+from nemo_vlm.training.durations import validation_batches, validation_interval
+from nemo_vlm.training.loss import token_mean
+
+log = logging.getLogger(__name__)
+
+
+class Validation:
+    """When a run validates, and on what.
+
+    Args:
+        epoch: samples of the training data.
+    """
+
+    def __init__(self, run: RunConfig, layout: Layout, share: Share, dataset: RecordDataset, epoch: int) -> None:
+        self.trainer, self.epoch = run.trainer, epoch
+        self.every, self.skipped = validation_interval(run, epoch), 0.0
+        batches = validation_batches(run.trainer.limit_val_batches, len(dataset), run.step)  # type: ignore[arg-type]
+        self.loader = validation_loader(dataset, layout, share, run, batches)
+        if self.every > run.trainer.max_steps:
+            log.warning(
+                "no validation: trainer.val_check_interval=%s is %d steps, trainer.max_steps=%d",
+                run.trainer.val_check_interval,
+                self.every,
+                run.trainer.max_steps,
+            )
+
+    def due(self, position: Position) -> bool:
+        """After the step that led to this position."""
+        epochs = self.trainer.check_val_every_n_epoch
+        in_epoch = epochs is None or math.ceil(position.consumed_samples / self.epoch) % epochs == 0
+        return in_epoch and position.global_step % self.every == 0
+
+    def loss(self, engine: Engine) -> float:
+        """Equal on every rank; NaN where no validation sample has a trained token."""
+        heartbeat.at("validation")
+        sums = [engine.evaluate(micro_batches, token_mean) for micro_batches in self.loader]
+        total, weight, *_, skipped = (sum(values) for values in zip(*sums, strict=True))
+        if skipped != self.skipped:
+            log.warning("%d samples of the validation data could not be made, and are left out", skipped)
+            self.skipped = skipped
+        return total / weight if weight else math.nan
+
+
+def validates(run: RunConfig, dataset: RecordDataset | None) -> bool:
+    return dataset is not None and run.trainer.limit_val_batches > 0
+
+
+def check(run: RunConfig, dataset: RecordDataset | None) -> None:
+    """Whether there will be a val_loss, where the run is led by it.
+
+    Raises:
+        ConfigError: there will be none.
+    """
+    manager = run.exp_manager
+    users = {
+        "checkpoint_callback_params": manager.create_checkpoint_callback,
+        "early_stopping_callback_params": manager.create_early_stopping_callback,
+    }
+    for key, used in users.items():
+        if used and getattr(manager, key).monitor == "val_loss" and not validates(run, dataset):
+            reason = "trainer.limit_val_batches is 0" if dataset is not None else "there is no validation data"
+            raise ConfigError(
+                f"exp_manager.{key}.monitor=val_loss: {reason}; give model.data.validation_split or "
+                "validation_path, or another monitor"
+            )
