@@ -9,8 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_vlm.door import CONF, store_defaults
-from nemo_vlm.inference.evaluate import EvaluateConfig
-from nemo_vlm.inference.settings import GenerateConfig
+from nemo_vlm.inference.settings import EvaluateConfig, GenerateConfig, NevaInferenceConfig
 from nemo_vlm.layout import Layout, stage_layers
 from nemo_vlm.mcore import groups
 from nemo_vlm.mcore.weights import parts
@@ -52,8 +51,10 @@ def test_every_recipe_composes() -> None:
             tree = OmegaConf.to_container(compose(path.stem), resolve=True)
         for key in ("debug", "dry_run", "plan_file"):
             tree.pop(key)
-        if "neva_model_file" in tree:
+        if "data_path" in tree:
             read(EvaluateConfig, tree, "")
+        elif "neva_model_file" in tree:
+            read(NevaInferenceConfig, tree | {"neva_model_file": "a model", "prompt_file": "questions"}, "")
         elif "model_path" in tree:
             read(GenerateConfig, tree | {"model_path": "a model", "prompt": "a prompt"}, "")
         elif "model" in tree:

@@ -11,22 +11,28 @@ from dataclasses import dataclass, field
 
 from nemo_vlm.config.checks import demand, fill, seconds
 from nemo_vlm.config.data import DataConfig, TokenizerConfig
-from nemo_vlm.config.exp_manager import CheckpointConfig, ExpManagerConfig, WandbConfig
+from nemo_vlm.config.exp_manager import CheckpointConfig, EarlyStoppingConfig, ExpManagerConfig
 from nemo_vlm.config.model import LanguageConfig, PartConfig, StartConfig
+from nemo_vlm.config.nemo import NemoConfig
 from nemo_vlm.config.optim import OptimConfig, SchedConfig
+from nemo_vlm.config.peft import LoraConfig, PeftConfig
 from nemo_vlm.config.step import ParallelConfig, StepConfig
 from nemo_vlm.config.trainer import Precision, TrainerConfig
 
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "EarlyStoppingConfig",
     "ExpManagerConfig",
     "LanguageConfig",
+    "LoraConfig",
     "MODEL_BRANCHES",
     "MODEL_SECTIONS",
+    "NemoConfig",
     "OptimConfig",
     "ParallelConfig",
     "PartConfig",
+    "PeftConfig",
     "Precision",
     "RunConfig",
     "SchedConfig",
@@ -34,7 +40,6 @@ __all__ = [
     "StepConfig",
     "TokenizerConfig",
     "TrainerConfig",
-    "WandbConfig",
     "demand",
     "fill",
     "seconds",
@@ -55,8 +60,9 @@ class RunConfig:
     optim: OptimConfig
     tokenizer: TokenizerConfig
     start: StartConfig = field(default_factory=StartConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
 
 
 # Which dataclasses the flat branch `model` is made of, beside the architecture, and its nested branches.
 MODEL_SECTIONS = {"parallel": ParallelConfig, "step": StepConfig, "start": StartConfig}
-MODEL_BRANCHES = {"data": DataConfig, "optim": OptimConfig, "tokenizer": TokenizerConfig}
+MODEL_BRANCHES = {"data": DataConfig, "optim": OptimConfig, "tokenizer": TokenizerConfig, "peft": PeftConfig}

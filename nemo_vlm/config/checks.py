@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field, fields
 from typing import Any
 
 from nemo_vlm.errors import ConfigError
@@ -11,6 +12,26 @@ def demand(condition: bool, key: str, value: Any, right: str) -> None:
     """Raise the one-line error for a value that is out of range."""
     if not condition:
         raise ConfigError(f"{key}={value}: must be {right}")
+
+
+def show(value: Any) -> str:
+    """A value as the user wrote it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def only(value: Any, instead: str) -> Any:
+    """The field of a setting that can have no other value here; `instead` says what to do for what another would."""
+    return field(default=value, metadata={"instead": instead})
+
+
+def refuse_others(config: Any, path: str) -> None:
+    """Raise the one-line error for a field made by `only` that has another value."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if "instead" in f.metadata and value != f.default:
+            raise ConfigError(f"{path}.{f.name}={show(value)}: {f.metadata['instead']}")
 
 
 def seconds(key: str, duration: str | None) -> float | None:

@@ -63,14 +63,19 @@ class LanguageConfig:
         return {}
 
     @property
-    def pretrained(self) -> dict[str, tuple[str, str | None]]:
-        """For top-level modules, by name: the key that says where their first weights come from, and its value."""
-        return {}
-
-    @property
     def image_placeholder(self) -> str:
         """What stands in a text where an image goes."""
         return "<image>"
+
+    @property
+    def image_text(self) -> str:
+        """The placeholder with what stands around it."""
+        return self.image_placeholder
+
+    @property
+    def image_facts(self) -> dict[str, int]:
+        """What settings of the data may repeat of the model's images, by their keys: they must say the same."""
+        return {}
 
     @property
     def image_flops(self) -> float:

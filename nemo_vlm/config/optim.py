@@ -11,13 +11,31 @@ from nemo_vlm.errors import ConfigError
 
 @dataclass(frozen=True)
 class SchedConfig:
-    """`model.optim.sched.*`: NeMo's learning-rate schedules."""
+    """`model.optim.sched.*`: NeMo's learning-rate schedules, see training/schedules.py."""
 
-    name: Literal["CosineAnnealing", "WarmupAnnealing", "constant"] = "CosineAnnealing"
+    name: Literal[
+        "CosineAnnealing",
+        "WarmupAnnealing",
+        "SquareAnnealing",
+        "SquareRootAnnealing",
+        "InverseSquareRootAnnealing",
+        "PolynomialDecayAnnealing",
+        "WarmupPolicy",
+        "constant",
+    ] = "CosineAnnealing"
     warmup_steps: int | None = None
     warmup_ratio: float | None = None  # of max_steps, instead of warmup_steps
+    constant_steps: int = 0  # of CosineAnnealing: at min_lr at the end, after a warm-up from 0, as in Megatron
     min_lr: float = 0.0
     max_steps: int | None = None  # null: trainer.max_steps
+    power: float = 1.0  # of PolynomialDecayAnnealing
+
+    def __post_init__(self) -> None:
+        demand(self.constant_steps >= 0, "model.optim.sched.constant_steps", self.constant_steps, "0 or more")
+        if self.constant_steps and self.name != "CosineAnnealing":
+            raise ConfigError(
+                f"model.optim.sched.constant_steps={self.constant_steps}: goes with CosineAnnealing, not {self.name}"
+            )
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,14 @@ class StepConfig:
     # token: mean over all trained tokens of the global batch; sample: mean of the samples' means;
     # micro_batch: mean of the micro-batches' means, as Megatron's default; depends on which samples share one
     loss_reduction: Literal["token", "sample", "micro_batch"] = "token"
+    mega_batch_mult: int = 50  # global batches of which dataloader_type=modality sorts the samples together
     seed: int = 1234
     max_skipped_steps: int = 20  # steps with NaN or Inf gradients, which change nothing, before the run gives up
+    # Of 16-mixed: what the loss is multiplied by at first (gradients are of sums over tokens: more only wastes steps),
+    # steps without overflow after which that doubles, and overflows after which it halves
+    native_amp_init_scale: float = 1024.0
+    native_amp_growth_interval: int = 1000
+    hysteresis: int = 2
     activations_checkpoint_granularity: Literal["full", "selective"] | None = None
     activations_checkpoint_method: Literal["uniform", "block"] | None = None
     activations_checkpoint_num_layers: int | None = None
@@ -56,6 +62,9 @@ class StepConfig:
         count = self.activations_checkpoint_num_layers
         demand(count is None or count > 0, "model.activations_checkpoint_num_layers", count, "1 or more")
         demand(self.max_skipped_steps >= 0, "model.max_skipped_steps", self.max_skipped_steps, "0 or more")
+        demand(self.mega_batch_mult > 0, "model.mega_batch_mult", self.mega_batch_mult, "1 or more")
+        for key in ("native_amp_init_scale", "native_amp_growth_interval", "hysteresis"):
+            demand(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "1 or more")
         demand(0 <= self.seed < 2**32, "model.seed", self.seed, "0 or more, and fit into 32 bits")
         if self.activations_checkpoint_granularity == "full":
             fill(self, activations_checkpoint_method="uniform", activations_checkpoint_num_layers=1)

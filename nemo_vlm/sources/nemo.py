@@ -7,11 +7,13 @@ from typing import Any
 
 from nemo_vlm import checkpoints
 from nemo_vlm.archive import INSIDE, Archive, read_config
+from nemo_vlm.config import TokenizerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import Renamed
 from nemo_vlm.formats.store import Folder, Span, Store
 from nemo_vlm.formats.torch_dist import TorchDist
 from nemo_vlm.sources.source import Source
+from nemo_vlm.typed import read
 
 STATE = ("optimizer.", "rng.")  # what a training checkpoint holds beside the model
 
@@ -23,16 +25,18 @@ def open_archive(path: Path) -> Source:
 
 def files_of(store: Store, tree: dict[str, Any]) -> dict[str, Span]:
     """The tokenizer's folder of an archive."""
-    kind = named_tokenizer(tree) or ""
+    kind = tokenizer_settings(tree).type or ""
     folder = kind.removeprefix(INSIDE) + "/"
     if not kind.startswith(INSIDE):
         return {}
     return {name.removeprefix(folder): store.span(name) for name in sorted(store.names()) if name.startswith(folder)}
 
 
-def named_tokenizer(tree: dict[str, Any]) -> str | None:
-    settings = tree.get("tokenizer")
-    return settings.get("type") if isinstance(settings, dict) else None
+def tokenizer_settings(tree: dict[str, Any]) -> TokenizerConfig:
+    """Raises:
+    ConfigError: they are damaged.
+    """
+    return read(TokenizerConfig, tree["tokenizer"], "model.tokenizer") if "tokenizer" in tree else TokenizerConfig()
 
 
 def is_training_checkpoint(path: Path) -> bool:

@@ -91,6 +91,7 @@ def multimodal(mm_cfg: Mapping[str, Any], rest: Reader, tower: Reader, called: s
     fields = {key: vision[key] for key in (*VISION, *SHAPES) if vision.get(key) is not None}
     if PROJECTOR in rest.names():
         fields["hidden_size"] = rest.shape(PROJECTOR)[1]
+        fields.setdefault("num_attention_heads", usual_heads(fields["hidden_size"]))
     if crop := vision.get("crop_size"):
         fields["image_size"] = int(crop[0])
     if "siglip" in str(vision.get("from_pretrained")).lower():
@@ -115,7 +116,6 @@ def tower_shapes(tower: Reader, known: Mapping[str, Any], called: str) -> dict[s
         raise ConfigError(f"{called}: its vision tower is neither a CLIP nor a SigLIP of Hugging Face")
     clip = f"{front}embeddings.class_embedding" in tower.names()
     width, _, patch, _ = tower.shape(patches)
-    heads = SO400M_HEADS if width == SO400M_WIDTH else max(width // HEAD_SIZE, 1)
     return {
         "model_type": "clip" if clip else "siglip",
         "class_token_length": int(clip),
@@ -126,8 +126,13 @@ def tower_shapes(tower: Reader, known: Mapping[str, Any], called: str) -> dict[s
         "num_layers": max(map(int, layers)) + 1,
         "hidden_size": width,
         "ffn_hidden_size": tower.shape(f"{front}encoder.layers.0.mlp.fc1.weight")[0],
-        "num_attention_heads": known.get("num_attention_heads") or heads,
+        "num_attention_heads": known.get("num_attention_heads") or usual_heads(width),
     }
+
+
+def usual_heads(width: int) -> int:
+    """Heads of a CLIP or SigLIP of that width."""
+    return SO400M_HEADS if width == SO400M_WIDTH else max(width // HEAD_SIZE, 1)
 
 
 def image_size(positions: int, patch: int, saved: int | None) -> int:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_vlm.config import LanguageConfig
+from nemo_vlm.config.peft import is_adapter
 from nemo_vlm.data.tokenizer import name_sentencepiece
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import Reader
 from nemo_vlm.formats.store import Span, is_inside
-from nemo_vlm.models.base import family
+from nemo_vlm.models.base import family, starts
 from nemo_vlm.typed import read_model
 
 
@@ -60,6 +61,16 @@ class Source:
     def model(self) -> LanguageConfig:
         """Its architecture."""
         return self.settings["model"]
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether it holds LoRA's adapters, which are nothing without the model that they were trained beside."""
+        return any(map(is_adapter, self.reader.names()))
+
+    @property
+    def bases(self) -> list[str]:
+        """The checkpoints that the run which trained its adapters started from."""
+        return [path for _, _, path in starts(self.tree)]
 
     @property
     def tokenizer(self) -> str | None:

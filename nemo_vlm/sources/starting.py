@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 from nemo_vlm.config import LanguageConfig, RunConfig
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.formats.grown import grown
 from nemo_vlm.formats.reader import Reader, chosen
-from nemo_vlm.sources.opening import open_source
+from nemo_vlm.models.adapter import DOWNSAMPLE
+from nemo_vlm.models.base import family, starts
+from nemo_vlm.sources import adapters
+from nemo_vlm.sources.megatron import EMBEDDINGS, HEAD
+from nemo_vlm.sources.opening import located, open_source
 from nemo_vlm.sources.source import Source
-from nemo_vlm.typed import plain, read
+from nemo_vlm.typed import as_float, model_tree, plain
 
-RESTORE = "model.restore_from_path"
 # Settings of how a model is trained. All others beside them are its architecture, which its weights decide.
 TRAINING = {
     "encoder_seq_length",
@@ -25,6 +33,8 @@ TRAINING = {
     "freeze_mm_mlp_adapter",
     "mm_mlp_adapter_lr_ratio",
     "from_pretrained",
+    "pretrain_mm_mlp_adapter",
+    "llm",
 }
 
 
@@ -47,9 +57,11 @@ class Taken:
     def _take(self, tree: dict[str, Any], values: dict[str, Any], source: Source, path: str) -> None:
         for name, value in values.items():
             key = f"{path}.{name}"
-            if isinstance(value, dict):
+            if name in TRAINING or value is None:
+                continue
+            if isinstance(value, dict) and isinstance(tree[name], dict):
                 self._take(tree[name], value, source, key)
-            elif name not in TRAINING and value is not None and tree[name] != value:
+            elif not same(tree[name], value):
                 if key in self.given:
                     raise ConfigError(f"{key}={tree[name]}: {source} has {value}")
                 if tree[name] is not None:
@@ -57,37 +69,76 @@ class Taken:
                 tree[name] = value
 
 
-def settle(run: RunConfig, given: Collection[str]) -> tuple[RunConfig, list[str]]:
-    """The run with the architecture, and the tokenizer, of the checkpoints that it starts from.
+def same(given: Any, value: Any) -> bool:
+    """YAML reads 1e-5 as a text."""
+    return given == value or isinstance(value, float) and as_float(given) == value
+
+
+def settle(tree: Mapping[str, Any], given: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """The branch `model` with the architecture, and the tokenizer, of the checkpoints that it names.
+
+    It is not read into dataclasses before: what a preset says need not go together with what the user gives, where a
+    checkpoint decides both.
 
     Args:
         given: keys that the user has set by hand.
     Returns:
-        the run, and what the checkpoints have decided otherwise than the presets.
+        the branch, and what the checkpoints have decided otherwise than the presets.
     Raises:
         ConfigError: a checkpoint contradicts what was set by hand, or holds no such part.
     """
-    taken, tokenizer = Taken(plain(run.model), given), run.tokenizer
-    for key, module, source in sources(run):
-        taken.take(architecture(source, module, run.family, key), source)
-        if source.tokenizer and module in (None, "language_model") and "model.tokenizer.type" not in given:
-            tokenizer = replace(tokenizer, type=source.tokenizer)
-    model = read(type(run.model), taken.tree, "model")
-    return replace(run, model=model, tokenizer=tokenizer), taken.changed
+    taken, named = Taken(deepcopy(dict(tree)), given), starts(tree)
+    for key, module, path in named:
+        source = open_source(path, key)
+        taken.take(architecture(source, module, str(tree["family"]), key), source)
+        by_hand = {"model.tokenizer.type", "model.tokenizer.model"} & set(given)
+        if source.tokenizer and module in (None, "language_model") and not by_hand:
+            taken.tree["tokenizer"]["type"] = source.tokenizer
+    for key, module, path in named:
+        if module == "vision_projection":
+            check_projector(open_source(path, key), taken.tree, key)
+    if adapter := adapters.named(tree):
+        source = adapters.first_adapter(adapter)
+        taken.take({"peft": adapters.shape_of(source)}, source)
+    return taken.tree, taken.changed
 
 
-def sources(run: RunConfig) -> list[tuple[str, str | None, Source]]:
-    """The checkpoints that a run starts from: the key that names it, the module it is for (None: all), the source.
+def check_projector(source: Source, tree: Mapping[str, Any], key: str) -> None:
+    """Raises ConfigError where its first or last layer has another width than the tower or the language model."""
+    weights = sorted(name for name in source.reader.names() if re.fullmatch(r"vision_projection\.\d+\.weight", name))
+    inner, outer = tree["mm_cfg"]["vision_encoder"]["hidden_size"], tree["hidden_size"]
+    shapes = [source.reader.shape(name) for name in weights]
+    fused = 4 if tree["mm_cfg"]["mm_mlp_adapter_type"] == DOWNSAMPLE else 1
+    if shapes and (shapes[-1][0], shapes[0][1]) != (outer, fused * inner):
+        raise ConfigError(
+            f"{key}={source}: leads from width {shapes[0][1]} to {shapes[-1][0]}, this model's from {fused * inner} "
+            f"to {outer}"
+        )
 
-    What is restored comes last, over the parts that were given for themselves, as in NeMo.
+
+def without_absent(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The branch `model` without the checkpoints that are not here, for a plan; and a line about each."""
+    kept, notes = deepcopy(dict(tree)), []
+    for key, _, path in starts(tree):
+        if located(path) is None:
+            *groups, name = key.split(".")[1:]
+            reduce(getitem, groups, kept)[name] = None
+            notes.append(f"{key}={path}: not here; planned from the preset")
+    return kept, notes
+
+
+def with_tokenizer(run: RunConfig, tokenizer: Any) -> tuple[RunConfig, str | None]:
+    """The run with what its tokenizer decides about the model, and what there is to say about that.
+
+    The vocabulary of a language model that a checkpoint brings grows to the tokenizer's, whose new tokens begin as the
+    mean of the old ones (see formats.grown).
     """
-    found: list[tuple[str, str | None, Source]] = []
-    for module, (key, path) in run.model.pretrained.items():
-        if path is not None:
-            found.append((key, module, open_source(path, key)))
-    if run.start.restore_from_path is not None:
-        found.append((RESTORE, None, open_source(run.start.restore_from_path, RESTORE)))
-    return found
+    model, note, size = run.model, None, len(tokenizer)
+    brought = any(module in (None, "language_model") for _, module, _ in starts(model_tree(run)))
+    if brought and model.vocab_size is not None and model.vocab_size < size:
+        note = f"the tokenizer has {size} tokens, the checkpoint {model.vocab_size}: the others are added"
+        model = replace(model, vocab_size=size)
+    return replace(run, model=family(run.family, "processor").settle(model, tokenizer)), note
 
 
 def architecture(source: Source, module: str | None, family: str, key: str) -> dict[str, Any]:
@@ -108,13 +159,18 @@ def architecture(source: Source, module: str | None, family: str, key: str) -> d
     if module == "vision_model":
         tower = known["mm_cfg"]["vision_encoder"]
         return {"mm_cfg": {"vision_encoder": {k: v for k, v in tower.items() if k != "vision_select_layer"}}}
+    if module == "vision_projection":
+        return {"mm_cfg": {"mm_mlp_adapter_type": known["mm_cfg"]["mm_mlp_adapter_type"]}}
     return known
 
 
 def first_weights(run: RunConfig) -> dict[str, Reader]:
     """The tensors that checkpoints bring, for each top-level module that they have; the others are drawn."""
     found: dict[str, Reader] = {}
-    for _, module, source in sources(run):
+    for key, module, path in starts(model_tree(run)):
+        source = open_source(path, key)
         for name in sorted(source.parts) if module is None else [module]:
             found[name] = chosen(source.reader, [f"{name}."])
+    if (language := found.get("language_model")) and run.model.vocab_size is not None:
+        found["language_model"] = grown(language, (EMBEDDINGS, HEAD), run.model.vocab_size)
     return found

@@ -8,7 +8,14 @@ from typing import Literal
 from nemo_vlm.config import LanguageConfig, PartConfig, fill
 from nemo_vlm.config.checks import only, refuse_others
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.models.adapter import DOWNSAMPLE
+from nemo_vlm.models.adapter import DOWNSAMPLE, num_linear_layers
+
+STARTS: dict[str, str | None] = {
+    "mm_cfg.llm.from_pretrained": "language_model",
+    "mm_cfg.vision_encoder.from_pretrained": "vision_model",
+    "restore_from_path": None,
+    "mm_cfg.pretrain_mm_mlp_adapter": "vision_projection",
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,15 @@ class MultimodalConfig:
     mm_mlp_adapter_lr_ratio: float = 1.0  # of model.optim.lr
     image_token: str = "<image>"  # placeholder in the text, one token for each feature
     image_token_index: int | None = None  # null: as the tokenizer says
+    use_im_start_end: bool = False  # the next two stand around an image's placeholders
+    image_start_token: str = "<extra_id_4>"
+    image_end_token: str = "<extra_id_5>"
+
+    use_lita: bool = only(False, "videos are seen frame by frame; model.data.num_frames says how many")
+
+    def __post_init__(self) -> None:
+        refuse_others(self, "model.mm_cfg")
+        num_linear_layers(self.mm_mlp_adapter_type)
 
     def features_of_grid(self, rows: int, columns: int) -> int:
         """Tokens of a view of so many patches."""
@@ -135,17 +151,18 @@ class Config(LanguageConfig):
         }
 
     @property
-    def pretrained(self) -> dict[str, tuple[str, str | None]]:
-        key, llm, vision = "model.mm_cfg", self.mm_cfg.llm, self.mm_cfg.vision_encoder
-        return {
-            "language_model": (f"{key}.llm.from_pretrained", llm.from_pretrained),
-            "vision_model": (f"{key}.vision_encoder.from_pretrained", vision.from_pretrained),
-            "vision_projection": (f"{key}.pretrain_mm_mlp_adapter", self.mm_cfg.pretrain_mm_mlp_adapter),
-        }
-
-    @property
     def image_placeholder(self) -> str:
         return self.mm_cfg.image_token
+
+    @property
+    def image_text(self) -> str:
+        mm = self.mm_cfg
+        return f"{mm.image_start_token}{mm.image_token}{mm.image_end_token}" if mm.use_im_start_end else mm.image_token
+
+    @property
+    def image_facts(self) -> dict[str, int]:
+        edge = self.mm_cfg.vision_encoder.image_size
+        return {"image_token_len": self.mm_cfg.num_image_tokens, "crop_size": edge, "image_size": edge}
 
     @property
     def image_flops(self) -> float:
