@@ -16,7 +16,7 @@ import torch
 import transformers
 from distributed import run_ranks
 from PIL import Image
-from test_families import LAYOUTS, make_layout, micro_batches, run_of
+from test_families import LAYOUTS, make_layout, micro_batches, run_of, settle
 from test_families import whole as whole_weights
 from tiny_hf import make_clip, make_llama, make_llava
 
@@ -25,14 +25,13 @@ from nemo_vlm.config import ParallelConfig, RunConfig, StartConfig
 from nemo_vlm.conversion.jobs import Run, import_huggingface
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.inference import answers
-from nemo_vlm.inference.generate import greedy
+from nemo_vlm.inference.generate import Ends, generate
 from nemo_vlm.inference.restore import restore, stored_precision
 from nemo_vlm.inference.settings import DecodingConfig, GenerateConfig
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import groups
 from nemo_vlm.mcore.inference import Forward
 from nemo_vlm.models.base import family
-from nemo_vlm.sources import starting
 from nemo_vlm.sources.opening import open_source
 from nemo_vlm.training.build import build_engine
 
@@ -82,7 +81,7 @@ def starting_run(name: str, path: Path, parallel: ParallelConfig) -> RunConfig:
     kind = MODELS[name][0]
     preset = family(kind, "tiny").config()
     run = replace(run_of(kind, preset, parallel), start=StartConfig(restore_from_path=str(path)))
-    run, _ = starting.settle(run, given=())
+    run = settle(run)
     return replace(run, step=replace(run.step, micro_batch_size=1, global_batch_size=4))
 
 
@@ -110,8 +109,9 @@ def result(layout_name: str, name: str, models: dict[str, Path]) -> tuple[Any, .
 def generated(path: Path, layout: Layout, samples: list[Sample]) -> tuple[torch.Tensor, list[list[int]]]:
     """Logits of the batch, and the continuations of its rows."""
     with restore(open_source(path, "model_path"), "32", layout) as restored:
-        logits = restored.forward(collate(samples))
-        return logits, [row.tolist() for row in greedy(restored.forward.last, samples[2:], NUM_TOKENS)]
+        logits, asked = restored.forward(collate(samples)), samples[2:]
+        answers = generate(restored.forward, asked, [NUM_TOKENS] * len(asked), DecodingConfig(), Ends(), range(2))
+        return logits, [answer.tokens.tolist() for answer in answers]
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +159,8 @@ def test_what_is_given_by_hand_may_not_contradict(models) -> None:
     run = run_of("llava", family("llava", "tiny").config())
     run = replace(run, start=StartConfig(restore_from_path=str(models["llava_odd"])))
     with pytest.raises(ConfigError, match=r"^model.num_layers=4: .*llava_odd has 3$"):
-        starting.settle(run, given={"model.num_layers"})
-    assert starting.settle(run, given=())[0].model.num_layers == 3
+        settle(run, {"model.num_layers"})
+    assert settle(run).model.num_layers == 3
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["tower", "whole CLIP"])
@@ -169,7 +169,7 @@ def test_modules_come_from_several_checkpoints(whole: bool, models, tmp_path: Pa
     config = family("llava", "tiny").config()
     vision = replace(config.mm_cfg.vision_encoder, from_pretrained=str(tower))
     pretrained = replace(config.mm_cfg, vision_encoder=vision, llm=replace(config.mm_cfg.llm, from_pretrained=str(llm)))
-    run, _ = starting.settle(run_of("llava", replace(config, mm_cfg=pretrained)), given=())
+    run = settle(run_of("llava", replace(config, mm_cfg=pretrained)))
     assert run.model.vocab_size == 307
     assert run.model.mm_cfg.vision_encoder.num_attention_heads == 5
     found = run_ranks(initial_weights, 1, run)[0]
@@ -246,8 +246,8 @@ def answer_lines(asked: dict[str, Any], limit: int) -> list[dict[str, Any]]:
     output = Path(asked["model_path"]).parent / "in_process.jsonl"
     config = GenerateConfig(**asked, output_file=str(output), inference=DecodingConfig(tokens_to_generate=limit))
     generation = answers.prepare(config, {})
-    answers.make_ready(generation, {})
-    answers.answer(generation)
+    generation.make_ready({})
+    generation.run()
     return [json.loads(line) for line in output.read_text().splitlines()]
 
 
@@ -274,12 +274,12 @@ MISTAKES = {
     "no model": ({"model_path": None}, "model_path=null: "),
     "no prompt": ({"prompt": None}, "give either prompt_file="),
     "no image": ({"prompt": "<image>", "image": "none.png"}, "prompt: none.png: the image does not exist"),
-    "too few images": ({"prompt": "<image> x"}, "prompt: 1 <image> in the text, 0 images"),
+    "too few images": ({"prompt": "<image> x"}, "prompt: .*1 placeholders in the text, 0 images"),
     "too long": ({"prompt": "word " * 300}, "prompt: .* leave no room for an answer in model.encoder_seq_length=256"),
     "not JSON": ({"lines": '{"prompt": "x"}\n{"prompt": '}, r"in.jsonl line 2: not JSON"),
     "another form": ({"lines": '{"prompt": "x", "messages": []}'}, "in.jsonl line 1: must have either"),
-    "nothing": ({"lines": "\n"}, "in.jsonl: holds no line"),
-    "ddp": ({"model": ParallelConfig(cpu_data_parallel_size=2)}, "one copy of the model answers"),
+    "nothing": ({"lines": "\n"}, "in.jsonl: holds no prompt"),
+    "fsdp": ({"model": ParallelConfig(fsdp=True)}, "model.fsdp=true: whole copies of the model answer"),
     "heads": ({"model": ParallelConfig(tensor_model_parallel_size=3)}, "tensor_model_parallel_size=3"),
     "no folder": ({"output_file": "/proc/none/x"}, "output_file=/proc/none/x: cannot be written"),
 }
@@ -294,14 +294,9 @@ def test_a_mistake_is_one_line(name: str, models, tmp_path: Path) -> None:
         asked |= {"prompt": None, "prompt_file": str(tmp_path / "in.jsonl")}
     with pytest.raises(ConfigError, match=message) as error:
         generation = answers.prepare(GenerateConfig(**asked), {})
-        answers.make_ready(generation, {})
-        answers.answer(generation)
+        generation.make_ready({})
+        generation.run()
     assert "\n" not in str(error.value)
-
-
-def test_sampling_is_not_there_yet() -> None:
-    with pytest.raises(ConfigError, match="inference.greedy=false"):
-        DecodingConfig(greedy=False)
 
 
 def test_messages_need_a_chat_template(tmp_path: Path) -> None:

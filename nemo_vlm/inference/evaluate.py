@@ -1,4 +1,4 @@
-"""Scores of an archive's free, greedy answers to the questions of a LLaVA JSON."""
+"""Scores of a model's answers to the questions of a LLaVA JSON: exact matches, and the likeliest of several choices."""
 
 from __future__ import annotations
 
@@ -6,96 +6,152 @@ import json
 import logging
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
+import torch
+from torch import Tensor
 
-from nemo_vlm.config import Precision, demand
-from nemo_vlm.data.records import read_records
-from nemo_vlm.errors import ConfigError
-from nemo_vlm.inference.generate import greedy
+from nemo_vlm.batch import IGNORE_INDEX, Sample
+from nemo_vlm.data.records import RecordFile
+from nemo_vlm.inference.answers import answer
+from nemo_vlm.inference.laid_out import LaidOut, lay_out, make_folder, share
+from nemo_vlm.inference.likelihood import choices, log_likelihoods
 from nemo_vlm.inference.restore import Restored, restore
+from nemo_vlm.inference.settings import EvaluateConfig
 from nemo_vlm.models.conversation import turns
 from nemo_vlm.models.images import load_image
-from nemo_vlm.sources.opening import open_source
 
 log = logging.getLogger(__name__)
+OPEN = "open"  # category of records that name none
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """The settings of an evaluation; its defaults stand in conf/neva_evaluation.yaml."""
+class Evaluation:
+    """What was settled before a rank starts."""
 
-    neva_model_file: str
-    data_path: str
-    output_folder: str
-    image_folder: str | None
-    precision: Precision
-    batch_size: int
-    tokens_to_generate: int
+    config: EvaluateConfig
+    model: LaidOut
 
-    def __post_init__(self) -> None:
-        demand(self.batch_size > 0, "batch_size", self.batch_size, "1 or more")
-        demand(self.tokens_to_generate > 0, "tokens_to_generate", self.tokens_to_generate, "1 or more")
+    def make_ready(self, env: Mapping[str, str]) -> None:
+        """Raises ConfigError where the questions, the folder of the results or the machine is missing."""
+        self.records()
+        self.model.check_machine(env)
+        make_folder(Path(self.config.output_folder), f"output_folder={self.config.output_folder}")
+
+    def records(self) -> RecordFile:
+        config = self.config
+        return RecordFile(Path(str(config.data_path)), config.image_folder, config.video_folder, key="data_path")
+
+    def run(self) -> None:
+        """Write predictions.jsonl and predictions.png, and print the accuracy of every category of records."""
+        records, settings = self.records(), self.config.inference
+        with restore(self.model.source, self.model.run.trainer.precision, self.model.layout) as restored:
+
+            def work(batch: range) -> list[dict[str, Any]]:
+                asked = [records[number] for number in batch]
+                prompts = [restored.processor.prompt(record) for record in asked]
+                answers = answer(prompts, restored, settings, settings.end_strings + restored.terminators, batch)
+                texts = [one.text(restored.tokenizer).strip() for one in answers]
+                rows = [prediction(record, text) for record, text in zip(asked, texts, strict=True)]
+                chosen = choose(asked, prompts, restored, settings.batch_size)
+                return [row | choice for row, choice in zip(rows, chosen, strict=True)]
+
+            rows = share(len(records), settings.batch_size, work, "answering")
+            first = torch.distributed.get_rank() == 0
+        if first:
+            self.report(rows, records)
+
+    def report(self, rows: list[dict[str, Any]], records: RecordFile) -> None:
+        folder = Path(self.config.output_folder)
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        draw(rows, records, folder / "predictions.png")
+        log.info("wrote %s and predictions.png", folder / "predictions.jsonl")
+        for category, accuracy in accuracies(rows).items():
+            kind = "" if category == OPEN else f" ({category})"
+            sys.stdout.write(f"held-out accuracy{kind}: {accuracy:.3f}\n")
 
 
-def evaluate_archive(config: EvaluateConfig) -> None:
-    """Write predictions.jsonl and predictions.png, and print the accuracy of every category of records."""
-    records = read_records(config.data_path, config.image_folder, key="data_path")
-    folder = Path(config.output_folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_folder={folder}: cannot be made ({error.strerror})") from None
-    with restore(open_source(config.neva_model_file, "neva_model_file"), config.precision) as restored:
-        answers = answer_all(restored, records, config)
-    rows = [prediction(record, answer) for record, answer in zip(records, answers, strict=True)]
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    draw(rows, records, folder / "predictions.png")
-    log.info("wrote %s and predictions.png", folder / "predictions.jsonl")
-    for category, accuracy in accuracies(rows).items():
-        kind = "" if category == "open" else f" ({category})"
-        sys.stdout.write(f"held-out accuracy{kind}: {accuracy:.3f}\n")
+def prepare(config: EvaluateConfig, env: Mapping[str, str]) -> Evaluation:
+    """Open the checkpoint and lay it out.
+
+    Raises:
+        ConfigError: there is none, or it cannot be laid out so.
+    """
+    return Evaluation(config, lay_out(config, env))
 
 
-def answer_all(restored: Restored, records: list[dict[str, Any]], config: EvaluateConfig) -> list[str]:
-    answers = []
-    for first in track(range(0, len(records), config.batch_size), description="answering"):
-        prompts = [restored.processor.prompt(record) for record in records[first : first + config.batch_size]]
-        generated = greedy(restored.forward.last, prompts, config.tokens_to_generate, restored.stop_ids)
-        answers += [restored.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in generated]
-    return answers
-
-
-def prediction(record: dict[str, Any], answer: str) -> dict[str, Any]:
+def prediction(record: dict[str, Any], text: str) -> dict[str, Any]:
     first = turns(record)[0]
     return {
         "id": record.get("id"),
-        "category": record.get("category", "open"),
-        "image": [str(path) for path in record["image"]],
+        "category": record.get("category", OPEN),
+        "image": [str(file) for file in record["image"]],
         "prompt": first.question,
-        "text": answer,
+        "text": text,
         "expected": first.answer,
-        "correct": answer == (first.answer or "").strip(),
+        "correct": text == expected(record),
     }
 
 
+def choose(
+    records: list[dict[str, Any]], prompts: list[Sample], restored: Restored, batch_size: int
+) -> list[dict[str, Any]]:
+    """For each record that offers choices the likeliest, and whether it is the right one."""
+    offered = [choices(record) for record in records]
+    found: list[dict[str, Any]] = [{} for _ in records]
+    for group in in_groups([len(choice) for choice in offered], batch_size):
+        options = [[answer_tokens(one, restored) for one in offered[place]] for place in group]
+        likelihoods = log_likelihoods(restored.forward, [prompts[place] for place in group], options)
+        for place, scores in zip(group, likelihoods, strict=True):
+            likeliest = offered[place][int(scores.argmax())]
+            found[place] = {
+                "log_likelihoods": dict(zip(offered[place], scores.tolist(), strict=True)),
+                "likeliest": likeliest,
+                "likeliest_correct": likeliest.strip() == expected(records[place]),
+            }
+    return found
+
+
+def in_groups(counts: list[int], most: int) -> list[list[int]]:
+    """Places whose counts, where they have one, add up to `most` in each group, or are above it alone."""
+    groups: list[list[int]] = []
+    for place, count in enumerate(counts):
+        if count and groups and sum(counts[other] for other in groups[-1]) + count <= most:
+            groups[-1].append(place)
+        elif count:
+            groups.append([place])
+    return groups
+
+
+def answer_tokens(choice: str, restored: Restored) -> Tensor:
+    """What a model is trained on where this is the answer: it, and its end, whatever was asked."""
+    said = [{"from": "human", "value": "?"}, {"from": "gpt", "value": choice}]
+    labels = restored.processor.sample({"conversations": said, "image": []}).labels
+    return labels[labels != IGNORE_INDEX]
+
+
+def expected(record: dict[str, Any]) -> str:
+    return (turns(record)[0].answer or "").strip()
+
+
 def accuracies(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Exact matches in each category, the open questions first."""
+    """Exact matches in each category, the open questions first; and of the likeliest choices."""
     correct: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
         correct[row["category"]].append(row["correct"])
+        if "likeliest" in row:
+            correct[f"{row['category']}, likeliest"].append(row["likeliest_correct"])
     return {
-        name: sum(correct[name]) / len(correct[name])
-        for name in sorted(correct, key=lambda name: (name != "open", name))
+        name: sum(correct[name]) / len(correct[name]) for name in sorted(correct, key=lambda name: (name != OPEN, name))
     }
 
 
 def draw(
     rows: list[dict[str, Any]],
-    records: list[dict[str, Any]],
+    records: RecordFile,
     path: Path,
     columns: int = 6,
     lines: int = 4,
@@ -106,15 +162,15 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pairs = [(row, record) for row, record in zip(rows, records, strict=True) if row["category"] == "open"]
-    wrong = [pair for pair in pairs if not pair[0]["correct"]][:columns]
-    shown = wrong + [pair for pair in pairs if pair[0]["correct"]]
+    opened = [(row, number) for number, row in enumerate(rows) if row["category"] == OPEN]
+    wrong = [pair for pair in opened if not pair[0]["correct"]][:columns]
+    shown = wrong + [pair for pair in opened if pair[0]["correct"]]
     figure, axes = pyplot.subplots(lines, columns, figsize=(2.1 * columns, 2.4 * lines), constrained_layout=True)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, (row, record) in zip(axes.flat[: len(shown)], shown[: axes.size], strict=True):
-        if record["image"]:
-            axis.imshow(load_image(record["image"][0]))
+    for axis, (row, number) in zip(axes.flat[: len(shown)], shown[: axes.size], strict=True):
+        if images := records[number]["image"]:
+            axis.imshow(load_image(images[0]))
         note = "" if row["correct"] else f"\n(expected: {row['expected']})"
         axis.set_title(row["text"] + note, fontsize=9, color="black" if row["correct"] else "crimson")
     figure.savefig(path, dpi=110)

@@ -1,44 +1,169 @@
-"""Greedy generation; every rank makes the same tokens."""
+"""Generation: one pass over the prompts, then one token a step for all rows; all ranks of a copy agree on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_vlm import heartbeat
-from nemo_vlm.batch import Batch, Sample, join
+from nemo_vlm.batch import Sample, collate
+from nemo_vlm.inference import sampling
+from nemo_vlm.inference.settings import DecodingConfig
+from nemo_vlm.mcore.inference import Forward
+
+BYTES_BESIDE = 4  # of special tokens and broken characters at the borders of what is searched for an end string
 
 
-def greedy(
-    last: Callable[[Batch], Tensor], prompts: list[Sample], limit: int, stop_ids: Collection[int] = ()
-) -> list[Tensor]:
-    """The most likely continuation of each prompt.
+@dataclass(frozen=True)
+class Answer:
+    """What followed a prompt.
 
-    Prompts are padded on the right and grow at their own ends: causal attention never sees the padding.
+    Attributes:
+        tokens: [n] int64, the one that ended it included.
+        end_string: the end string that these tokens completed; None: EOS or the limit has ended it.
+        logprob: [n] float32 of its tokens, or None.
+        full_logprob: [n, vocab_size] float32, or None.
+    """
+
+    tokens: Tensor
+    end_string: str | None = None
+    logprob: Tensor | None = None
+    full_logprob: Tensor | None = None
+
+    def text(self, tokenizer: Any) -> str:
+        """Without special tokens, and without the end string."""
+        if self.end_string is None:
+            return tokenizer.decode(self.tokens, skip_special_tokens=True)
+        whole = tokenizer.decode(self.tokens)
+        kept, count = whole[: whole.rfind(self.end_string)], len(self.tokens)
+        while count and len(tokenizer.decode(self.tokens[:count])) > len(kept):
+            count -= 1
+        part_of_token = kept[len(tokenizer.decode(self.tokens[:count])) :]
+        return tokenizer.decode(self.tokens[:count], skip_special_tokens=True) + part_of_token
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends an answer before its limit: any of some tokens, or any of some strings."""
+
+    stop_ids: frozenset[int] = frozenset()
+    strings: tuple[str, ...] = ()
+    tokenizer: Any = None
+
+    def string(self, tokens: Tensor) -> str | None:
+        """The end string that the last of these tokens completes."""
+        if not self.strings:
+            return None
+        most = max(len(string.encode()) for string in self.strings) + BYTES_BESIDE  # a token has a byte at least
+        text = self.tokenizer.decode(tokens[-most:])
+        return next((string for string in self.strings if string in text), None)
+
+
+@dataclass
+class Row:
+    """An answer in the making.
+
+    Attributes:
+        number: of its prompt among all, which draws depend on.
+        limit: the most tokens of the answer.
+    """
+
+    prompt: Tensor
+    number: int
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[Tensor] = field(default_factory=list)
+    end_string: str | None = None
+    running: bool = True
+
+    def take(self, token: int, ends: Ends, least: int) -> None:
+        """The next token, and whether it is the last."""
+        self.tokens.append(token)
+        if len(self.tokens) > least:
+            self.end_string = ends.string(torch.tensor(self.tokens[least:]))
+        ended = self.end_string is not None or token in ends.stop_ids
+        self.running = not ended and len(self.tokens) < self.limit
+
+
+def generate(
+    forward: Forward,
+    prompts: Sequence[Sample],
+    limits: Sequence[int],
+    settings: DecodingConfig,
+    ends: Ends,
+    numbers: Sequence[int],
+) -> list[Answer]:
+    """Continue each prompt.
 
     Args:
-        last: logits [b, vocab_size] behind the last token of each sample of a batch, as Forward.last.
-        limit: the most tokens to generate.
-        stop_ids: any of these tokens ends a row.
-    Returns:
-        for each prompt its new tokens, the one that ended it included.
+        limits: the most tokens for each, 1 or more.
+        numbers: of the prompts among all; draws depend on them.
     """
-    lengths = torch.tensor([len(prompt.tokens) for prompt in prompts])
-    starts, rows = lengths.clone(), torch.arange(len(prompts))
-    tokens = torch.zeros(len(prompts), int(lengths.max()) + limit, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt.tokens)] = prompt.tokens
-    images, stops = join(prompt.images for prompt in prompts), torch.tensor(sorted(stop_ids), dtype=torch.int64)
-    running = torch.ones(len(prompts), dtype=torch.bool)
-    for _ in range(limit):
+    numbered = zip(prompts, numbers, limits, strict=True)
+    rows = [Row(prompt.tokens, number, limit) for prompt, number, limit in numbered]
+    heartbeat.at("reading prompts")
+    capacity = max(len(row.prompt) + row.limit for row in rows)
+    cache, logits = forward.start(collate(list(prompts)), capacity)
+    while True:
         heartbeat.at("generation")
-        visible = tokens[:, : int(lengths.max())]
-        chosen = last(Batch(visible, visible, lengths, images, torch.full_like(lengths, -1))).argmax(-1).cpu()
-        tokens[rows[running], lengths[running]] = chosen[running]
-        lengths += running
-        running &= ~torch.isin(chosen, stops)
+        chosen = choose(logits, rows, settings, ends)
+        keep_logprobs(logits, chosen, rows, settings)
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            if row.running:
+                row.take(token, ends, settings.min_tokens_to_generate)
+        running = torch.tensor([row.running for row in rows])
         if not running.any():
-            break
-    return [tokens[row, start:end] for row, (start, end) in enumerate(zip(starts, lengths, strict=True))]
+            return [answer_of(row, settings) for row in rows]
+        logits = forward.step(cache, chosen, running)
+
+
+def choose(logits: Tensor, rows: Sequence[Row], settings: DecodingConfig, ends: Ends) -> Tensor:
+    """The next token [b] of each row; on the CPU, where sums are the same on every rank and in every run."""
+    early = torch.tensor([len(row.tokens) < settings.min_tokens_to_generate for row in rows])
+    if settings.repetition_penalty == 1 and not early.any() and settings.greedy:
+        return logits.argmax(-1).cpu()
+    logits = logits.cpu()
+    if settings.repetition_penalty != 1:
+        logits = sampling.penalize(logits, seen(rows), settings.repetition_penalty)
+    if early.any():
+        logits = sampling.forbid(logits, early, sorted(ends.stop_ids))
+    if settings.greedy:
+        return logits.argmax(-1)
+    logits = logits / settings.temperature
+    if settings.top_k:
+        logits = sampling.keep_top_k(logits, settings.top_k)
+    if settings.top_p < 1:
+        logits = sampling.keep_top_p(logits, settings.top_p)
+    return sampling.draw(logits, settings.seed, [(row.number, len(row.tokens)) for row in rows])
+
+
+def seen(rows: Sequence[Row]) -> Tensor:
+    """[b, s] tokens of prompts and answers so far; shorter rows repeat their first."""
+    had = [torch.cat([row.prompt, torch.tensor(row.tokens, dtype=torch.int64)]) for row in rows]
+    width = max(len(one) for one in had)
+    return torch.stack([torch.cat([one, one[:1].expand(width - len(one))]) for one in had])
+
+
+def keep_logprobs(logits: Tensor, chosen: Tensor, rows: Sequence[Row], settings: DecodingConfig) -> None:
+    """As the model has them: before penalty, temperature and the like."""
+    if not (settings.compute_logprob or settings.all_probs):
+        return
+    logprobs = logits.cpu().log_softmax(-1)
+    if not settings.all_probs:
+        logprobs = logprobs.gather(1, chosen[:, None])
+    for row, logprob in zip(rows, logprobs, strict=True):
+        if row.running:
+            row.logprobs.append(logprob)
+
+
+def answer_of(row: Row, settings: DecodingConfig) -> Answer:
+    tokens = torch.tensor(row.tokens)
+    full = torch.stack(row.logprobs) if settings.all_probs else None
+    logprob = None
+    if settings.compute_logprob:
+        logprob = full.gather(1, tokens[:, None])[:, 0] if full is not None else torch.cat(row.logprobs)
+    return Answer(tokens, row.end_string, logprob, full)

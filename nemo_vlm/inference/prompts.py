@@ -1,4 +1,4 @@
-"""Prompts: lines of JSON, or one from the command line.
+"""Prompts as examples/generate.py takes them: raw texts or messages, from a file or the command line.
 
 A line is {"prompt": text with <image> where images go} or {"messages": [{"role", "content"}, ...]}, with `image`, a
 path, or `images`, several, below the file's folder or image_folder.
@@ -13,17 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
+from nemo_vlm.batch import IMAGE_TAG, Sample
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.inference.settings import GenerateConfig
+from nemo_vlm.inference.generate import Answer
+from nemo_vlm.inference.restore import Restored
+from nemo_vlm.inference.settings import AskConfig, GenerateConfig
+from nemo_vlm.models.conversation import chat_text
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line.
+    """One of those that are to be answered.
 
     Attributes:
         line: as it was given.
+        images: and videos, that it names.
         called: what messages call it.
     """
 
@@ -32,39 +38,89 @@ class Prompt:
     called: str
 
 
-def read_prompts(config: GenerateConfig) -> list[Prompt]:
-    """All prompts, as far as they can be checked without the model.
+@dataclass(frozen=True)
+class RawPrompts:
+    """How examples/generate.py reads prompts and writes answers."""
+
+    config: GenerateConfig
+
+    def read(self) -> list[Prompt]:
+        """All prompts, as far as they can be checked without the model.
+
+        Raises:
+            ConfigError: names the line.
+        """
+        config = self.config
+        if config.prompt is not None:
+            images = [config.image] if isinstance(config.image, str) else list(config.image or ())
+            line = {"prompt": config.prompt} | ({"images": images} if images else {})
+            return [checked(line, Path(config.image_folder or config.inference.media_folder or ""), "prompt")]
+        path = Path(str(config.prompt_file))
+        folder = Path(config.image_folder or config.inference.media_folder or path.parent)
+        return [checked(line, folder, called) for called, line in read_objects(path)]
+
+    def encode(self, prompt: Prompt, restored: Restored) -> tuple[Tensor, list[Any]]:
+        """Ids [s] and images; a chat template that writes BOS itself gets no second one, as in HF's processors.
+
+        Raises:
+            ConfigError: names the line.
+        """
+        line, tokenizer = prompt.line, restored.tokenizer
+        try:
+            if "prompt" in line:
+                text = with_placeholder(line["prompt"], IMAGE_TAG, len(prompt.images), self.config)
+                return restored.processor.tokens(text, prompt.images), prompt.images
+            text = chat_text(line["messages"], tokenizer)
+            has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+            return restored.processor.tokens(text, prompt.images, add_special_tokens=not has_bos), prompt.images
+        except ConfigError as error:
+            raise ConfigError(f"{prompt.called}: {error}") from None
+
+    def end_strings(self, restored: Restored) -> tuple[str, ...]:
+        return self.config.inference.end_strings
+
+    def line(self, prompt: Prompt, sample: Sample, answer: Answer, restored: Restored) -> dict[str, Any]:
+        """The prompt's line with its answer."""
+        return prompt.line | {
+            "text": answer.text(restored.tokenizer),
+            "token_ids": answer.tokens.tolist(),
+            "prompt_token_ids": sample.tokens.tolist(),
+        }
+
+
+def with_placeholder(text: str, tag: str, count: int, config: AskConfig) -> str:
+    """The text; where it has no placeholder for its images, with one for each, as inference.insert_media_token says."""
+    if config.inference.inserted is None or tag in text or not count:
+        return text
+    return f"{tag * count}\n{text}" if config.inference.inserted == "left" else f"{text}\n{tag * count}"
+
+
+def read_objects(path: Path) -> list[tuple[str, Any]]:
+    """What the JSON lines of a file hold, or its one list, and what messages call each.
 
     Raises:
         ConfigError: names the line.
     """
-    if config.prompt is not None:
-        images = [config.image] if isinstance(config.image, str) else list(config.image or ())
-        line = {"prompt": config.prompt} | ({"images": images} if images else {})
-        return [checked(line, Path(config.image_folder or ""), "prompt")]
-    path = Path(str(config.prompt_file))
-    folder = Path(config.image_folder) if config.image_folder else path.parent
-    prompts = []
-    for number, text in enumerate(read_lines(path), start=1):
-        called = f"{path} line {number}"
-        if text.strip():
-            try:
-                prompts.append(checked(json.loads(text), folder, called))
-            except ValueError as error:
-                if isinstance(error, ConfigError):
-                    raise
-                raise ConfigError(f"{called}: not JSON ({error})") from None
-    if not prompts:
-        raise ConfigError(f"prompt_file={path}: holds no line")
-    return prompts
-
-
-def read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").split("\n")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(f"prompt_file={path}: cannot be read ({reason})") from None
+    if text.lstrip().startswith("["):
+        found = [(f"{path} entry {number}", one) for number, one in enumerate(parsed(text, str(path)), start=1)]
+    else:
+        lines = [(f"{path} line {number}", line) for number, line in enumerate(text.split("\n"), start=1)]
+        found = [(called, parsed(line, called)) for called, line in lines if line.strip()]
+    if not found:
+        raise ConfigError(f"prompt_file={path}: holds no prompt")
+    return found
+
+
+def parsed(text: str, called: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{called}: not JSON ({error})") from None
 
 
 def checked(line: Any, folder: Path, called: str) -> Prompt:
@@ -86,7 +142,9 @@ def check_image(path: Path, called: str) -> None:
     try:
         Image.open(path).close()
     except FileNotFoundError:
-        raise ConfigError(f"{called}: {path}: the image does not exist; image_folder says where they stand") from None
+        raise ConfigError(
+            f"{called}: {path}: the image does not exist; inference.media_base_path says where they stand"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{called}: {path}: not a readable image ({error})") from None
 

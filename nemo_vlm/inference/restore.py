@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_vlm.config import LanguageConfig, TokenizerConfig
+from nemo_vlm.config import DataConfig, LanguageConfig, StepConfig, TokenizerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout, one_process
 from nemo_vlm.mcore import groups, weights
@@ -22,6 +22,7 @@ from nemo_vlm.mcore.engine import StageModule, materialize
 from nemo_vlm.mcore.inference import Forward
 from nemo_vlm.models.base import Processor, family
 from nemo_vlm.models.chat import chat_template
+from nemo_vlm.models.templates import EOS, TEMPLATES
 from nemo_vlm.sources.source import Source
 from nemo_vlm.sources.tokenizers import load_tokenizer
 
@@ -35,14 +36,22 @@ class Restored:
     """A model ready for inference.
 
     Attributes:
+        data: how its samples are made.
         stop_ids: tokens that end an answer.
     """
 
     forward: Forward
     config: LanguageConfig
+    data: DataConfig
     processor: Processor
     tokenizer: Any
     stop_ids: set[int]
+
+    @property
+    def terminators(self) -> tuple[str, ...]:
+        """What stands behind an answer in the conversation template, where that is not EOS."""
+        _, after = TEMPLATES[self.data.conv_template].around_answer
+        return () if EOS in after else (after,)
 
 
 @contextlib.contextmanager
@@ -55,7 +64,7 @@ def restore(source: Source, precision: str, layout: Layout | None = None) -> Ite
     Raises:
         ConfigError: the checkpoint has no tokenizer, or its tensors are not those of its settings.
     """
-    tokenizer, parts = tokenizer_of(source), family(source.family, "processor")
+    tokenizer, parts, data = tokenizer_of(source), family(source.family, "processor"), source.settings["data"]
     config = parts.settle(source.model, tokenizer)
     layout = layout or one_process(config)
     with process_group(layout), megatron_groups(layout):
@@ -63,7 +72,8 @@ def restore(source: Source, precision: str, layout: Layout | None = None) -> Ite
         yield Restored(
             Forward([stage], config.vocab_size),
             config,
-            parts.Processor(config, source.settings["data"], tokenizer),
+            data,
+            parts.Processor(config, data, tokenizer),
             tokenizer,
             stop_ids(source, tokenizer),
         )
@@ -72,7 +82,9 @@ def restore(source: Source, precision: str, layout: Layout | None = None) -> Ite
 def build(source: Source, config: LanguageConfig, precision: str, layout: Layout) -> nn.Module:
     """This rank's part of the model with the checkpoint's weights."""
     assert config.vocab_size is not None
-    context_of_build, (stage,) = context(layout, precision), groups.stages(layout)
+    # Transformer Engine's attention knows no cache of ours.
+    context_of_build = context(layout, precision, StepConfig(transformer_impl="local"))
+    (stage,) = groups.stages(layout)
     model = materialize(family(source.family, "model").Model(config, context_of_build, stage), context_of_build.dtype)
     weights.load(weights.parts(model, config.vocab_size), source.reader)
     return model

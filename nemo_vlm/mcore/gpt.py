@@ -11,6 +11,7 @@ from torch import Tensor
 from nemo_vlm.batch import Batch
 from nemo_vlm.config import LanguageConfig
 from nemo_vlm.mcore.attention import packed_batch
+from nemo_vlm.mcore.cache import Cache
 from nemo_vlm.mcore.config import BuildContext, language_config
 from nemo_vlm.mcore.groups import Stage
 from nemo_vlm.mcore.layers import layer_spec, norm_class
@@ -71,15 +72,39 @@ def embed(gpt: GPTModel, tokens: Tensor) -> Tensor:
     return gpt.embedding(tokens, position_ids=None)
 
 
-def decode(gpt: GPTModel, embeddings: Tensor | None, batch: Batch, labels: Tensor | None) -> Tensor:
+def decode(
+    gpt: GPTModel, embeddings: Tensor | None, batch: Batch, labels: Tensor | None, cache: Cache | None = None
+) -> Tensor:
     """Run this stage's layers.
 
     Args:
         embeddings: [s, b, h] on the first stage; elsewhere None, the schedule has set the input.
+        cache: for generation, see decode_cached.
     Returns:
         The losses [b, s] on the last stage where labels are given, its logits [b, s, vocab / tp] where they are not,
         hidden states [s, b, h] on the other stages.
     """
+    if cache is not None:
+        return decode_cached(gpt, embeddings, batch.tokens.shape[1], cache)
     if embeddings is not None and gpt.config.sequence_parallel:
         embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
     return gpt(batch.tokens, None, None, decoder_input=embeddings, labels=labels, packed_seq_params=packed_batch(batch))
+
+
+def decode_cached(gpt: GPTModel, embeddings: Tensor | None, width: int, cache: Cache) -> Tensor:
+    """Run this stage's layers on tokens that follow those in the cache, which grows by them.
+
+    Args:
+        embeddings: [s, b, h] on the first stage; elsewhere None, the schedule has set the input.
+        width: s.
+    Returns:
+        On the last stage the logits [b, 1, vocab / tp] behind the last token of each row, elsewhere hidden states.
+    """
+    frequencies = gpt.rotary_pos_emb(cache.capacity)[:, 0][cache.positions(width)]  # [s, b, 1, d]
+    hidden = gpt.decoder(embeddings, attention_mask=cache, rotary_pos_emb=frequencies)
+    if not gpt.post_process:
+        return hidden
+    tied = gpt.share_embeddings_and_output_weights
+    weight = gpt.shared_embedding_or_output_weight() if tied else None
+    logits, _ = gpt.output_layer(cache.last(hidden), weight=weight)
+    return logits.transpose(0, 1)

@@ -1,0 +1,135 @@
+"""Prompts as examples/neva_inference.py takes them: questions that are put into the model's conversation template.
+
+A line is {"prompt" (or "text", or "question"): text with <image> or <video> where they go}, with `image` or `video`, a
+path or several, below inference.media_base_path or the file's folder. What else a line has is passed through.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nemo_vlm.batch import IMAGE_TAG, VIDEO_TAG, Sample
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.inference.generate import Answer
+from nemo_vlm.inference.prompts import Prompt, check_image, read_objects, with_placeholder
+from nemo_vlm.inference.restore import Restored
+from nemo_vlm.inference.settings import NevaInferenceConfig
+from nemo_vlm.models.templates import TEMPLATES, Turn, segments
+
+QUESTIONS = ("prompt", "text", "question")  # fields that may hold it; the first that there is
+TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """How examples/neva_inference.py reads prompts and writes answers."""
+
+    config: NevaInferenceConfig
+
+    def read(self) -> list[Prompt]:
+        """All prompts, as far as they can be checked without the model.
+
+        Raises:
+            ConfigError: names the line.
+        """
+        path = Path(str(self.config.prompt_file))
+        folder = Path(self.config.inference.media_folder or path.parent)
+        return [self.checked(line, folder, called) for called, line in read_objects(path)]
+
+    def checked(self, line: Any, folder: Path, called: str) -> Prompt:
+        if problem := fault(line):
+            raise ConfigError(f"{called}: {problem}")
+        media = [folder / name for kind in TAGS for name in named(line, kind)]
+        for kind, tag in TAGS.items():
+            files = [folder / name for name in named(line, kind)]
+            if (count := self.question(line).count(tag)) != len(files):
+                hint = "" if count else "; inference.insert_media_token=left puts them in front"
+                raise ConfigError(f"{called}: {count} {tag} in the text, {len(files)} of '{kind}'{hint}")
+            for file in files:
+                check_file(kind, file, called)
+        return Prompt(line, media, called)
+
+    def question(self, line: dict[str, Any]) -> str:
+        """With its placeholders; those in front on a line of their own, as in LLaVA's data."""
+        text = next(line[key] for key in QUESTIONS if key in line)
+        kind = self.config.inference.media_type
+        text = with_placeholder(text, TAGS[kind], len(named(line, kind)), self.config)
+        return re.sub(r"^((?:<image>|<video>)+) *(?=\S)", r"\1\n", text)
+
+    def record(self, prompt: Prompt) -> dict[str, Any]:
+        """As a record of LLaVA's data, without an answer."""
+        images = len(named(prompt.line, "image"))
+        turn = {"from": "human", "value": self.question(prompt.line)}
+        return {
+            "id": prompt.called,
+            "conversations": [turn],
+            "image": prompt.images[:images],
+            "video": prompt.images[images:],
+        }
+
+    def encode(self, prompt: Prompt, restored: Restored) -> tuple[Tensor, list[Any]]:
+        """Ids [s], and the images and videos that they speak of.
+
+        Raises:
+            ConfigError: names the line.
+        """
+        try:
+            return restored.processor.asked(self.record(prompt))
+        except ConfigError as error:
+            raise ConfigError(f"{prompt.called}: {error}") from None
+
+    def end_strings(self, restored: Restored) -> tuple[str, ...]:
+        return self.config.inference.end_strings + restored.terminators
+
+    def line(self, prompt: Prompt, sample: Sample, answer: Answer, restored: Restored) -> dict[str, Any]:
+        """NeMo's fields beside the line's own, and the answer's ids; the question stays, `text` is the answer."""
+        text = answer.text(restored.tokenizer).strip()
+        return {
+            "prompt": next(prompt.line[key] for key in QUESTIONS if key in prompt.line),
+            **prompt.line,
+            "full_text": template_text(self.question(prompt.line), restored) + answer.text(restored.tokenizer),
+            "text": text,
+            "model_id": self.config.source[1],
+            "answer_id": prompt.line.get("answer_id", 0),
+            "metadata": prompt.line.get("metadata", {}),
+            "token_ids": answer.tokens.tolist(),
+        }
+
+
+def named(line: dict[str, Any], kind: str) -> list[str]:
+    """The files of a kind, `image` or `video`, that a line names."""
+    names = line.get(kind)
+    return [names] if isinstance(names, str) and names else list(names or [])
+
+
+def fault(line: Any) -> str | None:
+    """What is wrong with the form of a line."""
+    if not isinstance(line, dict) or not any(key in line for key in QUESTIONS):
+        return "must have a 'prompt' ('text', 'question')"
+    if not all(isinstance(line[key], str) for key in QUESTIONS if key in line):
+        return "'prompt' ('text', 'question') must be text"
+    for kind in TAGS:
+        if not all(isinstance(name, str) for name in named(line, kind)):
+            return f"'{kind}' must be a path or a list of paths"
+    return None
+
+
+def check_file(kind: str, file: Path, called: str) -> None:
+    if kind == "image":
+        check_image(file, called)
+    elif not file.is_file():
+        raise ConfigError(
+            f"{called}: {file}: the video does not exist; inference.media_base_path says where they stand"
+        )
+
+
+def template_text(question: str, restored: Restored) -> str:
+    """A question in the conversation template, without the BOS in front."""
+    template, marks = TEMPLATES[restored.data.conv_template], ("", restored.tokenizer.eos_token)
+    parts = segments(template, [Turn(question, None)], restored.data.system_message, *marks)
+    return "".join(part.text for part in parts)

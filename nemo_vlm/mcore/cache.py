@@ -1,0 +1,77 @@
+"""Keys and values of tokens that were seen already, so that each new token costs one step and not the whole sequence.
+
+Rows are padded on the right: the next token of a row stands behind its last one, over the padding, and at the position
+that it would have without other rows. (Megatron's static context gives all rows one position, its dynamic one is for
+CUDA.)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Cache:
+    """What the layers of this pipeline stage keep of a batch; it is handed to them as their attention mask.
+
+    Args:
+        lengths: [b] int64 on the CPU, tokens of each prompt.
+        capacity: the most tokens that a row may have, its answer included.
+    """
+
+    def __init__(self, lengths: Tensor, capacity: int, device: torch.device) -> None:
+        self.lengths, self.capacity, self.device = lengths, capacity, device
+        self.filled = False  # whether the prompts have passed
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._settle()
+
+    def _settle(self) -> None:
+        """Where the next token of each row goes, and what it sees: itself and all before it."""
+        self.ends, self.width = self.lengths.to(self.device), int(self.lengths.max()) + 1
+        self.visible = (torch.arange(self.width, device=self.device) <= self.ends[:, None])[:, None, None]
+
+    def positions(self, width: int) -> Tensor:
+        """[s, b or 1]: where the tokens of this pass stand in their rows."""
+        return self.ends[None] if self.filled else torch.arange(width, device=self.device)[:, None]
+
+    def last(self, hidden: Tensor) -> Tensor:
+        """[1, b, h] of the last token of each row, from the hidden states [s, b, h] of this pass."""
+        rows = torch.arange(len(self.lengths), device=self.device)
+        return hidden if self.filled else hidden[self.ends - 1, rows][None]
+
+    def fill(self) -> None:
+        """The prompts have passed all layers."""
+        self.filled = True
+
+    def grow(self, longer: Tensor) -> None:
+        """A step has passed all layers, and has made those rows [b] bool longer."""
+        self.lengths = self.lengths + longer
+        self._settle()
+
+    def repeated(self, counts: list[int]) -> Cache:
+        """Row i as often as counts[i] says, each copy to be continued on its own."""
+        repeats = torch.tensor(counts)
+        made = Cache(self.lengths.repeat_interleave(repeats), self.capacity, self.device)
+        made.filled = self.filled
+        for layer, parts in self.layers.items():
+            keys, values = (part.repeat_interleave(repeats.to(self.device), 0) for part in parts)
+            made.layers[layer] = keys, values
+        return made
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention of this pass's tokens to themselves and to all before them.
+
+        Args:
+            query: [b, heads, s, d]; s is 1 in a step.
+            key, value: [b, groups, s, d].
+        """
+        grouped = query.shape[1] != key.shape[1]
+        if not self.filled:
+            room = (0, 0, 0, self.capacity - key.shape[2])
+            self.layers[layer] = F.pad(key, room), F.pad(value, room)
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        rows, (keys, values) = torch.arange(len(self.lengths), device=self.device), self.layers[layer]
+        keys[rows, :, self.ends], values[rows, :, self.ends] = key[:, :, 0], value[:, :, 0]
+        seen = keys[:, :, : self.width], values[:, :, : self.width]
+        return F.scaled_dot_product_attention(query, *seen, self.visible, enable_gqa=grouped)

@@ -1,0 +1,253 @@
+"""NeMo's inference: questions in the model's template, answers in its fields, shared by copies; scores of records."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy
+import pytest
+import torch
+import transformers
+from distributed import run_ranks
+from PIL import Image
+from tiny_hf import make_llava
+
+from nemo_vlm.config import ParallelConfig
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.inference import answers, evaluate
+from nemo_vlm.inference.likelihood import choices
+from nemo_vlm.inference.neva import Questions
+from nemo_vlm.inference.restore import restore
+from nemo_vlm.inference.settings import (
+    DecodingConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    NevaInferenceConfig,
+    NevaModelConfig,
+    TemplateConfig,
+)
+from nemo_vlm.models.templates import VICUNA_SYSTEM
+
+NUM_TOKENS = 8
+SINGLE, DDP = NevaModelConfig(), NevaModelConfig(cpu_data_parallel_size=2)
+LINES: list[dict[str, Any]] = [
+    {"prompt": "<image>\nWhat is in the picture?", "image": "noise.png", "category": "detail"},
+    {"text": "What is it?", "image": ["noise.png"], "answer_id": 7, "metadata": {"a": 1}},
+    {"question": "Two: <image> and <image>?", "image": ["noise.png", "noise.png"], "question_id": 3},
+    {"prompt": "Who are you?"},
+    {"prompt": "<image> Which square?", "image": "noise.png"},
+]
+QUESTIONS = [
+    "<image>\nWhat is in the picture?",
+    "<image>\nWhat is it?",
+    "Two: <image> and <image>?",
+    "Who are you?",
+    "<image>\nWhich square?",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, an image and questions."""
+    root = tmp_path_factory.mktemp("neva")
+    make_llava(root / "llava", {"num_hidden_layers": 2}, {"num_attention_heads": 4})
+    pixels = numpy.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=numpy.uint8)
+    Image.fromarray(pixels).save(root / "noise.png")
+    (root / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    (root / "in.json").write_text(json.dumps(LINES))
+    return root
+
+
+def asked(folder: Path, name: str = "in.jsonl", **settings: Any) -> NevaInferenceConfig:
+    decoding = DecodingConfig(tokens_to_generate=NUM_TOKENS, insert_media_token="left", batch_size=2)
+    given = {"inference": decoding, "output_file": str(folder / "out.jsonl")} | settings
+    return NevaInferenceConfig(neva_model_file=str(folder / "llava"), prompt_file=str(folder / name), **given)
+
+
+def answer(config: NevaInferenceConfig | GenerateConfig) -> list[dict[str, Any]]:
+    """The task in this process."""
+    task = answers.prepare(config, {})
+    task.make_ready({})
+    task.run()
+    return written(str(config.output_file))
+
+
+def written(path: Path | str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_answers_have_the_fields_of_nemo(folder: Path) -> None:
+    """And are those to the same texts, put into the template by hand."""
+    found = answer(asked(folder))
+    assert answer(asked(folder, "in.json")) == found
+    texts = [f"{VICUNA_SYSTEM} USER: {question} ASSISTANT:" for question in QUESTIONS]
+    images = [
+        {"images": [line["image"]] if isinstance(line["image"], str) else line["image"]} if "image" in line else {}
+        for line in LINES
+    ]
+    raw = [{"prompt": text} | image for text, image in zip(texts, images, strict=True)]
+    (folder / "raw.jsonl").write_text("".join(json.dumps(line) + "\n" for line in raw))
+    decoding = DecodingConfig(tokens_to_generate=NUM_TOKENS)
+    plain = GenerateConfig(
+        model_path=str(folder / "llava"),
+        prompt_file=str(folder / "raw.jsonl"),
+        output_file=str(folder / "raw_out.jsonl"),
+        inference=decoding,
+    )
+    for line, given, text, by_hand in zip(found, LINES, texts, answer(plain), strict=True):
+        assert line["text"] == by_hand["text"].strip() != ""
+        assert line["full_text"] == text + by_hand["text"]
+        assert line["model_id"] == str(folder / "llava")
+        assert (line["answer_id"], line["metadata"]) == (given.get("answer_id", 0), given.get("metadata", {}))
+        kept = {key: value for key, value in given.items() if key != "text"}
+        assert {key: line[key] for key in kept} == kept
+
+
+def drawn(folder: Path, count: int, name: str, **settings: Any) -> NevaInferenceConfig:
+    """Draws for the first so many questions."""
+    (folder / f"{count}.json").write_text(json.dumps(LINES[:count]))
+    decoding = DecodingConfig(tokens_to_generate=NUM_TOKENS, insert_media_token="left", greedy=False, **settings)
+    return asked(folder, f"{count}.json", inference=decoding, output_file=str(folder / f"{name}_{count}.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def copies(folder: Path) -> Path:
+    """Where two copies of the model have left what is asked for."""
+    (folder / "records.json").write_text(json.dumps(RECORDS))
+    run_ranks(on_two_ranks, 2, folder)
+    return folder
+
+
+def on_two_ranks(folder: Path) -> None:
+    for count in (5, 1):
+        answers.prepare(replace(drawn(folder, count, "two", batch_size=1), model=DDP), {}).run()
+    evaluate.prepare(replace(scored(folder, "two"), model=ParallelConfig(cpu_data_parallel_size=2)), {}).run()
+
+
+@pytest.mark.parametrize("count", [5, 1])
+def test_copies_share_the_prompts(count: int, copies: Path) -> None:
+    """With one prompt, the second copy has none; draws are those of one process with other batches."""
+    found = written(copies / f"two_{count}.jsonl")
+    assert found == answer(drawn(copies, count, "one", batch_size=3))
+    assert len(found) == count
+
+
+def test_videos_are_asked_about(folder: Path) -> None:
+    """Frames that are equally spaced, each of as many tokens as an image."""
+    with av.open(str(folder / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 64, 48
+        for number in range(10):
+            container.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (64, 48), (20 * number, 100, 100)))))
+        container.mux(stream.encode())
+    (folder / "video.json").write_text(json.dumps([{"prompt": "What happens?", "video": "clip.mp4"}]))
+    decoding = DecodingConfig(tokens_to_generate=2, insert_media_token="left", media_type="video")
+    four = NevaModelConfig(data=TemplateConfig(num_frames=4))
+    config = asked(folder, "video.json", inference=decoding, model=four)
+    (line,) = answer(config)
+    assert "USER: <video>\nWhat happens? ASSISTANT:" in line["full_text"] and line["video"] == "clip.mp4"
+    (prompt,) = Questions(config).read()
+    model = answers.prepare(config, {}).model
+    with restore(model.source, "32") as restored:
+        tokens, media = Questions(config).encode(prompt, restored)
+        assert len(restored.processor.pixels(media)) == 4
+        assert int((tokens == restored.config.mm_cfg.image_token_index).sum()) == 4 * 16
+
+
+def test_prompts_follow_the_settings(folder: Path) -> None:
+    def first(**settings: Any) -> dict[str, Any]:
+        decoding = DecodingConfig(tokens_to_generate=3, insert_media_token="right", **settings)
+        return answer(asked(folder, inference=decoding))[1]
+
+    assert "USER: What is it?\n<image> ASSISTANT:" in first()["full_text"]
+    scored = first(compute_logprob=True, all_probs=True)
+    assert len(scored["logprob"]) == 3 and len(scored["full_logprob"][0]) == 307
+    assert first(add_BOS=True)["text"] == first()["text"] != first(add_BOS=False)["text"]
+    model = NevaModelConfig(data=TemplateConfig(conv_template="mistral", system_message="Be brief."))
+    (line, *_) = answer(asked(folder, model=model))
+    assert line["full_text"].startswith(" [INST] Be brief.\n<image>\nWhat is in the picture? [/INST]")
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "two models": ({"checkpoint_dir": "x"}, "give either neva_model_file=X.nemo or checkpoint_dir=RUN/checkpoints"),
+    "server": ({"server": True}, "server=True: there is no server here"),
+    "port": ({"port": 5555}, "port=5555: there is no server here"),
+    "tower": ({"vision_encoder_path": "x"}, "vision_encoder_path=x: a checkpoint holds its tower"),
+    "template": ({"model": NevaModelConfig(data=TemplateConfig("v9"))}, "conv_template=v9: must be one of"),
+    "no placeholder": ({"inference": DecodingConfig()}, "in.jsonl line 2: 0 <image> in the text, 1 of 'image'"),
+    "folder": ({"inference": DecodingConfig(images_base_path="/no")}, "/no/noise.png: the image does not exist"),
+    "ranks": ({"tensor_model_parallel_size": 3}, "must divide by tensor_model_parallel_size=3"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name: str, folder: Path) -> None:
+    settings, message = MISTAKES[name]
+    with pytest.raises(ConfigError) as error:
+        answers.prepare(asked(folder, **settings), {}).make_ready({})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def record(question: str, answer: str, **more: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": answer, "conversations": turns} | more
+
+
+LISTED = "<image>\nWhich?\nA. red\nB. 7 blue circles\nC. a square\nAnswer with the option's letter."
+
+
+def test_choices_are_listed_or_given() -> None:
+    assert choices(record(LISTED, "B")) == ["A", "B", "C"]
+    assert choices(record(LISTED, "a square")) == ["red", "7 blue circles", "a square"]
+    assert choices(record("Is it?", "yes", choices=["yes", "no"])) == ["yes", "no"]
+    assert choices(record("A. What is it?", "red")) == []
+
+
+RECORDS = [
+    record(LISTED, "B", image="noise.png", category="choice"),
+    record(LISTED, "red", image="noise.png", category="choice"),
+    record("Is it a picture?", "no", choices=["A red square", "no"]),
+    record("<image>\nWhat is it?", "A red square", image="noise.png"),
+]
+
+
+def scored(folder: Path, name: str) -> EvaluateConfig:
+    (folder / name).mkdir(exist_ok=True)
+    return EvaluateConfig(
+        neva_model_file=str(folder / "llava"),
+        data_path=str(folder / "records.json"),
+        output_folder=str(folder / name),
+        inference=DecodingConfig(tokens_to_generate=4, batch_size=3),
+    )
+
+
+@torch.no_grad()
+def test_the_likeliest_choice_is_that_of_transformers(copies: Path, capsys: pytest.CaptureFixture) -> None:
+    """By all tokens of an option and its end; two copies agree with one."""
+    task = evaluate.prepare(scored(copies, "one"), {})
+    task.make_ready({})
+    task.run()
+    rows = written(copies / "one/predictions.jsonl")
+    assert [row["text"] for row in written(copies / "two/predictions.jsonl")] == [row["text"] for row in rows]
+    processor = transformers.LlavaProcessor.from_pretrained(copies / "llava")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(copies / "llava").eval()
+    for row, given in zip(rows[:3], RECORDS[:3], strict=True):
+        scores = {}
+        for choice in choices(given):
+            front = f"{VICUNA_SYSTEM} USER: {given['conversations'][0]['value']} ASSISTANT:"
+            images = [Image.open(copies / "noise.png")] if "image" in given else None
+            inputs = processor(text=front, images=images, return_tensors="pt")
+            option = processor.tokenizer(f" {choice}</s>", add_special_tokens=False)["input_ids"]
+            whole = torch.cat([inputs["input_ids"], torch.tensor([option])], 1)
+            logits = model(input_ids=whole, pixel_values=inputs.get("pixel_values")).logits[0, -len(option) - 1 : -1]
+            scores[choice] = logits.log_softmax(-1)[range(len(option)), option].sum().item()
+        assert row["log_likelihoods"] == pytest.approx(scores, abs=1e-3)
+        assert row["likeliest"] == max(scores, key=scores.__getitem__)
+        assert row["likeliest_correct"] == (row["likeliest"] == given["conversations"][1]["value"])
+    assert "likeliest" not in rows[3]
+    right = sum(row["likeliest_correct"] for row in rows[:2]) / 2
+    assert f"held-out accuracy (choice, likeliest): {right:.3f}\n" in capsys.readouterr().out
