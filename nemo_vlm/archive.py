@@ -28,20 +28,21 @@ from nemo_vlm.formats.store import Folder, Store, Tar
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights"
 INDEX = f"{WEIGHTS}/model.safetensors.index.json"
-STARTS = ("restore_from_path", "from_pretrained")  # settings that name other checkpoints
+STARTS = ("restore_from_path", "from_pretrained", "pretrain_mm_mlp_adapter")  # settings that name other checkpoints
 INSIDE = "nemo:"  # NeMo's mark of a path inside the archive
 TOKENIZER = "tokenizer"  # the folder of tokenizer and processor files
 
 
-def self_contained(tree: dict[str, Any], has_tokenizer: bool = True) -> dict[str, Any]:
-    """The branch `model` as an archive has it: no path leads outside."""
+def self_contained(tree: dict[str, Any], has_tokenizer: bool = True, has_base: bool = False) -> dict[str, Any]:
+    """The branch `model` as an archive has it: no path leads outside, but that of adapters to their base."""
 
     def without_paths(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         return {name: None if name in STARTS else without_paths(inner) for name, inner in value.items()}
 
-    return without_paths(tree) | {"tokenizer": {"type": f"{INSIDE}{TOKENIZER}" if has_tokenizer else None}}
+    tokenizer = {"type": f"{INSIDE}{TOKENIZER}" if has_tokenizer else None}
+    return (tree if has_base else without_paths(tree)) | {"tokenizer": tokenizer}
 
 
 def write_archive(

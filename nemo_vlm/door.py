@@ -31,7 +31,7 @@ from nemo_vlm.command_line import is_override, quoted
 from nemo_vlm.config import ExpManagerConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError, Failure, Stopped, explain
 from nemo_vlm.experiment import Task, plan
-from nemo_vlm.inference.settings import GenerateConfig
+from nemo_vlm.inference.settings import EvaluateConfig, GenerateConfig, NevaInferenceConfig
 from nemo_vlm.logs import set_up_logging
 from nemo_vlm.models.base import FAMILIES, family
 from nemo_vlm.parallel import rank
@@ -189,6 +189,8 @@ def store_defaults() -> None:
     store.store(group="trainer", name="base", node=plain_defaults(TrainerConfig))
     store.store(group="exp_manager", name="base", node=plain_defaults(ExpManagerConfig))
     store.store(name="generation", node=plain_defaults(GenerateConfig))
+    store.store(name="neva_generation", node=plain_defaults(NevaInferenceConfig))
+    store.store(name="evaluation", node=plain_defaults(EvaluateConfig))
     for name in FAMILIES:
         store.store(
             group="model",

@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_vlm import layout as layouts
-from nemo_vlm import typed
+from nemo_vlm import logs, typed
 from nemo_vlm.command_line import given_keys
 from nemo_vlm.config import RunConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError, Stopped
-from nemo_vlm.inference.settings import GenerateConfig
-from nemo_vlm.logs import quieten_lightning
-from nemo_vlm.models.base import family
+from nemo_vlm.inference.settings import EvaluateConfig, GenerateConfig, NevaInferenceConfig
+from nemo_vlm.models.base import family, starts
 from nemo_vlm.parallel import rank, supervisor
 from nemo_vlm.planning.network import check_interfaces
-from nemo_vlm.training import schedules
-from nemo_vlm.typed import model_tree, plain
+from nemo_vlm.training import schedules, versions
+from nemo_vlm.typed import model_tree, plain, plain_defaults
 
 if TYPE_CHECKING:
+    from nemo_vlm.data.opening import Datasets
+    from nemo_vlm.inference.answers import Generation
+    from nemo_vlm.inference.evaluate import Evaluation
     from nemo_vlm.training.module import Plan
 
 Task = Callable[[dict[str, Any]], None]
@@ -37,7 +39,15 @@ def train(tree: dict[str, Any]) -> None:
     plan, tokenizer = prepare(read(tree))
     run, layout = plan.run, plan.layout
     if supervisor.needed(layout.world_size, os.environ):
-        return supervisor.supervise(layout.ranks_per_node, layout.num_nodes, run.trainer.hang_timeout, os.environ)
+        env = versions.told(run.exp_manager, os.environ)
+        return supervisor.supervise(layout.ranks_per_node, layout.num_nodes, run.trainer.hang_timeout, env)
+    with logs.kept(run.exp_manager, os.environ):
+        fit(plan, tokenizer)
+
+
+def fit(plan: Plan, tokenizer: Any) -> None:
+    """A rank's share of training."""
+    run, layout = plan.run, plan.layout
     announce(plan)
 
     import pytorch_lightning as pl
@@ -46,15 +56,16 @@ def train(tree: dict[str, Any]) -> None:
     from nemo_vlm.training import callbacks, exp_manager
     from nemo_vlm.training.module import TrainingModule
 
-    quieten_lightning()
+    logs.quieten_lightning()
     saving = callbacks.SaveCheckpoints(run)
-    last_acts = [saving, callbacks.Curves(), callbacks.SaveArchive(tokenizer)]
+    last_acts = [saving, callbacks.Curves(), callbacks.SaveArchive(run, tokenizer, saving)]
     trainer = pl.Trainer(
         strategy=MegatronStrategy(layout, run.step.seed, run.trainer.hang_timeout),
         **trainer_arguments(run.trainer, plan),
         logger=exp_manager.loggers(run.exp_manager),
         callbacks=[
             callbacks.FailFast(),
+            *[callbacks.StopEarly()] * run.exp_manager.create_early_stopping_callback,
             *last_acts,
             callbacks.EndAtOnce(*last_acts),
         ]
@@ -68,58 +79,89 @@ def train(tree: dict[str, Any]) -> None:
 
 
 def evaluate(tree: dict[str, Any]) -> None:
-    """Answer the questions of a LLaVA JSON with an archive's model, greedily, and score the answers."""
-    from nemo_vlm.inference.evaluate import EvaluateConfig, evaluate_archive
+    """Score a model's answers to the questions of a LLaVA JSON."""
+    from nemo_vlm.inference import evaluate as evaluation
 
-    evaluate_archive(typed.read(EvaluateConfig, tree, ""))
+    answer(evaluation.prepare(typed.read(EvaluateConfig, tree, ""), os.environ))
 
 
 def generate(tree: dict[str, Any]) -> None:
-    """Let a model answer prompts, greedily."""
+    """Let a model answer prompts, texts as they are or messages."""
     from nemo_vlm.inference import answers
 
-    generation = answers.prepare(typed.read(GenerateConfig, tree, ""), os.environ)
+    answer(answers.prepare(typed.read(GenerateConfig, tree, ""), os.environ))
+
+
+def infer(tree: dict[str, Any]) -> None:
+    """Let a model answer questions, put into the conversation template that it was trained with."""
+    from nemo_vlm.inference import answers
+
+    answer(answers.prepare(typed.read(NevaInferenceConfig, tree, ""), os.environ))
+
+
+def answer(task: Evaluation | Generation) -> None:
+    """Run a task of inference on all its ranks."""
     if not rank.supervised():
-        answers.make_ready(generation, os.environ)
-    layout, hang_timeout = generation.layout, generation.run.trainer.hang_timeout
+        task.make_ready(os.environ)
+    layout, hang_timeout = task.model.layout, task.model.run.trainer.hang_timeout
     if supervisor.needed(layout.world_size, os.environ):
         return supervisor.supervise(layout.ranks_per_node, layout.num_nodes, hang_timeout, os.environ)
     try:
         with rank.watched(hang_timeout):
-            answers.answer(generation)
+            task.run()
     except Exception as error:
         rank.fail(error, layout.world_size)
         raise
 
 
+def show(tree: dict[str, Any]) -> None:
+    """Print what a run would be trained on."""
+    from nemo_vlm.planning import machine, show_data
+
+    asked = {key: tree.pop(key) for key in plain_defaults(show_data.ShowConfig)}
+    config, run = typed.read(show_data.ShowConfig, asked, ""), read(tree)
+    if config.json:
+        log.setLevel(logging.WARNING)
+    layout = layouts.resolve(run, machine.num_gpus(run.trainer.accelerator), os.environ)
+    run, tokenizer, datasets = open_data(run)
+    show_data.show(config, run, layout, datasets.train, tokenizer)
+
+
+ASKS: dict[Task, type] = {evaluate: EvaluateConfig, generate: GenerateConfig, infer: NevaInferenceConfig}
+
+
 def plan(task: Task, plan_file: str | None, tree: dict[str, Any]) -> None:
     """Print what a task would be, and what each rank would hold; neither its machine nor its data need be here."""
-    from nemo_vlm.inference.evaluate import EvaluateConfig
     from nemo_vlm.planning import plan as planning
 
-    if task is generate:
-        from nemo_vlm.inference import answers
+    if task in ASKS:
+        from nemo_vlm.inference.laid_out import lay_out
 
-        planned = answers.prepare(typed.read(GenerateConfig, tree, ""), os.environ).planned
-    elif task is evaluate:
-        config = typed.read(EvaluateConfig, tree, "")
-        planned = planning.evaluation(config.neva_model_file, config.precision, config.batch_size)
+        planned = lay_out(typed.read(ASKS[task], tree, ""), os.environ).planned
     else:
-        planned = planning.training(read(tree), os.environ)
+        from nemo_vlm.sources import starting
+
+        model, absent = starting.without_absent(tree["model"])
+        planned = planning.training(read({**tree, "model": model}), os.environ)
+        planned = replace(planned, notes=[*absent, *planned.notes])
     planning.show(planned, plan_file)
 
 
 def read(tree: Mapping[str, Any]) -> RunConfig:
     """The settings, checked as far as that needs no look at the machine; neither torch, where no weights are named."""
-    run = typed.read_run(tree, family(str(tree["model"].get("family")), "config").Config)
-    if run.start.restore_from_path or any(path for _, path in run.model.pretrained.values()):
+    model = tree["model"]
+    if starts(model):
         from nemo_vlm.sources import starting
 
-        run, decided = starting.settle(run, given_keys())
+        model, decided = starting.settle(model, given_keys())
         if decided and not rank.supervised():
             log.info("as the weights that the run starts from: %s", ", ".join(decided))
+    run = typed.read_run({**tree, "model": model}, family(str(model.get("family")), "config").Config)
+    if run.data.packing:  # packs take the place of micro-batches, and are as many as a step needs
+        run = replace(run, step=replace(run.step, micro_batch_size=1))
     layouts.check(run)
-    schedules.check(run.optim, run.trainer.max_steps)
+    if run.trainer.max_steps > 0:  # else an epoch must be known
+        schedules.check(run.optim, run.trainer.max_steps)
     if run.trainer.accelerator == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that every module and every rank agrees
     return run
@@ -132,28 +174,45 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
         the plan of the run, and its tokenizer.
     """
     from nemo_vlm import checkpoints
-    from nemo_vlm.data import digits, records
-    from nemo_vlm.data.tokenizer import located
     from nemo_vlm.planning import machine
-    from nemo_vlm.sources.tokenizers import load_tokenizer
+    from nemo_vlm.sources import adapters
+    from nemo_vlm.training import durations, validation
     from nemo_vlm.training.module import Plan
 
     check_interfaces(os.environ)
+    adapters.check_base(run)
     checkpoints.choose(run.exp_manager)
     gpus = machine.num_gpus(run.trainer.accelerator)
     layout = layouts.resolve(run, gpus, os.environ)
-    if run.data.data_path is None:
-        raise ConfigError("model.data.data_path=null: give a LLaVA JSON, or choose data=digits_vqa")
-    if run.data.prepare == "digits" and Path(run.data.data_path).name in digits.FILES:
-        digits.write(Path(run.data.data_path).parent)
-    tokenizer = load_tokenizer(run.tokenizer)
-    parts = family(run.family, "processor")
-    run = replace(run, model=parts.settle(run.model, tokenizer), tokenizer=located(run.tokenizer))
+    run = replace(run, exp_manager=versions.dated(run.exp_manager, layout, os.environ))
+    run, tokenizer, datasets = open_data(run)
     machine.check_machine(run, layout, gpus, os.environ)
-    processor = parts.Processor(run.model, run.data, tokenizer)
-    dataset = records.RecordDataset(records.read_records(run.data.data_path, run.data.image_folder), processor)
+    run = durations.settle(run, len(datasets.train))
     accelerator: Any = "cuda" if gpus else "cpu"
-    return Plan(run, layout, accelerator, dataset), tokenizer
+    plan = Plan(run, layout, accelerator, datasets.train, datasets.validation)
+    validation.check(run, plan.validation)
+    return plan, tokenizer
+
+
+def open_data(run: RunConfig) -> tuple[RunConfig, Any, Datasets]:
+    """The run with what its tokenizer decides, that tokenizer, and the data."""
+    from nemo_vlm.data import digits
+    from nemo_vlm.data.opening import open_datasets
+    from nemo_vlm.data.tokenizer import located
+    from nemo_vlm.sources import starting
+    from nemo_vlm.sources.tokenizers import load_tokenizer
+
+    if not run.data.files:
+        raise ConfigError("model.data.data_path=null: give a LLaVA JSON, or choose data=digits_vqa")
+    if run.data.prepare == "digits" and Path(run.data.files[0]).name in digits.FILES:
+        digits.write(Path(run.data.files[0]).parent)
+    tokenizer = load_tokenizer(run.tokenizer)
+    run, grown = starting.with_tokenizer(run, tokenizer)
+    if grown and not rank.supervised():
+        log.info("%s", grown)
+    run = replace(run, tokenizer=located(run.tokenizer))
+    processor = family(run.family, "processor").Processor(run.model, run.data, tokenizer)
+    return run, tokenizer, open_datasets(run, processor)
 
 
 def announce(plan: Plan) -> None:
@@ -162,7 +221,11 @@ def announce(plan: Plan) -> None:
 
     run, layout = plan.run, plan.layout
     log.info("%s: %s on %d %s ranks", run.exp_manager.name, run.family, layout.world_size, plan.accelerator)
+    if run.trainer.max_epochs is not None:
+        log.info("trainer.max_epochs=%d: trainer.max_steps=%d", run.trainer.max_epochs, run.trainer.max_steps)
     how = "Megatron's distributed optimizer" if run.optim.distributed else "AdamW"
+    if run.peft.lora:
+        log.info("model.peft.peft_scheme=lora: adapters train, and the projector unless it is frozen; nothing else")
     log.info("model.optim.name=%s: %s%s", run.optim.name, how, " on FSDP2's shards" if layout.fsdp else "")
     log.info("%d samples, %s kernels, %s", len(plan.dataset), kernels(run.step.transformer_impl), layout)  # type: ignore[arg-type]
 
@@ -188,4 +251,5 @@ def trainer_arguments(trainer: TrainerConfig, plan: Plan) -> dict[str, Any]:
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
+        benchmark=trainer.benchmark,
     )

@@ -142,18 +142,30 @@ def check(run: RunConfig) -> None:
     Raises:
         ConfigError: as resolve.
     """
-    positive("trainer.max_steps", run.trainer.max_steps)
     positive("model.cpu_data_parallel_size", run.parallel.cpu_data_parallel_size)
-    demand(
-        run.trainer.gradient_clip_val >= 0,
-        "trainer.gradient_clip_val",
-        run.trainer.gradient_clip_val,
-        "0 (off) or more",
-    )
     check_model(run.model, run.parallel)
     check_strategy(run)
+    given, parts = run.exp_manager.checkpoint_callback_params.model_parallel_size, run.parallel
+    size = parts.tensor_model_parallel_size * parts.pipeline_model_parallel_size
+    key = "exp_manager.checkpoint_callback_params.model_parallel_size"
+    demand(given in (None, size), key, given, f"{size}, tensor times pipeline parallelism; leave it out")
+    check_data(run)
     stage_layers(run.model.num_layers, run.parallel)
     num_micro_batches(run.step.micro_batch_size, run.step.global_batch_size, data_parallel_size=1)
+
+
+def check_data(run: RunConfig) -> None:
+    """How samples are put together, and what model.data repeats of the model."""
+    data, limit, tp = run.data, run.model.encoder_seq_length, run.parallel.tensor_model_parallel_size
+    if data.pad_to != "batch":
+        divides = tp if run.parallel.sequence_parallel else 1
+        right = f"batch, or no less than model.encoder_seq_length={limit} and a multiple of {divides}"
+        demand(data.pad_to >= limit and data.pad_to % divides == 0, "model.data.pad_to", data.pad_to, right)
+    for key, fact in run.model.image_facts.items():
+        given = getattr(data, key)
+        if given not in (None, fact, (fact, fact)):
+            shown = list(given) if isinstance(given, tuple) else given
+            raise ConfigError(f"model.data.{key}={shown}: the model says {fact}; leave it out")
 
 
 def check_strategy(run: RunConfig) -> None:

@@ -14,12 +14,15 @@ from nemo_vlm.config import (
     MODEL_BRANCHES,
     MODEL_SECTIONS,
     ExpManagerConfig,
+    NemoConfig,
     RunConfig,
     TrainerConfig,
 )
+from nemo_vlm.config.checks import show
 from nemo_vlm.errors import ConfigError
 
 T = TypeVar("T")
+MAX_LISTED = 30  # keys in a message
 
 
 def read_run(tree: Mapping[str, Any], model_class: type) -> RunConfig:
@@ -32,18 +35,27 @@ def read_run(tree: Mapping[str, Any], model_class: type) -> RunConfig:
         ConfigError: an unknown key, a wrong type or a value that is not among the choices.
     """
     check_keys(tree, {"trainer", "exp_manager", "model"}, "")
+    trainer = read(TrainerConfig, tree["trainer"], "trainer")
+    precision = tree["model"].get("precision")
+    if precision is not None and str(precision) != str(tree["trainer"].get("precision")):
+        raise ConfigError(f"model.precision={precision}: trainer.precision={trainer.precision}; give that alone")
     return RunConfig(
-        trainer=read(TrainerConfig, tree["trainer"], "trainer"),
+        trainer=trainer,
         exp_manager=read(ExpManagerConfig, tree["exp_manager"], "exp_manager"),
         **read_model(tree["model"], model_class),
     )
 
 
 def read_model(tree: Mapping[str, Any], model_class: type) -> dict[str, Any]:
-    """The branch `model` as RunConfig's fields: family, model, the other flat sections, the nested branches."""
+    """The branch `model` as RunConfig's fields: family, model, the other flat sections, the nested branches.
+
+    NeMo's own settings are checked only: what passes changes nothing.
+    """
     flat = {"model": model_class, **MODEL_SECTIONS}
     names = {section: {f.name for f in fields(cls)} for section, cls in flat.items()}
-    check_keys(tree, {"family"}.union(MODEL_BRANCHES, *names.values()), "model")
+    theirs = {f.name for f in fields(NemoConfig)}
+    check_keys(tree, {"family"}.union(MODEL_BRANCHES, theirs, *names.values()), "model")
+    read(NemoConfig, pick(tree, theirs), "model")
     parts: dict[str, Any] = {section: read(cls, pick(tree, names[section]), "model") for section, cls in flat.items()}
     branches: dict[str, Any] = {
         branch: read(cls, tree.get(branch, {}), f"model.{branch}") for branch, cls in MODEL_BRANCHES.items()
@@ -61,7 +73,7 @@ def model_tree(run: RunConfig) -> dict[str, Any]:
 
 def defaults(model_class: type) -> dict[str, Any]:
     """The branch `model` with every default of a family, as plain containers."""
-    flat = [plain_defaults(section) for section in (model_class, *MODEL_SECTIONS.values())]
+    flat = [plain_defaults(section) for section in (model_class, *MODEL_SECTIONS.values(), NemoConfig)]
     branches = {branch: plain_defaults(cls) for branch, cls in MODEL_BRANCHES.items()}
     return {key: value for section in flat for key, value in section.items()} | branches
 
@@ -107,9 +119,10 @@ def unknown_key(path: str, known: set[str]) -> str:
     """The message for a key that does not exist, with the nearest that does."""
     key = path.rpartition(".")[2]
     nearest = difflib.get_close_matches(key, sorted(known), 1, cutoff=0.5)
-    return f"{path}: unknown key '{key}'; " + (
-        f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(sorted(known))}"
-    )
+    if nearest:
+        return f"{path}: unknown key '{key}'; did you mean '{nearest[0]}'?"
+    listed = ", ".join(sorted(known)) if len(known) <= MAX_LISTED else "--cfg job shows them all"
+    return f"{path}: unknown key '{key}'; known: {listed}"
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:
@@ -136,7 +149,7 @@ def convert(value: Any, hint: Any, path: str) -> Any:
 
 
 def convert_union(value: Any, options: tuple[Any, ...], path: str) -> Any:
-    for option in options:
+    for option in sorted(options, key=lambda option: type(value) is not option):  # 1.0 is not 1 where both may stand
         with contextlib.suppress(ConfigError):
             return convert(value, option, path)
     raise ConfigError(f"{path}={show(value)}: must be {' or '.join(name(option) for option in options)}")
@@ -170,13 +183,6 @@ def as_float(value: Any) -> float | None:
         except ValueError:
             return None
     return float(value) if isinstance(value, int | float) else None
-
-
-def show(value: Any) -> str:
-    """A value as the user wrote it."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def name(hint: Any) -> str:

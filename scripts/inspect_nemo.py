@@ -16,9 +16,9 @@ def main() -> None:
     options = flags.parse_args()
 
     from nemo_vlm.conversion.inspect import show
-    from nemo_vlm.sources.opening import open_source
+    from nemo_vlm.sources.opening import open_any
 
-    show(open_source(options.path, "path"), options.all, options.json)
+    show(open_any(options.path, "path"), options.all, options.json)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from nemo_vlm.formats import safetensors
 from nemo_vlm.formats.reader import InMemory, chosen
 from nemo_vlm.formats.store import Folder
 from nemo_vlm.models.base import family
-from nemo_vlm.models.conversation import TEMPLATES
 from nemo_vlm.models.images import unpatchify
 from nemo_vlm.models.llava.config import Config as LlavaConfig
 from nemo_vlm.sources.huggingface import companions
@@ -263,7 +262,7 @@ def test_stock_processor_makes_the_pixels_of_training(kind: str, aspect: str, tm
 
 
 @pytest.mark.parametrize("system", [None, "", 'Say "yes"\nor \U0001f600.'])
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", ["plain", "v1", "v1_fork", "llama_2"])
 def test_chat_template_is_the_one_of_training(template: str, system: str | None, tmp_path: Path) -> None:
     ours, theirs = processors("clip", "square", tmp_path, conv_template=template, system_message=system)
     path = tmp_path / "image.png"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,9 @@ from nemo_vlm.mcore.engine import Engine, materialize
 from nemo_vlm.models.base import FAMILIES, family
 from nemo_vlm.models.build import build_chunks
 from nemo_vlm.models.llava.config import Config as LlavaConfig
+from nemo_vlm.sources import starting
 from nemo_vlm.training.build import make_engine
+from nemo_vlm.typed import model_tree, read_model
 
 NUM_STEPS, GLOBAL_BATCH = 4, 8
 
@@ -106,6 +109,12 @@ def run_of(
 ) -> RunConfig:
     trainer = TrainerConfig(precision=precision, gradient_clip_val=1.0, max_steps=NUM_STEPS)
     return RunConfig(name, trainer, ExpManagerConfig(), config, parallel, step, DataConfig(), optim, TokenizerConfig())
+
+
+def settle(run: RunConfig, given: Collection[str] = ()) -> RunConfig:
+    """The run with what the checkpoints that it starts from decide."""
+    tree, _ = starting.settle(model_tree(run), given)
+    return replace(run, **read_model(tree, type(run.model)))
 
 
 def build_all(run: RunConfig, layout: Layout):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from distributed import run_ranks
@@ -28,7 +29,8 @@ from torch.distributed.tensor import DTensor
 
 from nemo_vlm.batch import Sample
 from nemo_vlm.config import OptimConfig, ParallelConfig, RunConfig, StepConfig
-from nemo_vlm.data.loader import Order, Share, StepSampler, batch_size_at
+from nemo_vlm.data.loader import Share, StepSampler
+from nemo_vlm.data.orders import Blend, batch_size_at
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import groups
 from nemo_vlm.models.base import family
@@ -276,11 +278,11 @@ def test_ramp_up_is_megatrons() -> None:
 
 def test_ramp_up_reads_every_sample_once_and_resumes() -> None:
     step = StepConfig(micro_batch_size=2, global_batch_size=16, rampup_batch_size=(4, 4, 24))
-    order = Order(1000, 7, shuffle=False)
-    ranks = [list(StepSampler(order, 8, 0, step, Share(rank, 2))) for rank in range(2)]
+    order = Blend([numpy.arange(1000)], (1.0,), 7, shuffle=False)
+    ranks = [[groups[0] for groups in StepSampler(order, 8, 0, step, Share(rank, 2))] for rank in range(2)]
     sizes = [len(a) + len(b) for a, b in zip(*ranks, strict=True)]
     assert sizes == [4, 4, 8, 12, 16, 16, 16, 16]
     read = [k for a, b in zip(*ranks, strict=True) for k in a + b]
     assert read == list(range(len(read)))
     again = StepSampler(order, 5, sum(sizes[:3]), step, Share(0, 2))
-    assert list(again) == ranks[0][3:]
+    assert [groups[0] for groups in again] == ranks[0][3:]

@@ -310,7 +310,7 @@ def test_the_evaluation_is_planned_from_its_archive(tmp_path: Path) -> None:
     tree = model_tree(run_of(name, config))
     write_archive(tmp_path / "tiny.nemo", tree, {}, [], [])
     script = str(ROOT / "examples/neva_evaluation.py")
-    arguments = ("neva_model_file=tiny.nemo", "dry_run=true", "plan_file=plan.json", "precision=bf16")
+    arguments = ("neva_model_file=tiny.nemo", "dry_run=true", "plan_file=plan.json", "trainer.precision=bf16")
     result = command(script, *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     plan = json.loads((tmp_path / "plan.json").read_text())

@@ -14,7 +14,7 @@ from nemo_vlm.errors import ConfigError
 from nemo_vlm.models.base import family
 from nemo_vlm.planning.flops import step_flops
 from nemo_vlm.training.loss import REDUCTIONS
-from nemo_vlm.training.schedules import check, learning_rate
+from nemo_vlm.training.schedules import check, decayed, learning_rate
 
 LOSSES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 8.0, 16.0], [5.0, 5.0, 5.0]])
 LABELS = torch.tensor([[7, IGNORE_INDEX, 7], [IGNORE_INDEX, 7, IGNORE_INDEX], [IGNORE_INDEX] * 3])
@@ -54,7 +54,47 @@ def test_steps_go_before_the_ratio() -> None:
     assert learning_rate(1, OptimConfig(lr=1.0, sched=SchedConfig(warmup_steps=1, warmup_ratio=0.5)), 10) == 1.0
 
 
-@pytest.mark.parametrize("sched", [{"warmup_steps": 11}, {"warmup_steps": -1}, {"min_lr": 2.0}, {"min_lr": -1.0}])
+def test_a_constant_end_is_megatrons() -> None:
+    """NeMo's CosineAnnealing with constant_steps: warm-up from 0, cosine to min_lr, then min_lr."""
+    optim = OptimConfig(lr=2.0, sched=SchedConfig(warmup_steps=4, constant_steps=6, min_lr=0.5))
+    rates = [learning_rate(step, optim, 20) for step in range(23)]
+    assert rates[:5] == pytest.approx([0.0, 0.5, 1.0, 1.5, 2.0])
+    assert rates[9] == pytest.approx(0.5 + 1.5 * 0.5)  # half of the 10 steps between
+    assert rates[14:] == pytest.approx([0.5] * 9)
+
+
+@pytest.mark.parametrize(
+    ("sched", "rates"),
+    [
+        ({"name": "SquareAnnealing"}, (1.0, 0.25, 0.1)),
+        ({"name": "SquareRootAnnealing"}, (0.8**0.5, 0.4**0.5, 0.1)),
+        ({"name": "InverseSquareRootAnnealing"}, (1.0, (3 / 7) ** 0.5, (3 / 11) ** 0.5)),
+        ({"name": "PolynomialDecayAnnealing", "power": 2.0}, (1.0, 0.1 + 0.9 * 0.25, 0.1)),
+        ({"name": "WarmupAnnealing"}, (1.0, 0.55, 0.1)),
+        ({"name": "WarmupPolicy"}, (1.0, 1.0, 1.0)),
+    ],
+    ids=lambda sched: sched["name"] if isinstance(sched, dict) else "",
+)
+def test_the_other_schedules_are_nemos(sched, rates) -> None:
+    """By its formulas: right behind the warm-up of 2 steps, in the middle and at the end of 10."""
+    optim = OptimConfig(lr=1.0, sched=SchedConfig(warmup_steps=2, min_lr=0.1, **sched))
+    assert learning_rate(2, optim, 10) == 1.0
+    assert [decayed(step, optim, 2, 10) for step in (2, 6, 10)] == pytest.approx(rates)
+    assert learning_rate(11, optim, 10) == 0.1
+
+
+def test_a_trial_shorter_than_its_warm_up_runs(caplog) -> None:
+    optim = OptimConfig(lr=1.0, sched=SchedConfig(warmup_steps=65))
+    check(optim, 3)
+    assert "warmup_steps=65: the run ends after 3 steps" in caplog.text
+    assert learning_rate(2, optim, 3) == pytest.approx(3 / 66)
+
+
+@pytest.mark.parametrize(
+    "sched",
+    [{"warmup_steps": -1}, {"warmup_ratio": 1.5}, {"warmup_steps": 5, "constant_steps": 6}]
+    + [{"min_lr": 2.0}, {"min_lr": -1.0}],
+)
 def test_impossible_schedules(sched) -> None:
     with pytest.raises(ConfigError):
         check(OptimConfig(lr=1.0, sched=SchedConfig(**sched)), 10)

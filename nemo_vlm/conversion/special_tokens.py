@@ -6,12 +6,9 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from nemo_vlm.config import LanguageConfig
 from nemo_vlm.conversion.convert import Target, to_nemo
@@ -31,7 +28,7 @@ from nemo_vlm.conversion.tokenizer_files import (
 from nemo_vlm.data.tokenizer import open_tokenizer
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import folder_written_whole, written_whole
-from nemo_vlm.formats.reader import Reader, Shape, Slices
+from nemo_vlm.formats.grown import Grown
 from nemo_vlm.formats.store import Folder, Span
 from nemo_vlm.mapping import check
 from nemo_vlm.models.base import family
@@ -41,46 +38,8 @@ from nemo_vlm.typed import plain
 
 EXTRA = tuple(f"<extra_id_{number}>" for number in range(8))
 USER_DEFINED = 4  # SentencePiece's type of a piece that stands whole in a text; 3, control, is never read from text
-CHUNK = 4096  # rows that are averaged at a time, in double precision
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Grown:
-    """A reader's tensors, some with more rows than it has, each the mean of its old ones.
-
-    A row of zeros or of noise would give the new token a logit near 0, where those of trained tokens are often far
-    below: it would take probability from all of them. The mean of all rows is never much more likely than they are.
-    """
-
-    reader: Reader
-    shapes: Mapping[str, Shape]  # of those that grow
-
-    def __str__(self) -> str:
-        return str(self.reader)
-
-    def names(self) -> set[str]:
-        return self.reader.names()
-
-    def shape(self, name: str) -> Shape:
-        return self.shapes[name] if name in self.shapes else self.reader.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.reader.dtype(name)
-
-    def read(self, name: str, slices: Slices = ()) -> Tensor:
-        if name not in self.shapes:
-            return self.reader.read(name, slices)
-        old = self.reader.read(name)
-        new = mean_row(old).expand(self.shapes[name][0] - len(old), -1)
-        return torch.cat([old, new])[slices]
-
-
-def mean_row(rows: Tensor) -> Tensor:
-    """[n, h] -> [1, h]"""
-    total = sum(chunk.double().sum(0, keepdim=True) for chunk in rows.split(CHUNK))
-    return (total / len(rows)).to(rows.dtype)
 
 
 def add_special_tokens(given: Path, output: Path, tokens: Iterable[str]) -> TokenizerFacts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from nemo_vlm import heartbeat
 from nemo_vlm.batch import Batch
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import cpu, groups, weights
+from nemo_vlm.mcore.cache import Cache
 from nemo_vlm.mcore.fsdp import FullySharded
 from nemo_vlm.mcore.replicated import Replicated
 from nemo_vlm.mcore.updates import UpdateConfig, Updater
@@ -63,8 +65,8 @@ class StageModule(MegatronModule):
     def shared_embedding_or_output_weight(self) -> Tensor:
         return self.model.language_model.shared_embedding_or_output_weight()
 
-    def forward(self, batch: Batch, labels: Tensor | None = None) -> Tensor:
-        return self.model(batch, labels)
+    def forward(self, batch: Batch, labels: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        return self.model(batch, labels, cache)
 
 
 class Engine:
@@ -108,31 +110,50 @@ class Engine:
             group["lr"] = lr * group["lr_mult"]
         self.updater.start()
         heartbeat.at("forward and backward pass")
-        loss, counts = self._run(micro_batches)
+        loss_sum, weight, *counts = self._run(micro_batches, self.loss_function)
         heartbeat.at("optimizer")
-        return StepResult(loss, self.updater.update(), counts)
+        loss = loss_sum / weight if weight else float("nan")
+        return StepResult(loss, self.updater.update(), tuple(counts))
 
-    def _run(self, micro_batches: list[Batch]) -> tuple[float, tuple[float, ...]]:
+    def evaluate(self, micro_batches: list[Batch], loss_function: LossFunction) -> tuple[float, ...]:
+        """A loss function's two sums over a global batch, and Batch.counts of it.
+
+        Nothing changes: no weight, gradient or random state.
+        """
+        modules = [module for stage in self.updater.modules for module in stage.modules() if module.training]
+        for module in modules:
+            module.training = False
+        with torch.no_grad(), self.updater.evaluation():
+            sums = self._run(micro_batches, loss_function, forward_only=True)
+        for module in modules:
+            module.training = True
+        return sums
+
+    def _run(
+        self, micro_batches: list[Batch], loss_function: LossFunction, forward_only: bool = False
+    ) -> tuple[float, ...]:
+        """The loss function's two sums over the global batch, and Batch.counts of it."""
         modules = self.updater.modules
         batches = [iter(micro_batches) for _ in modules]
         reports = get_forward_backward_func()(
-            forward_step_func=self._forward,
+            forward_step_func=partial(self._forward, loss_function),
             data_iterator=batches if len(modules) > 1 else batches[0],
             model=modules,
             num_microbatches=len(micro_batches),
             seq_length=1,  # the pipeline's shapes are sent along (variable_seq_lengths)
             micro_batch_size=1,
-            forward_only=False,
+            forward_only=forward_only,
         )
         total = sum(reports) if reports else torch.zeros(7, dtype=torch.float64)
-        loss_sum, weight, *counts = groups.sum_over_data(total.to(cpu.device())).tolist()
-        return loss_sum / weight if weight else float("nan"), tuple(counts)
+        return tuple(groups.sum_over_data(total.to(cpu.device())).tolist())
 
-    def _forward(self, micro_batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Callable]:
+    def _forward(
+        self, loss_function: LossFunction, micro_batches: Iterator[Batch], model: nn.Module
+    ) -> tuple[Tensor, Callable]:
         batch = next(micro_batches).to(cpu.device())
 
         def reduce(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            total, weight = self.loss_function(losses, batch)
+            total, weight = loss_function(losses, batch)
             counts = batch.counts().to(total.device)
             report = torch.cat([torch.stack([total.detach().double(), weight.double()]), counts])
             return total, weight.int(), report

@@ -6,7 +6,9 @@ with the whole. Sharded weights are fp32 whatever the precision; they are cast w
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -103,6 +105,14 @@ class FullySharded:
             torch._foreach_mul_([local(parameter.grad) for parameter in self.trained], coefficient)
         self.optimizer.step()
         return norm
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """A backward pass would give back the gathered weights that the forward pass keeps."""
+        yield
+        for module in self.stage.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def local_weights(self, chunk: int) -> list[tuple[str, int, Tensor]]:
         return [(name, first_element(p), local(p.data)) for name, p in self.stage.model.named_parameters()]

@@ -40,7 +40,9 @@ def initialize(layout: Layout, seed: int) -> None:
         layout.virtual if layout.virtual > 1 else None,
         create_gloo_process_groups=False,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    # Tensor-parallel ranks share a seed, and have one of their own; here other replicas and stages have others.
+    first_of_tensor_group = torch.distributed.get_rank() // layout.tensor * layout.tensor
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + first_of_tensor_group)
 
 
 def shut_down() -> None:
@@ -59,6 +61,10 @@ def stages(layout: Layout) -> list[Stage]:
 
 def data_parallel_rank() -> int:
     return parallel_state.get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    return parallel_state.get_data_parallel_world_size()
 
 
 def sum_over_data(values: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -100,6 +102,16 @@ class Replicated:
             clip_grad_by_total_norm_fp32(each.get_parameters(), self.max_norm, norm)
         self.optimizer.step_with_ready_grads()
         return norm
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """With overlap_param_sync the first forward pass of a step gathers the weights; here all are, before it."""
+        gathering = [module for module in self.modules if module.ddp_config.overlap_param_gather]
+        for module in gathering:
+            module.disable_forward_pre_hook()
+        yield
+        for module in gathering:
+            module.enable_forward_pre_hook()
 
     def local_weights(self, chunk: int) -> list[tuple[str, int, Tensor]]:
         module = self.modules[chunk]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,10 +12,9 @@ from megatron.core.optimizer import OptimizerConfig, ParamKey, get_standard_conf
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from torch import Tensor, nn
 
-from nemo_vlm.config import OptimConfig
+from nemo_vlm.config import OptimConfig, StepConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-INITIAL_LOSS_SCALE = 2.0**10  # gradients are of sums over tokens; a larger one only wastes the first steps
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class UpdateConfig:
         max_grad_norm: 0 turns clipping off.
         lr_ratios: of the model's top-level modules, by name.
         offload_fraction: of the optimizer, to the host's memory.
+        step: says how the loss is scaled.
     """
 
     optim: OptimConfig
     max_grad_norm: float
     lr_ratios: Mapping[str, float] = field(default_factory=dict)
     offload_fraction: float = 0.0
+    step: StepConfig = field(default_factory=StepConfig)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ class Updater(Protocol):
     def update(self) -> float:
         """Clip and step, unless the norm of the gradients is not finite; that norm."""
 
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Around forward passes without a backward pass."""
+
     def local_weights(self, chunk: int) -> list[tuple[str, int, Tensor]]:
         """Name, first element and values of what this rank holds of each parameter."""
 
@@ -96,7 +101,9 @@ def optimizer_config(config: UpdateConfig, dtype: torch.dtype) -> OptimizerConfi
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         params_dtype=dtype,
-        initial_loss_scale=INITIAL_LOSS_SCALE,
+        initial_loss_scale=config.step.native_amp_init_scale,
+        loss_scale_window=config.step.native_amp_growth_interval,
+        hysteresis=config.step.hysteresis,
         use_distributed_optimizer=optim.distributed,
         overlap_param_gather=optim.overlap_param_sync,
         optimizer_cpu_offload=config.offload_fraction > 0,

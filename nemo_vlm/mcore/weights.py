@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nemo_vlm import heartbeat
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import Reader, Slices, listed
+from nemo_vlm.mcore import cpu
 from nemo_vlm.mcore.groups import from_every_rank
 
 Bounds = tuple[tuple[int, int], ...]
@@ -166,9 +167,13 @@ def whole_initial(part: Part, seed: int, std: float) -> Tensor:
         return torch.zeros(part.shape)
     if len(part.shape) == 1:
         return torch.ones(part.shape)
-    digest = hashlib.sha256(f"{seed}:{part.name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(part.shape).normal_(0.0, std, generator=generator)
+    return torch.empty(part.shape).normal_(0.0, std, generator=generator(seed, part.name))
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """That of a tensor, by its name."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @torch.no_grad()
@@ -224,7 +229,7 @@ def placements(model_parts: list[Part]) -> dict[str, Placement]:
 
 def gather(model_parts: list[Part], placed: dict[str, Placement]) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors one by one on rank 0, on the CPU; every rank must run through it, the others get nothing."""
-    rank, device = torch.distributed.get_rank(), model_parts[0].data.device
+    rank, device = torch.distributed.get_rank(), cpu.device()
     mine = {(part.name, part.bounds): part.data for part in model_parts}
     for name, placement in placed.items():
         heartbeat.at("gathering weights")  # a large model's take longer than any step

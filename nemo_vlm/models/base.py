@@ -1,6 +1,7 @@
 """What a family is: a folder with these modules, found by its name.
 
-    config.py     Config, a frozen dataclass on LanguageConfig
+    config.py     Config, a frozen dataclass on LanguageConfig; STARTS, the settings that name checkpoints with first
+                  weights, and the module that each is for (None: all); where two bring the same, the later one wins
     model.py      Model(config, build, stage), a torch module: forward(batch, labels) -> losses, logits, hidden states
     processor.py  settle(config, tokenizer); Processor(config, data, tokenizer): record -> Sample;
                   hf_processor(config, data), data_from_hf(files, config): Hugging Face's files of a processor that does
@@ -38,14 +39,30 @@ class Processor(Protocol):
     tokenizer: Any
 
     def sample(self, record: Mapping[str, Any]) -> Sample:
-        """A training sample of a LLaVA-style record, its images given as paths."""
+        """A training sample of a LLaVA-style record, its images given as paths.
+
+        Raises:
+            SampleError: there is none to be made of it.
+        """
+        ...
+
+    def length(self, record: Mapping[str, Any]) -> int:
+        """Tokens of that sample, without its pixels.
+
+        Raises:
+            SampleError: as sample.
+        """
         ...
 
     def prompt(self, record: Mapping[str, Any]) -> Sample:
         """The record up to where the assistant's first answer would begin."""
         ...
 
-    def tokens(self, text: str, num_images: int, add_special_tokens: bool = True) -> Tensor:
+    def asked(self, record: Mapping[str, Any]) -> tuple[Tensor, list[Any]]:
+        """The tokens of that prompt, and what `pixels` is to be asked for it."""
+        ...
+
+    def tokens(self, text: str, media: Sequence[Path], add_special_tokens: bool = True) -> Tensor:
         """Ids [s] of a text that is not put into a template, <image> standing for as many tokens as the model sees."""
         ...
 
@@ -63,3 +80,15 @@ def family(name: str, part: str) -> ModuleType:
     if name not in FAMILIES:
         raise ConfigError(f"model.family={name}: must be one of {', '.join(FAMILIES)}")
     return importlib.import_module(f"nemo_vlm.models.{name}.{part}")
+
+
+def starts(tree: Mapping[str, Any]) -> list[tuple[str, str | None, str]]:
+    """The checkpoints that the branch `model` names: the key, the module it is for (None: all), the path."""
+    found = []
+    for key, module in family(str(tree.get("family")), "config").STARTS.items():
+        value: Any = tree
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value is not None:
+            found.append((f"model.{key}", module, str(value)))
+    return found

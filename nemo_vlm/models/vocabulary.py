@@ -23,5 +23,8 @@ def token_id(tokenizer: Any, token: str, key: str) -> int:
     """The id of a token that must be in the vocabulary."""
     found = tokenizer.get_vocab().get(token)
     if found is None:
-        raise ConfigError(f"{key}={token}: the tokenizer {tokenizer.name_or_path} has no such token")
+        raise ConfigError(
+            f"{key}={token}: the tokenizer {tokenizer.name_or_path} has no such token; "
+            f"model.tokenizer.additional_special_tokens=['{token}'] or scripts/add_special_tokens.py adds it"
+        )
     return found

@@ -137,7 +137,7 @@ def supervise(ranks_per_node: int, num_nodes: int, hang_timeout: float, env: Map
     with tempfile.TemporaryDirectory(prefix="nemo_vlm_") as folder, Signals() as signals:
         ranks: list[Rank] = []
         try:
-            environment = common_environment(ranks_per_node * num_nodes, folder, env)
+            environment = common_environment(ranks_per_node * num_nodes, num_nodes, folder, env)
             for local_rank in range(ranks_per_node):
                 ranks.append(start(local_rank, ranks_per_node, Path(folder), environment))
             failure = wait(ranks, signals, num_nodes, hang_timeout)
@@ -151,13 +151,18 @@ def supervise(ranks_per_node: int, num_nodes: int, hang_timeout: float, env: Map
         raise Stopped
 
 
-def common_environment(world_size: int, folder: str, env: Mapping[str, str]) -> dict[str, str]:
-    """What all ranks of this node are told; LOCAL_RANK, added for each, makes Lightning take them as started."""
+def common_environment(world_size: int, num_nodes: int, folder: str, env: Mapping[str, str]) -> dict[str, str]:
+    """What all ranks of this node are told; LOCAL_RANK, added for each, makes Lightning take them as started.
+
+    The ranks of a single node meet on it, whatever MASTER_ADDR a script exports that was written for another machine.
+    """
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
     defaults = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
     given = {key: value for key, value in env.items() if value or key not in defaults}
+    if num_nodes == 1:
+        given["MASTER_ADDR"] = defaults["MASTER_ADDR"]
     return defaults | given | {"WORLD_SIZE": str(world_size), VARIABLE: f"{os.getpid()}:{folder}"}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_vlm import checkpoints
 from nemo_vlm import layout as layouts
-from nemo_vlm.config import ExpManagerConfig, LanguageConfig, RunConfig, TrainerConfig
+from nemo_vlm.config import ExpManagerConfig, RunConfig
 from nemo_vlm.data import digits
 from nemo_vlm.data.tokenizer import tokenizer_exists
 from nemo_vlm.errors import ConfigError
@@ -24,11 +24,10 @@ from nemo_vlm.files import written_whole
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore.ranks import first_replica, rank_groups
 from nemo_vlm.mcore.weights import Bounds
-from nemo_vlm.models.base import family
 from nemo_vlm.planning import machine
 from nemo_vlm.planning.memory import Holding, hold
 from nemo_vlm.planning.report import report
-from nemo_vlm.sources.opening import open_source
+from nemo_vlm.sources.starting import with_tokenizer
 from nemo_vlm.sources.tokenizers import load_tokenizer
 from nemo_vlm.typed import plain
 
@@ -74,43 +73,34 @@ def training(run: RunConfig, env: Mapping[str, str]) -> Planned:
     if run.optim.offload is not False:
         notes.append("model.optim.offload: the optimizer's bytes are counted where they are offloaded to as well")
     layout = layouts.resolve(run, gpus, {} if given else env)  # another job's WORLD_SIZE does not matter then
-    model, found = settle(run)
+    run, found = settle(run)
     notes += [*found, *absent_data(run), *absent_checkpoint(run.exp_manager)]
-    return Planned(replace(run, model=model), layout, True, notes)
+    return Planned(run, layout, True, notes)
 
 
-def evaluation(archive_path: str, precision: Any, batch_size: int) -> Planned:
-    """The plan of one process that answers with an archive's model; the archive says what that is."""
-    settings = open_source(archive_path, "neva_model_file").settings
-    trainer = TrainerConfig(devices=1, precision=precision)
-    run = RunConfig(trainer=trainer, exp_manager=ExpManagerConfig(name=Path(archive_path).stem), **settings)
-    return Planned(run, layouts.one_process(run.model, batch_size), False, [])
-
-
-def settle(run: RunConfig) -> tuple[LanguageConfig, list[str]]:
-    """The model's config with what its tokenizer decides, where that is here; and what to say where it is not."""
+def settle(run: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The run with what its tokenizer decides, where that is here; and what to say of it."""
     if tokenizer_exists(run.tokenizer):
-        return family(run.family, "processor").settle(run.model, load_tokenizer(run.tokenizer)), []
-    name = run.tokenizer.type or "null"
+        run, grown = with_tokenizer(run, load_tokenizer(run.tokenizer))
+        return run, [grown] if grown else []
+    name = run.tokenizer.place or "null"
     size = run.model.vocab_size or (digits.NUM_TOKENS if demo_tokenizer(run) else None)
     if size is None:
         raise ConfigError(f"model.vocab_size=null: model.tokenizer.type={name} is not here to tell it; give it")
     note = f"model.tokenizer.type={name}: not here; planned with a vocabulary of {size}"
-    return replace(run.model, vocab_size=size), [note]
+    return replace(run, model=replace(run.model, vocab_size=size)), [note]
 
 
 def demo_tokenizer(run: RunConfig) -> bool:
     """Whether the tokenizer is the one that the demo's data will bring along when it is written."""
-    path, name = run.data.data_path, run.tokenizer.type
-    known = run.data.prepare == "digits" and path is not None and name is not None
-    return known and Path(path).parent / "tokenizer" == Path(name)
+    files, name = run.data.files, run.tokenizer.type
+    known = run.data.prepare == "digits" and files and name is not None
+    return bool(known) and Path(files[0]).parent / "tokenizer" == Path(str(name))
 
 
 def absent_data(run: RunConfig) -> list[str]:
-    path = run.data.data_path
-    if path is not None and Path(path).is_file():
-        return []
-    return [f"model.data.data_path={path or 'null'}: not here; the plan does not need it"]
+    absent = [path for path in run.data.files or ("null",) if not Path(path).is_file()]
+    return [f"model.data.data_path={path}: not here; the plan does not need it" for path in absent]
 
 
 def absent_checkpoint(config: ExpManagerConfig) -> list[str]:

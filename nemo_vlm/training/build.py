@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 
 import torch
 from torch import nn
 
 from nemo_vlm.config import RunConfig
+from nemo_vlm.config.peft import is_adapter
 from nemo_vlm.layout import Layout
-from nemo_vlm.mcore import weights
+from nemo_vlm.mcore import lora, weights
 from nemo_vlm.mcore.config import DTYPES
 from nemo_vlm.mcore.engine import Engine, materialize
 from nemo_vlm.mcore.layers import kernels
@@ -17,8 +19,10 @@ from nemo_vlm.mcore.updates import UpdateConfig
 from nemo_vlm.models.build import build_chunks
 from nemo_vlm.planning.memory import replicated_memory
 from nemo_vlm.sources import starting
+from nemo_vlm.sources.adapters import first_adapter
 from nemo_vlm.training.loss import REDUCTIONS
 
+log = logging.getLogger(__name__)
 ACTIVATION_ROOM = 0.3  # of a GPU's memory, kept free when model.optim.offload=auto decides
 
 
@@ -35,25 +39,34 @@ def build_engine(run: RunConfig, layout: Layout, first_weights: bool = True) -> 
     for chunk in chunks if not sharded else []:
         materialize(chunk, DTYPES["32" if layout.fsdp else run.trainer.precision])
     engine = make_engine(run, layout, chunks)
-    if first_weights:
+    if first_weights or run.peft.lora:  # an adapter's checkpoint holds nothing of its base
         set_first_weights(engine, run)
     return engine
 
 
 def set_first_weights(engine: Engine, run: RunConfig) -> None:
-    """Each module's from the checkpoint that brings it, else drawn."""
-    brought, parts = starting.first_weights(run), engine.parts()
+    """Each module's from the checkpoint that brings it, else drawn; adapters after their base."""
+    brought, adapters = starting.first_weights(run), [part for part in engine.parts() if is_adapter(part.name)]
+    parts = [part for part in engine.parts() if not is_adapter(part.name)]
     drawn = [part for part in parts if part.name.split(".")[0] not in brought]
     weights.draw(drawn, run.step.seed, run.model.init_method_std, run.model.num_layers)
+    for module in sorted({part.name.split(".")[0] for part in drawn} & run.model.parts.keys()):
+        if run.model.parts[module].freeze:
+            log.warning("%s is frozen, and no checkpoint brings it: its weights stay random", module)
     for module, reader in brought.items():
         weights.load([part for part in parts if part.name.split(".")[0] == module], reader)
+    if run.peft.restore_from_path is not None:
+        weights.load(engine.kept_parts(), first_adapter(run.peft.restore_from_path).reader)
+    else:
+        lora.draw(adapters, run.step.seed, run.peft.lora_tuning)
     engine.updater.model_weights_loaded()
 
 
 def make_engine(run: RunConfig, layout: Layout, chunks: list[nn.Module]) -> Engine:
     """The engine of chunks, whose weights may be in place already."""
     ratios = {name: part.lr_ratio for name, part in run.model.parts.items()}
-    updates = UpdateConfig(run.optim, run.trainer.gradient_clip_val, ratios, offload_fraction(run, layout, chunks))
+    offloaded = offload_fraction(run, layout, chunks)
+    updates = UpdateConfig(run.optim, run.trainer.gradient_clip_val, ratios, offloaded, run.step)
     return Engine(
         chunks,
         layout,
@@ -61,6 +74,7 @@ def make_engine(run: RunConfig, layout: Layout, chunks: list[nn.Module]) -> Engi
         REDUCTIONS[run.step.loss_reduction],
         run.model.vocab_size or 0,
         DTYPES[run.parallel.fsdp_grad_reduce_dtype],
+        run.peft.lora is not None,
     )
 
 

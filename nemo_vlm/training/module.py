@@ -10,21 +10,24 @@ from typing import Literal
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from nemo_vlm import heartbeat
 from nemo_vlm.batch import Batch
-from nemo_vlm.checkpoints import Position
+from nemo_vlm.checkpoints import Position, run_folder
 from nemo_vlm.config import RunConfig
-from nemo_vlm.data.loader import Order, Share, StepSampler, batch_size_at, make_loader
+from nemo_vlm.data.loader import Share, training_loader
+from nemo_vlm.data.orders import batch_size_at
+from nemo_vlm.data.records import RecordDataset
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import groups
 from nemo_vlm.mcore.engine import StepResult
 from nemo_vlm.planning.flops import peak_tflops, step_flops
-from nemo_vlm.training import saving
+from nemo_vlm.training import early_stopping, saving, skips
 from nemo_vlm.training.build import build_engine
-from nemo_vlm.training.exp_manager import Opened, begin
+from nemo_vlm.training.exp_manager import MetricsFile, Opened, begin
 from nemo_vlm.training.schedules import learning_rate
+from nemo_vlm.training.validation import Validation, validates
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +39,8 @@ class Plan:
     run: RunConfig
     layout: Layout
     accelerator: Literal["cpu", "cuda"]
-    dataset: Dataset
+    dataset: RecordDataset
+    validation: RecordDataset | None = None
 
 
 class TrainingModule(pl.LightningModule):
@@ -52,6 +56,7 @@ class TrainingModule(pl.LightningModule):
         self.plan, self.run, self.opened = plan, plan.run, opened
         self.position = Position()
         self.batch_size, self.last_time = 0, 0.0
+        self.validation: Validation | None = None
         self.faults: list[str] = []
 
     def configure_model(self) -> None:
@@ -62,23 +67,41 @@ class TrainingModule(pl.LightningModule):
             self.position = saving.load(self.engine, path, self.run.exp_manager, self.plan.layout)
         groups.barrier()  # a rank that could not load ends the run before anything of an earlier one is touched
         begin(self.run.exp_manager, self.opened)
+        if self.trainer.is_global_zero:
+            skips.cut_back(run_folder(self.run.exp_manager), self.position)
 
     def configure_optimizers(self) -> None:
         """The engine owns the optimizer."""
 
     def train_dataloader(self) -> DataLoader:
         run, layout, position = self.run, self.plan.layout, self.position
-        order = Order(len(self.plan.dataset), run.step.seed, shuffle=run.data.dataloader_type == "cyclic")  # type: ignore[arg-type]
-        left = max(run.trainer.max_steps - position.global_step, 0)
+        left = 0 if self.finished else run.trainer.max_steps - position.global_step
         share = Share(self.trainer.strategy.data_parallel_rank, layout.data)
-        sampler = StepSampler(order, left, position.consumed_samples, run.step, share)
-        return make_loader(self.plan.dataset, sampler, layout, run.data.num_workers)
+        return training_loader(self.plan.dataset, layout, share, run, left, position.consumed_samples)
+
+    @property
+    def stopped_early(self) -> str | None:
+        """Why, if so."""
+        manager = self.run.exp_manager
+        if not manager.create_early_stopping_callback:
+            return None
+        return early_stopping.verdict(self.position.stopping, manager.early_stopping_callback_params)
 
     @property
     def finished(self) -> bool:
-        return self.position.global_step >= self.run.trainer.max_steps
+        return self.position.global_step >= self.run.trainer.max_steps or self.stopped_early is not None
+
+    def epochs_ended(self, count: int) -> bool:
+        """Whether the last step has ended an epoch, or the count-th since the one before."""
+        samples = count * len(self.plan.dataset)  # type: ignore[arg-type]
+        now = self.position.consumed_samples
+        return now // samples > (now - self.batch_size) // samples
 
     def on_train_start(self) -> None:
+        plan, share = self.plan, Share(self.trainer.strategy.data_parallel_rank, self.plan.layout.data)  # type: ignore[attr-defined]
+        if plan.validation is not None and validates(self.run, plan.validation):
+            epoch = len(plan.dataset)  # type: ignore[arg-type]
+            self.validation = Validation(self.run, plan.layout, share, plan.validation, epoch)
         self.last_time = time.perf_counter()
 
     def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
@@ -96,12 +119,39 @@ class TrainingModule(pl.LightningModule):
         position.skipped_steps += result.skipped
         now = time.perf_counter()
         position.metrics = self._row(result, lr, now - self.last_time)
+        if self.validation is not None and self.validation.due(position):
+            position.metrics["val_loss"] = self.validation.loss(self.engine)
+            now = time.perf_counter()  # validation is no part of the next step
         self.last_time = now
-        for logger in self.trainer.loggers:
-            logger.log_metrics(position.metrics, position.global_step)
+        self._log()
+        self._leave_out(int(result.counts[-1]), micro_batches)
         if result.skipped:
             self._report_skip(result, micro_batches)
         heartbeat.at("data", position.global_step + 1)
+
+    def _leave_out(self, count: int, micro_batches: Sequence[Batch]) -> None:
+        """Count and list the records of the step that no sample could be made of."""
+        position = self.position
+        if count:
+            mine = skips.details(micro_batches, self.plan.dataset)
+            lines = skips.of_all_ranks(mine, self.trainer.strategy.data_parallel_rank)  # type: ignore[attr-defined]
+            skips.count(lines, position)
+            if self.trainer.is_global_zero:
+                skips.append(lines, run_folder(self.run.exp_manager))
+        if position.skipped_samples:
+            skips.check(position, self.run.data.max_skip_fraction, self.finished)
+
+    def on_train_end(self) -> None:
+        if self.position.skipped_samples:
+            log.warning("%s; see %s", skips.report(self.position), skips.FILE)
+
+    def _log(self) -> None:
+        """Every step into metrics.csv, those that were validated into the other loggers too."""
+        row, step = self.position.metrics, self.position.global_step
+        for logger in self.trainer.loggers:
+            due = step % self.run.trainer.log_every_n_steps == 0 or "val_loss" in row
+            if due or isinstance(logger, MetricsFile):
+                logger.log_metrics(row, step)
 
     def _row(self, result: StepResult, lr: float, seconds: float) -> dict[str, float]:
         """The columns of metrics.csv; mfu only where the device's peak is known."""

@@ -115,8 +115,7 @@ def load(engine: Engine, path: Path, config: ExpManagerConfig, layout: Layout) -
     """
     position, reader = checkpoints.read(path), TorchDist(Folder(path))
     stored = reader.names()
-    weights.fill([best_source(part, stored) for part in engine.parts()], reader)
-    engine.updater.model_weights_loaded()
+    load_weights(engine, reader)
     if not config.resume_optimizer:
         log.info("the optimizer starts anew (exp_manager.resume_optimizer=false)")
     elif not any(name.startswith("optimizer.") for name in stored):
@@ -134,6 +133,21 @@ def load(engine: Engine, path: Path, config: ExpManagerConfig, layout: Layout) -
         weights.fill([part], reader)
         rng.restore_rng(part)
     return position
+
+
+def load_weights(engine: Engine, reader: TorchDist) -> None:
+    stored = reader.names()
+    weights.fill([best_source(part, stored) for part in engine.kept_parts()], reader)
+    engine.updater.model_weights_loaded()
+
+
+def load_best(engine: Engine, config: ExpManagerConfig) -> None:
+    """Put the weights where the best checkpoint that was kept has them."""
+    best = checkpoints.best(config) if torch.distributed.get_rank() == 0 else None
+    path = groups.from_first_rank(best)
+    assert path is not None
+    load_weights(engine, TorchDist(Folder(path)))
+    log.info("the archive has the weights of %s, the best by %s", path, config.checkpoint_callback_params.monitor)
 
 
 def best_source(part: weights.Part, stored: set[str]) -> weights.Part:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from nemo_vlm.config import LanguageConfig
 
+STARTS: dict[str, str | None] = {"restore_from_path": None}
+
 
 @dataclass(frozen=True)
 class Config(LanguageConfig):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_vlm.batch import Batch, Images
+from nemo_vlm.mcore.cache import Cache
 from nemo_vlm.mcore.config import BuildContext
 from nemo_vlm.mcore.gpt import build_gpt, decode, embed
 from nemo_vlm.mcore.groups import Stage
@@ -34,15 +35,19 @@ class Model(nn.Module):
                 config.mm_cfg.mm_mlp_adapter_type, vision.hidden_size, config.hidden_size, build
             )
 
-    def forward(self, batch: Batch, labels: Tensor | None = None) -> Tensor:
+    def forward(self, batch: Batch, labels: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Losses [b, s] where labels are given, else logits; hidden states on all but the last stage."""
-        embeddings = self.embed(batch) if self.stage.first else None
-        return decode(self.language_model, embeddings, batch, labels)
+        embeddings = self.embed(batch, together=labels is not None) if self.stage.first else None
+        return decode(self.language_model, embeddings, batch, labels, cache)
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Word embeddings [s, b, h] with the projected vision features at the image tokens."""
+    def embed(self, batch: Batch, together: bool) -> Tensor:
+        """Word embeddings [s, b, h] with the projected vision features at the image tokens.
+
+        Args:
+            together: other ranks may have images where this one has none, as in training and validation.
+        """
         embeddings = embed(self.language_model, batch.tokens)
-        features = self.encode(batch.images) if len(batch.images) or self.training else embeddings[0, :0]
+        features = self.encode(batch.images) if len(batch.images) or together else embeddings[0, :0]
         return merge(embeddings, batch.tokens, features, self.config.mm_cfg.image_token_index)
 
     def encode(self, images: Images) -> Tensor:

@@ -1,0 +1,188 @@
+"""What a run would be trained on: its first samples after templates, tokenization, truncation and packing.
+
+As text with the trained part in colour, as JSON, or as a contact sheet of images beside their text.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, islice
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from nemo_vlm.batch import IGNORE_INDEX, Sample
+from nemo_vlm.config import RunConfig, demand
+from nemo_vlm.data.codec import Codec
+from nemo_vlm.data.loader import Share, order_of, shares_of
+from nemo_vlm.data.records import RecordDataset
+from nemo_vlm.errors import ConfigError, SampleError
+from nemo_vlm.layout import Layout
+from nemo_vlm.models.images import image_size
+from nemo_vlm.models.tokens import trained_texts
+from nemo_vlm.models.video import Video, frame_size
+from nemo_vlm.planning.contact_sheet import contact_sheet
+
+MARKS = ("«", "»")  # around the trained part where there is no colour
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """The settings of examples/show_data.py, beside a run's."""
+
+    n: int = 20  # samples
+    json: bool = False  # one line of JSON a sample
+    picture: str | None = None  # a PNG to draw
+
+    def __post_init__(self) -> None:
+        demand(self.n > 0, "n", self.n, "1 or more")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a sample's tokens.
+
+    Attributes:
+        text: what they say; of an image how many there are.
+    """
+
+    text: str
+    trained: bool
+    image: bool = False
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A sample in its place.
+
+    Attributes:
+        place: where in the run it is drawn.
+        record: None: it cannot be read.
+    """
+
+    number: int
+    place: str
+    record: dict[str, Any] | None
+    sample: Sample
+    codec: Codec
+    placeholder_id: int | None
+
+    @property
+    def id(self) -> Any:
+        return None if self.record is None else self.record.get("id", self.number)
+
+    @property
+    def num_image_tokens(self) -> int:
+        return int((self.sample.tokens == self.placeholder_id).sum()) if self.placeholder_id is not None else 0
+
+    @cached_property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of the images and of the videos' frames that the model sees, in pixels."""
+        if self.record is None or not len(self.sample.images):
+            return []
+        images = [image_size(image) for image in self.record["image"]]
+        return images + [frame_size(Video(video)) for video in self.record.get("video", [])]
+
+    def pieces(self) -> Iterator[Piece]:
+        """The sample's tokens, the last of which is only a label."""
+        if self.sample.skipped:
+            return
+        tokens, labels = self.sample.tokens, self.sample.labels
+        ids = torch.cat([tokens, labels[-1:].clamp(min=0)[labels[-1:] != IGNORE_INDEX]])
+        trained = torch.cat([torch.tensor([False]), labels != IGNORE_INDEX])[: len(ids)]
+        images = torch.zeros_like(trained) if self.placeholder_id is None else ids == self.placeholder_id
+        runs = groupby(zip(ids.tolist(), trained.tolist(), images.tolist(), strict=True), lambda token: token[1:])
+        for (is_trained, is_image), run in runs:
+            found = [token for token, _, _ in run]
+            text = f"[{len(found)} image tokens]" if is_image else self.codec.text(found)
+            yield Piece(text, is_trained, is_image)
+
+    def as_json(self) -> dict[str, Any]:
+        sample, skipped = self.sample, self.sample.skipped
+        return {
+            "id": self.id,
+            "record": self.number,
+            "place": self.place,
+            "input_ids": [] if skipped else sample.tokens.tolist(),
+            "labels": [] if skipped else sample.labels.tolist(),
+            "trained_text": [] if skipped else trained_texts(sample.labels, self.codec),
+            "num_image_tokens": 0 if skipped else self.num_image_tokens,
+            "image_sizes": self.image_sizes,
+            "skipped": skipped,
+        }
+
+    def headline(self) -> str:
+        if self.sample.skipped:
+            return f"{self.place}, record {self.number}, id {self.id}: SKIPPED, {self.sample.skipped}"
+        trained = int((self.sample.labels != IGNORE_INDEX).sum())
+        sizes = ", ".join(f"{width} x {height}" for width, height in self.image_sizes) or "none"
+        return (
+            f"{self.place}, record {self.number}, id {self.id}: {len(self.sample.tokens)} tokens, {trained} trained, "
+            f"{self.num_image_tokens} of images; images: {sizes}"
+        )
+
+
+def show(config: ShowConfig, run: RunConfig, layout: Layout, dataset: RecordDataset, tokenizer: Any) -> None:
+    """Print the first samples of a settled run, in the order in which it would draw them.
+
+    Raises:
+        ConfigError: the picture cannot be written.
+    """
+    found = list(islice(samples(run, layout, dataset, tokenizer), config.n))
+    console = Console(highlight=False, soft_wrap=True)
+    for shown in found:
+        if config.json:
+            sys.stdout.write(json.dumps(shown.as_json(), ensure_ascii=False) + "\n")
+        else:
+            console.print(Text(shown.headline(), "bold"))
+            console.print(coloured(shown, console.is_terminal), end="\n\n")
+    if not config.json:
+        console.print(summary(found))
+    if config.picture is not None:
+        try:
+            contact_sheet([(shown.headline(), list(shown.pieces()), shown.record) for shown in found], config.picture)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"picture={config.picture}: cannot be written ({error})") from None
+
+
+def samples(run: RunConfig, layout: Layout, dataset: RecordDataset, tokenizer: Any) -> Iterator[Shown]:
+    codec, placeholder_id = Codec(tokenizer), tokenizer.get_vocab().get(run.model.image_placeholder)
+    shares = shares_of(dataset, layout, run)
+    for step, batch in enumerate(order_of(dataset, run).batches(0, run.step), 1):
+        for rank in range(layout.data):
+            for pack, numbers in enumerate(shares(batch, Share(rank, layout.data)), 1):
+                place = f"step {step}" + (f", rank {rank}" if layout.data > 1 else "")
+                place += f", pack {pack}" if run.data.packing else ""
+                for number in numbers:
+                    if number >= 0:
+                        yield Shown(number, place, record_of(dataset, number), dataset[number], codec, placeholder_id)
+
+
+def record_of(dataset: RecordDataset, number: int) -> dict[str, Any] | None:
+    try:
+        return dataset.record(number)
+    except SampleError:
+        return None
+
+
+def coloured(shown: Shown, in_colour: bool) -> Text:
+    text = Text()
+    for piece in shown.pieces():
+        before, after = MARKS if piece.trained and not in_colour else ("", "")
+        text.append(before + piece.text + after, "bold green" if piece.trained else "dim" if piece.image else "")
+    return text
+
+
+def summary(found: list[Shown]) -> str:
+    whole = [shown for shown in found if not shown.sample.skipped]
+    tokens = sum(len(shown.sample.tokens) for shown in whole)
+    trained = sum(int((shown.sample.labels != IGNORE_INDEX).sum()) for shown in whole)
+    images = sum(shown.num_image_tokens for shown in whole)
+    tally = f"{tokens} tokens, {trained} trained, {images} of images"
+    return f"{len(found)} samples, {len(found) - len(whole)} skipped: {tally}"

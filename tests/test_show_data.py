@@ -1,0 +1,95 @@
+"""examples/show_data.py: what it shows is what the loader gives, and what the records say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+
+from nemo_vlm import experiment
+from nemo_vlm.batch import IGNORE_INDEX
+from nemo_vlm.data.loader import Share, training_loader
+from nemo_vlm.door import CONF, store_defaults
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.layout import resolve
+
+
+def tree(*overrides: str):
+    store_defaults()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = OmegaConf.to_container(compose("show_data", list(overrides)), resolve=True)
+    return {key: value for key, value in composed.items() if key not in ("debug", "dry_run", "plan_file")}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lines(capsys: pytest.CaptureFixture, *overrides: str) -> list[dict]:
+    experiment.show(tree("json=true", *overrides))
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_it_shows_what_the_loader_gives(folder: Path, capsys: pytest.CaptureFixture, packing: str) -> None:
+    settings = ("model.micro_batch_size=1", "model.global_batch_size=8", f"model.data.packing={packing}")
+    shown = lines(capsys, "n=8", *settings)
+    composed = tree(*settings)
+    run = experiment.read({key: composed[key] for key in ("trainer", "exp_manager", "model")})
+    layout = resolve(run, 0, {})
+    run, _, datasets = experiment.open_data(replace(run, data=replace(run.data, num_workers=0)))
+    (batches,) = training_loader(datasets.train, layout, Share(0, 1), run, 1, 0)
+    drawn = {}
+    for batch in batches:
+        ids, labels = (tensor.flatten() for tensor in (batch.tokens, batch.labels))
+        for number, ids_of, labels_of in zip(
+            batch.records.tolist(),
+            ids.split(batch.lengths.tolist()),
+            labels.split(batch.lengths.tolist()),
+            strict=True,
+        ):
+            drawn[number] = (ids_of.tolist(), labels_of.tolist())
+    assert {line["record"]: (line["input_ids"], line["labels"]) for line in shown} == drawn
+    records = json.loads((folder / "datasets/digits_vqa/train.json").read_text())
+    for line in shown:
+        record = records[line["record"]]
+        assert line["id"] == record["id"]
+        assert line["trained_text"] == [f" {record['conversations'][1]['value']}</s>"]
+        assert (line["num_image_tokens"], line["image_sizes"], line["skipped"]) == (16, [[32, 32]], None)
+        assert len(line["input_ids"]) == len(line["labels"])
+    assert all(("pack" in line["place"]) == (packing == "true") for line in shown)
+
+
+def test_text_pictures_and_skipped_samples(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    experiment.show(tree("n=1"))
+    capsys.readouterr()
+    place = folder / "datasets/digits_vqa"
+    records = json.loads((place / "train.json").read_text())[:3]
+    records[1]["image"] = "nowhere.png"
+    (place / "three.json").write_text(json.dumps(records))
+    three = ("model.data.data_path=datasets/digits_vqa/three.json", "model.data.dataloader_type=single", "n=3")
+    experiment.show(tree(*three, "picture=sheet/out.png"))
+    text = capsys.readouterr().out
+    assert f"ASSISTANT:« {records[0]['conversations'][1]['value']}</s>»" in text  # no colour where there is no terminal
+    assert "SKIPPED, missing_image" in text
+    assert "3 samples, 1 skipped" in text
+    assert "[16 image tokens]" in text
+    with Image.open(folder / "sheet/out.png") as picture:
+        assert picture.getextrema() != ((255, 255),) * 3  # not a white sheet
+    found = lines(capsys, *three)
+    assert [bool(line["skipped"]) for line in found] == [False, True, False]
+    assert found[1]["id"] == records[1]["id"]
+    assert all(label == IGNORE_INDEX for line in found for label in line["labels"][:16])
+
+
+def test_a_picture_that_cannot_be_written(folder: Path) -> None:
+    (folder / "file").write_text("")
+    with pytest.raises(ConfigError, match="picture=file/out.png: cannot be written"):
+        experiment.show(tree("n=1", "picture=file/out.png"))
