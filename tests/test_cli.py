@@ -92,7 +92,7 @@ def test_a_multirun_of_several_ranks(trained, folder: Path) -> None:
     assert [metrics(folder, f"many_{number}")[0]["world_size"] for number in range(2)] == [1, 2]
 
 
-def test_a_broken_image_on_any_rank_ends_the_run(trained, folder: Path) -> None:
+def test_too_many_missing_images_end_the_run(trained, folder: Path) -> None:
     trained("single")
     records = json.loads((folder / "datasets/digits_vqa/train.json").read_text())[:32]
     for record in records[:16]:
@@ -100,9 +100,11 @@ def test_a_broken_image_on_any_rank_ends_the_run(trained, folder: Path) -> None:
     (folder / "datasets/digits_vqa/broken.json").write_text(json.dumps(records))
     broken = ("model.data.data_path=datasets/digits_vqa/broken.json", "exp_manager.name=broken", "parallel=ddp")
     result = run(str(TRAIN), *broken, "model.data.num_workers=1", "trainer.enable_progress_bar=false", cwd=folder)
-    assert result.returncode in (1, 2)
-    assert "missing.png: the image does not exist" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.returncode == 1
+    said = "64 of 128 samples were left out (64 missing_image), more than model.data.max_skip_fraction=0.01"
+    assert said in result.stderr and "Traceback" not in result.stderr
+    listed = (folder / "nemo_experiments/broken/skipped_samples.jsonl").read_text().splitlines()
+    assert len(listed) == 64 and all("missing.png: the image does not exist" in line for line in listed)
 
 
 def test_what_a_run_leaves(trained, folder: Path) -> None:

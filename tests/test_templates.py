@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from PIL import Image
 from transformers import AutoTokenizer
 
 from nemo_vlm.batch import IGNORE_INDEX
@@ -21,6 +22,7 @@ from nemo_vlm.data.codec import Codec
 from nemo_vlm.data.tokenizer import train_tokenizer
 from nemo_vlm.errors import ConfigError, SampleError
 from nemo_vlm.formats.reader import InMemory
+from nemo_vlm.models.base import family
 from nemo_vlm.models.chat import chat_template
 from nemo_vlm.models.llava.config import Config
 from nemo_vlm.models.templates import STEERLM_LABEL, TEMPLATES, VICUNA_SYSTEM, Turn, segments
@@ -287,6 +289,23 @@ def test_truncation_cuts_no_image(tokenizers: dict[str, Any]) -> None:
     assert set(seen) == {3, 1}  # both media of the second question, or neither
     prompt = made_text(tokenizers, 10_000).prompt(LONG, Turn("<image>\nWhat is this?", None), counts[:1])
     assert limit == len(prompt) - 1  # one more, and the first token of an answer were left
+
+
+@pytest.mark.parametrize(("limit", "num_images"), [(200, 2), (60, 1)])
+def test_a_processor_cuts_images_with_their_text(
+    limit: int, num_images: int, tokenizers: dict[str, Any], tmp_path: Path
+) -> None:
+    parts, config, path = family("llava", "processor"), family("llava", "tiny").config(), tmp_path / "x.png"
+    Image.new("RGB", (30, 20)).save(path)
+    mm_cfg = replace(config.mm_cfg, image_token_index=None, use_im_start_end=True)
+    config = parts.settle(replace(config, vocab_size=None, mm_cfg=mm_cfg), tokenizers["bytes"])
+    config = replace(config, encoder_seq_length=limit)
+    processor = pickle.loads(pickle.dumps(parts.Processor(config, DataConfig(system_message=""), tokenizers["bytes"])))
+    given = record("<image>\na?", "It is", "and <image>?", "It is a cat " * 5, image=[path, path])
+    made = processor.sample(given)
+    assert len(made.tokens) == processor.length(given) <= limit
+    assert len(made.images) == num_images
+    assert (made.tokens == config.mm_cfg.image_token_index).sum() == num_images * mm_cfg.num_image_tokens
 
 
 def test_too_long_drops(tokenizers: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ class Generation:
         prompts, inference = self.form.read(), self.config.inference
         with restore(self.model.source, self.model.run.trainer.precision, self.model.layout) as restored:
             encoded = [self.form.encode(prompt, restored) for prompt in prompts]
-            asked = [(with_bos(tokens, restored.tokenizer, inference), media) for tokens, media in encoded]
+            asked = [(with_bos(tokens, restored, inference), media) for tokens, media in encoded]
             began = time.perf_counter()
 
             def work(batch: range) -> list[tuple[dict[str, Any], int]]:
@@ -85,18 +85,19 @@ def prepare(config: GenerateConfig | NevaInferenceConfig, env: Mapping[str, str]
     return Generation(config, Questions(config), lay_out(config, env, template))
 
 
-def with_bos(ids: Tensor, tokenizer: Any, inference: DecodingConfig) -> Tensor:
+def with_bos(ids: Tensor, restored: Restored, inference: DecodingConfig) -> Tensor:
     """The prompt's ids as inference.add_BOS wants them.
 
     Raises:
         ConfigError: the tokenizer has no BOS.
     """
+    bos = restored.tokenizer.bos_token_id
     if inference.add_BOS is None:
         return ids
-    if tokenizer.bos_token_id is None:
+    if bos is None:
         raise ConfigError(f"inference.add_BOS={inference.add_BOS}: the tokenizer has no BOS; null leaves prompts alone")
-    bare = ids[1:] if len(ids) and ids[0] == tokenizer.bos_token_id else ids
-    return torch.cat([torch.tensor([tokenizer.bos_token_id]), bare]) if inference.add_BOS else bare
+    bare = ids[1:] if len(ids) and ids[0] == bos else ids
+    return torch.cat([torch.tensor([bos]), bare]) if inference.add_BOS else bare
 
 
 def sample_of(tokens: Tensor, media: list[Any], restored: Restored) -> Sample:

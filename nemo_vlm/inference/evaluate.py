@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nemo_vlm.batch import IGNORE_INDEX, Sample
 from nemo_vlm.data.records import RecordFile
-from nemo_vlm.inference.answers import answer
+from nemo_vlm.inference.answers import answer, sample_of, with_bos
 from nemo_vlm.inference.laid_out import LaidOut, lay_out, make_folder, share
 from nemo_vlm.inference.likelihood import choices, log_likelihoods
 from nemo_vlm.inference.restore import Restored, restore
@@ -42,8 +42,9 @@ class Evaluation:
         make_folder(Path(self.config.output_folder), f"output_folder={self.config.output_folder}")
 
     def records(self) -> RecordFile:
-        config = self.config
-        return RecordFile(Path(str(config.data_path)), config.image_folder, config.video_folder, key="data_path")
+        config, folder = self.config, self.config.inference.media_folder
+        folders = config.image_folder or folder, config.video_folder or folder
+        return RecordFile(Path(str(config.data_path)), folders[0], folders[1], key="data_path")
 
     def run(self) -> None:
         """Write predictions.jsonl and predictions.png, and print the accuracy of every category of records."""
@@ -52,7 +53,8 @@ class Evaluation:
 
             def work(batch: range) -> list[dict[str, Any]]:
                 asked = [records[number] for number in batch]
-                prompts = [restored.processor.prompt(record) for record in asked]
+                encoded = [restored.processor.asked(record) for record in asked]
+                prompts = [sample_of(with_bos(ids, restored, settings), media, restored) for ids, media in encoded]
                 answers = answer(prompts, restored, settings, settings.end_strings + restored.terminators, batch)
                 texts = [one.text(restored.tokenizer).strip() for one in answers]
                 rows = [prediction(record, text) for record, text in zip(asked, texts, strict=True)]

@@ -78,4 +78,6 @@ def check(position: Position, fraction: float, finished: bool) -> None:
     """
     skipped, drawn = sum(position.skipped_samples.values()), position.consumed_samples
     if skipped > fraction * drawn and (finished or drawn >= JUDGED_FROM):
-        raise RuntimeError(f"{report(position)}, more than model.data.max_skip_fraction={fraction}; see {FILE} in the run's folder")
+        raise RuntimeError(
+            f"{report(position)}, more than model.data.max_skip_fraction={fraction}; see {FILE} in the run's folder"
+        )
