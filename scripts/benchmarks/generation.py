@@ -27,6 +27,7 @@ from torch import Tensor
 from nemo_vlm.batch import Sample, collate
 from nemo_vlm.conversion.jobs import Run, export_huggingface
 from nemo_vlm.data.tokenizer import train_tokenizer
+from nemo_vlm.inference.answers import sample_of
 from nemo_vlm.inference.generate import Ends, generate
 from nemo_vlm.inference.restore import Restored, restore
 from nemo_vlm.inference.settings import DecodingConfig
@@ -76,7 +77,7 @@ def measure(name: str, path: Path, exported: Path, count: int, rounds: int) -> l
     cls = transformers.LlavaForConditionalGeneration if vision else transformers.LlamaForCausalLM
     theirs = cls.from_pretrained(exported, dtype=torch.float32).eval()
     with restore(source, "32") as restored:
-        sample = sample_of(restored, exported.parent / "noise.png", vision)
+        sample = prompt(restored, exported.parent / "noise.png", vision)
         for size in (1, 8):
             samples = [sample] * size
             ways: dict[str, Callable[[], list[list[int]]]] = {
@@ -91,11 +92,11 @@ def measure(name: str, path: Path, exported: Path, count: int, rounds: int) -> l
     return rows
 
 
-def sample_of(restored: Restored, picture: Path, vision: bool) -> Sample:
+def prompt(restored: Restored, picture: Path, vision: bool) -> Sample:
     text = QUESTION if vision else QUESTION.replace("<image>\n", "")
     Image.effect_noise((64, 64), 50).convert("RGB").save(picture)
-    pixels = restored.processor.pixels([picture] if vision else [])
-    return Sample(restored.processor.tokens(text, int(vision)), torch.empty(0, dtype=torch.int64), pixels)
+    media = [picture] if vision else []
+    return sample_of(restored.processor.tokens(text, media), media, restored)
 
 
 def take_turns(ways: dict[str, Callable[[], list[list[int]]]], rounds: int) -> dict[str, list[float]]:
