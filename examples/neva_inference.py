@@ -1,4 +1,4 @@
-"""Let a LLaVA answer: `python examples/neva_inference.py neva_model_file=X.nemo prompt_file=in.jsonl [key=value ...]`."""
+"""Let a LLaVA answer: `python examples/neva_inference.py neva_model_file=X.nemo prompt_file=in.jsonl [key=value]`."""
 
 from nemo_vlm.door import launch
 from nemo_vlm.experiment import infer

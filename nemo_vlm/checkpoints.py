@@ -199,9 +199,9 @@ def prune(folder: Path, config: CheckpointConfig) -> None:
             remove(path)
 
 
-def best(config: ExpManagerConfig) -> Path:
-    """The best complete checkpoint of a run, by the monitored metric."""
-    return ranked(complete(folder_of(config)), config.checkpoint_callback_params)[0]
+def best(config: ExpManagerConfig) -> Path | None:
+    """The best complete checkpoint of a run, by the monitored metric; None where there is none."""
+    return next(iter(ranked(complete(folder_of(config)), config.checkpoint_callback_params)), None)
 
 
 def ranked(found: list[Path], config: CheckpointConfig) -> list[Path]:

@@ -16,18 +16,20 @@ from nemo_vlm import layout as layouts
 from nemo_vlm import logs, typed
 from nemo_vlm.command_line import given_keys
 from nemo_vlm.config import RunConfig, TrainerConfig
+from nemo_vlm.config.peft import check_given
 from nemo_vlm.errors import ConfigError, Stopped
 from nemo_vlm.inference.settings import EvaluateConfig, GenerateConfig, NevaInferenceConfig
 from nemo_vlm.models.base import family, starts
 from nemo_vlm.parallel import rank, supervisor
 from nemo_vlm.planning.network import check_interfaces
-from nemo_vlm.training import schedules, versions
+from nemo_vlm.training import log_file, schedules, versions
 from nemo_vlm.typed import model_tree, plain, plain_defaults
 
 if TYPE_CHECKING:
     from nemo_vlm.data.opening import Datasets
     from nemo_vlm.inference.answers import Generation
     from nemo_vlm.inference.evaluate import Evaluation
+    from nemo_vlm.planning.show_data import ShowConfig
     from nemo_vlm.training.module import Plan
 
 Task = Callable[[dict[str, Any]], None]
@@ -41,7 +43,7 @@ def train(tree: dict[str, Any]) -> None:
     if supervisor.needed(layout.world_size, os.environ):
         env = versions.told(run.exp_manager, os.environ)
         return supervisor.supervise(layout.ranks_per_node, layout.num_nodes, run.trainer.hang_timeout, env)
-    with logs.kept(run.exp_manager, os.environ):
+    with log_file.kept(run.exp_manager, os.environ):
         fit(plan, tokenizer)
 
 
@@ -118,13 +120,19 @@ def show(tree: dict[str, Any]) -> None:
     """Print what a run would be trained on."""
     from nemo_vlm.planning import machine, show_data
 
-    asked = {key: tree.pop(key) for key in plain_defaults(show_data.ShowConfig)}
-    config, run = typed.read(show_data.ShowConfig, asked, ""), read(tree)
-    if config.json:
-        log.setLevel(logging.WARNING)
-    layout = layouts.resolve(run, machine.num_gpus(run.trainer.accelerator), os.environ)
-    run, tokenizer, datasets = open_data(run)
-    show_data.show(config, run, layout, datasets.train, tokenizer)
+    config = split_off(tree)
+    with logs.only_warnings(config.json):
+        run = read(tree)
+        layout = layouts.resolve(run, machine.num_gpus(run.trainer.accelerator), os.environ)
+        run, tokenizer, datasets = open_data(run)
+        show_data.show(config, run, layout, datasets.train, tokenizer)
+
+
+def split_off(tree: dict[str, Any]) -> ShowConfig:
+    """Take what `show` has beside a run's settings out of them."""
+    from nemo_vlm.planning.show_data import ShowConfig
+
+    return typed.read(ShowConfig, {key: tree.pop(key) for key in plain_defaults(ShowConfig)}, "")
 
 
 ASKS: dict[Task, type] = {evaluate: EvaluateConfig, generate: GenerateConfig, infer: NevaInferenceConfig}
@@ -134,6 +142,8 @@ def plan(task: Task, plan_file: str | None, tree: dict[str, Any]) -> None:
     """Print what a task would be, and what each rank would hold; neither its machine nor its data need be here."""
     from nemo_vlm.planning import plan as planning
 
+    if task is show:
+        split_off(tree)
     if task in ASKS:
         from nemo_vlm.inference.laid_out import lay_out
 
@@ -160,7 +170,8 @@ def read(tree: Mapping[str, Any]) -> RunConfig:
     if run.data.packing:  # packs take the place of micro-batches, and are as many as a step needs
         run = replace(run, step=replace(run.step, micro_batch_size=1))
     layouts.check(run)
-    if run.trainer.max_steps > 0:  # else an epoch must be known
+    check_given(run.peft, tree["model"], given_keys())
+    if run.trainer.max_epochs is None:  # else an epoch must be known, see training.durations
         schedules.check(run.optim, run.trainer.max_steps)
     if run.trainer.accelerator == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that every module and every rank agrees
@@ -176,7 +187,7 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
     from nemo_vlm import checkpoints
     from nemo_vlm.planning import machine
     from nemo_vlm.sources import adapters
-    from nemo_vlm.training import durations, validation
+    from nemo_vlm.training import durations, exp_manager, validation
     from nemo_vlm.training.module import Plan
 
     check_interfaces(os.environ)
@@ -185,6 +196,7 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
     gpus = machine.num_gpus(run.trainer.accelerator)
     layout = layouts.resolve(run, gpus, os.environ)
     run = replace(run, exp_manager=versions.dated(run.exp_manager, layout, os.environ))
+    exp_manager.check_copies(run.exp_manager)
     run, tokenizer, datasets = open_data(run)
     machine.check_machine(run, layout, gpus, os.environ)
     run = durations.settle(run, len(datasets.train))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,10 +15,15 @@ from typing import IO, Any
 PARTIAL = ".{name}.partial-{writer}"  # beside the file while it is written
 
 
+def partial_of(path: Path) -> Path:
+    """On a disk that machines share, processes of several may have the same number."""
+    return path.with_name(PARTIAL.format(name=path.name, writer=f"{socket.gethostname()}-{os.getpid()}"))
+
+
 @contextmanager
 def written_whole(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file to write, which takes its name, replacing what bore it, when all of it is on disk."""
-    partial = path.with_name(PARTIAL.format(name=path.name, writer=os.getpid()))
+    partial = partial_of(path)
     try:
         with open(partial, mode, newline=None if "b" in mode else "") as file:
             yield file
@@ -31,7 +37,7 @@ def written_whole(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 @contextmanager
 def folder_written_whole(path: Path) -> Iterator[Path]:
     """A folder to fill, which takes its name, that of an empty folder or of none, when all of it is on disk."""
-    partial = path.with_name(PARTIAL.format(name=path.name, writer=os.getpid()))
+    partial = partial_of(path)
     partial.mkdir()
     try:
         yield partial

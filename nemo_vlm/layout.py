@@ -161,6 +161,9 @@ def check_data(run: RunConfig) -> None:
         divides = tp if run.parallel.sequence_parallel else 1
         right = f"batch, or no less than model.encoder_seq_length={limit} and a multiple of {divides}"
         demand(data.pad_to >= limit and data.pad_to % divides == 0, "model.data.pad_to", data.pad_to, right)
+    if run.model.tiles_images and data.image_aspect_ratio == "keep":
+        right = "square or pad with model.mm_cfg.use_image_tile=true, since tiles are cut from squares"
+        raise ConfigError(f"model.data.image_aspect_ratio=keep: must be {right}")
     for key, fact in run.model.image_facts.items():
         given = getattr(data, key)
         if given not in (None, fact, (fact, fact)):
@@ -199,7 +202,7 @@ def check_strategy(run: RunConfig) -> None:
             raise ConfigError(f"model.{key}={getattr(parallel, key)}: goes with model.fsdp=true")
     for name, part in run.model.parts.items():
         demand(part.lr_ratio >= 0, f"learning-rate ratio of {name}", part.lr_ratio, "0 or more")
-    if run.model.parts and all(part.freeze for part in run.model.parts.values()):
+    if run.peft.lora is None and run.model.parts and all(part.freeze for part in run.model.parts.values()):
         raise ConfigError(f"model.mm_cfg: {', '.join(run.model.parts)} are all frozen, nothing is left to train")
 
 

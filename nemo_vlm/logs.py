@@ -7,13 +7,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from nemo_vlm.checkpoints import make_run_folder
-from nemo_vlm.config import ExpManagerConfig
-from nemo_vlm.errors import explain
-
-RANK_VARIABLES = (("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID"))
 UNHELPFUL_WARNINGS = (  # true of every run here, and of no use to its user
     ".*`LightningModule.configure_optimizers` returned `None`",
     ".*does not have many workers",
@@ -39,32 +34,18 @@ def set_up_logging() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-@contextlib.contextmanager
-def kept(config: ExpManagerConfig, env: Mapping[str, str]) -> Iterator[None]:
-    """Keep what the first rank of each node says in its run's folder, beside the terminal.
-
-    Raises:
-        ConfigError: the folder cannot be made.
-    """
-    number, local = (int(env.get(name) or env.get(slurm) or "0") for name, slurm in RANK_VARIABLES)
-    if local or (number and config.log_global_rank_0_only):
-        yield
-        return
-    name = f"nemo_log_globalrank-{number}_localrank-{local}.txt"
-    file = logging.FileHandler(make_run_folder(config) / name)
-    file.setFormatter(logging.Formatter("[%(asctime)s %(levelname)s] %(message)s"))
-    logging.getLogger().addHandler(file)
-    try:
-        yield
-    except Exception as error:
-        file.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": explain(error).message}))
-        raise
-    finally:
-        logging.getLogger().removeHandler(file)
-        file.close()
-
-
 def quieten_lightning() -> None:
     """Only warnings; to be called after Lightning is imported, which sets its levels then."""
     for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def only_warnings(quiet: bool) -> Iterator[None]:
+    """Say no more than warnings for a while, where what is printed is for programs."""
+    ours, level = logging.getLogger("nemo_vlm"), logging.getLogger("nemo_vlm").level
+    ours.setLevel(logging.WARNING if quiet else level)
+    try:
+        yield
+    finally:
+        ours.setLevel(level)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from test_cli import ROOT, TRAIN, metrics, run
 
-from nemo_vlm import checkpoints, logs
+from nemo_vlm import checkpoints
 from nemo_vlm.checkpoints import Position
 from nemo_vlm.config import CheckpointConfig, ExpManagerConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout
-from nemo_vlm.training import exp_manager, versions
+from nemo_vlm.training import exp_manager, log_file, versions
 from nemo_vlm.typed import plain_defaults, read
 
 
@@ -69,11 +69,11 @@ def test_the_time_of_the_start_as_version() -> None:
 def test_what_is_kept_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "script.sh").write_text("run it")
     config = manager(exp_dir=str(tmp_path), name="kept", files_to_copy=[str(tmp_path / "script.sh")])
-    with pytest.raises(OSError), logs.kept(config, {"RANK": "4", "LOCAL_RANK": "0"}):
+    with pytest.raises(OSError), log_file.kept(config, {"RANK": "4", "LOCAL_RANK": "0"}):
         exp_manager.open_run(config, {"model": {}})
         logging.getLogger("nemo_vlm").error("a line")
         raise OSError("the end")
-    with logs.kept(config, {"RANK": "5", "LOCAL_RANK": "1"}):
+    with log_file.kept(config, {"RANK": "5", "LOCAL_RANK": "1"}):
         pass
     folder = tmp_path / "kept"
     found = {path.name for path in folder.iterdir()}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
-from dataclasses import replace
+import struct
+import sys
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -11,10 +15,12 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from test_families import run_of
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from nemo_vlm.config import DataConfig
-from nemo_vlm.errors import SampleError
+from nemo_vlm import layout as layouts
+from nemo_vlm.config import DataConfig, ParallelConfig
+from nemo_vlm.errors import ConfigError, SampleError
 from nemo_vlm.models import video as videos
 from nemo_vlm.models.base import family
 from nemo_vlm.models.images import CLIP, ImageTransform, image_size, load_image
@@ -72,6 +78,100 @@ def test_what_cannot_be_read_says_why(tmp_path: Path, content, reason: str, monk
     with pytest.raises(SampleError, match=str(path)) as caught:
         load_image(path)
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(("mode", "size"), [("crop", (1, 3000)), ("pad", (100000, 1))])
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_long_image_takes_no_memory(tmp_path: Path, mode: str, size: tuple[int, int], tiles: bool) -> None:
+    """On the way to the tower's square it would have 338 million pixels, or 10 milliards."""
+    noise(*size).save(tmp_path / "long.png")
+    config = config_of(use_image_tile=tiles)
+    vision = replace(config.mm_cfg.vision_encoder, image_size=336)
+    config = replace(config, mm_cfg=replace(config.mm_cfg, vision_encoder=vision))
+    views = Views(config, DataConfig(image_aspect_ratio="pad" if mode == "pad" else "square"))
+    with pytest.raises(SampleError, match="long.png: .* would become") as caught:
+        views.pixels([tmp_path / "long.png"])
+    assert caught.value.reason == "huge_image"
+    with Image.open(tmp_path / "long.png") as image:
+        assert ImageTransform(32, **CLIP, mode="keep").views(image.convert("RGB"))[0].numel()
+
+
+@pytest.mark.parametrize("read", [load_image, image_size])
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("bomb.png", "huge_image"), ("x.dds", "broken_image"), ("a\0.png", "broken_record"), ("\ud800", "broken_record")]
+    + [("n" * 300, "broken_record"), ("bomb.png/x", "missing_image"), ("", "missing_image")],
+)
+def test_both_readers_give_the_same_reason(tmp_path: Path, source: str, reason: str, read) -> None:
+    noise(4, 4).save(tmp_path / "x.dds")
+    content = bytearray((tmp_path / "x.dds").read_bytes())
+    content[80:88] = b"\4\0\0\0ABCD"  # a compression that nobody knows
+    (tmp_path / "x.dds").write_bytes(content)
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    crc = struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + crc)
+    with pytest.raises(SampleError) as caught:
+        read(tmp_path / source)
+    assert caught.value.reason == reason
+
+
+@dataclass(frozen=True)
+class Failing:
+    """A file whose disk fails when it is opened, or after its first bytes."""
+
+    content: bytes | None
+
+    def open(self):
+        if self.content is None:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return io.BufferedReader(FailingDisk(self.content))
+
+
+class FailingDisk(io.RawIOBase):
+    def __init__(self, content: bytes) -> None:
+        self.content, self.place = content, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.place = offset if whence == 0 else self.place + offset if whence == 1 else len(self.content) + offset
+        return self.place
+
+    def readinto(self, buffer) -> int:
+        found = self.content[self.place : self.place + min(len(buffer), 512)]
+        if not found:
+            raise OSError(errno.EIO, "Input/output error")
+        buffer[: len(found)] = found
+        self.place += len(found)
+        return len(found)
+
+
+@pytest.mark.parametrize("is_video", [False, True])
+@pytest.mark.parametrize("opens", [False, True])
+def test_a_failing_disk_is_no_skipped_sample(video, opens: bool, is_video: bool, monkeypatch) -> None:
+    """Of the ranks that read the same file, one may meet it alone."""
+    file = io.BytesIO()
+    noise(64, 64).save(file, "PNG")
+    content = video.read_bytes() if is_video else file.getvalue()
+    source = Failing(content[: len(content) // 2] if opens else None)
+    for reader in (Decord, PyAv) if is_video else (None,):
+        monkeypatch.setattr(videos, "READER", reader)
+        with pytest.raises(OSError, match="Failing.*: cannot be read") as caught:
+            FrameSampling(4, None).frames(Video(source)) if is_video else load_image(source)
+        assert caught.value.errno == (errno.EIO if opens else errno.EACCES)
+
+
+@pytest.mark.parametrize("missing", ["decord", "av"])
+def test_a_missing_decoder_is_no_broken_video(video, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(videos, "READER", Decord if missing == "decord" else PyAv)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigError, match="videos need decord or PyAV") as caught:
+        FrameSampling(4, None).frames(Video(video))
+    assert not isinstance(caught.value, SampleError)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +239,15 @@ def test_features_are_counted_without_pixels(tmp_path: Path, video, adapter: str
         assert views.num_features(media) == found
         assert len(grids) == (5 if tiles else 1) * (3 if isinstance(media, Video) else 1)
     assert image_size(tmp_path / "wide.png") == (90, 41)
+
+
+def test_tiles_are_not_cut_from_what_is_kept() -> None:
+    run = run_of("llava", config_of(use_image_tile=True), ParallelConfig())
+    layouts.check(run)
+    with pytest.raises(
+        ConfigError, match="model.data.image_aspect_ratio=keep: must be square or pad with model.mm_cfg"
+    ):
+        layouts.check(replace(run, data=replace(run.data, image_aspect_ratio="keep")))
 
 
 def test_media_come_in_the_order_of_the_text() -> None:

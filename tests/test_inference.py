@@ -124,6 +124,16 @@ def test_every_decoding_setting_changes_answers() -> None:
         assert torch.equal(answer.logprob, answer.full_logprob.gather(1, answer.tokens[:, None])[:, 0])
 
 
+@pytest.mark.parametrize("strings", [(" square", " red", " red s"), (" red s", " square", " red")])
+def test_the_first_end_string_counts_and_the_longest_in_its_place(strings: tuple[str, ...]) -> None:
+    """All of them are complete at once, when the least number of tokens is reached."""
+    codec = tokenizer()
+    ids = codec("A red square", add_special_tokens=False)["input_ids"]
+    found = Ends(strings=strings, tokenizer=codec).string(torch.tensor(ids))
+    assert found == " red s"
+    assert Answer(torch.tensor(ids), found).text(codec) == "A"
+
+
 @pytest.mark.parametrize(
     ("said", "end_string", "text"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tarfile
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from megatron.core.datasets import helpers_cpp
 from PIL import Image
 
-from nemo_vlm.batch import IGNORE_INDEX, Batch
+from nemo_vlm.batch import IGNORE_INDEX, Batch, Sample
 from nemo_vlm.checkpoints import Position
 from nemo_vlm.config import (
     DataConfig,
@@ -27,7 +28,7 @@ from nemo_vlm.config import (
     TokenizerConfig,
     TrainerConfig,
 )
-from nemo_vlm.data import lengths, packing, spans
+from nemo_vlm.data import lengths, loader, packing, spans
 from nemo_vlm.data.loader import Packs, Share, StepSampler, order_of, training_loader, validation_loader
 from nemo_vlm.data.opening import open_datasets
 from nemo_vlm.data.orders import PERIOD, Blend, Grouped
@@ -64,13 +65,15 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def make_run(tokenizer):
-    """A gpt run, and its processor."""
+    """A run, of gpt if nothing else is said, and its processor."""
 
-    def make(step: StepConfig, **data: object) -> tuple[RunConfig, object]:
-        parts = family("gpt", "processor")
-        config = replace(family("gpt", "tiny").config(), vocab_size=None, encoder_seq_length=64)
+    def make(step: StepConfig, name: str = "gpt", **data: object) -> tuple[RunConfig, object]:
+        parts = family(name, "processor")
+        config = replace(family(name, "tiny").config(), vocab_size=None, encoder_seq_length=64)
+        if name == "llava":
+            config = replace(config, mm_cfg=replace(config.mm_cfg, image_token_index=None))
         run = RunConfig(
-            family="gpt",
+            family=name,
             trainer=TrainerConfig(),
             exp_manager=ExpManagerConfig(),
             model=parts.settle(config, tokenizer),
@@ -156,6 +159,42 @@ def test_a_broken_record_is_the_matter_of_its_drawing(tmp_path: Path) -> None:
     assert file[4]["image"] == file[4]["video"] == []
 
 
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ('"id": "\\ud800"', "half of a surrogate pair"),
+        ('"label": "\\udfff\\ud800"', "half of a surrogate pair"),
+        ('"system": 5', "'system' must be a text"),
+        ('"image": "a\\u0000.jpg"', "'image' must be a file's name"),
+        ('"video": ["a\\u0000.mp4"]', "'video' must be a file's name"),
+        (f'"more": {"[" * 50_000}{"]" * 50_000}', "nested too deeply"),
+    ],
+    ids=["id", "label", "system", "image", "video", "deep"],
+)
+def test_one_odd_record_is_left_out(entry: str, says: str, make_run, tmp_path: Path) -> None:
+    odd = json.dumps(text_record(1, 3)).replace("{", f"{{{entry}, ", 1).replace('"id": "r1", ', "")
+    path = tmp_path / "x.json"
+    path.write_text(f"[{json.dumps(text_record(0, 3))}, {odd}]")
+    run, processor = make_run(StepConfig(1, 2), data_path=str(path), packing=True, datasets_exclude=("x",))
+    dataset = open_datasets(run, processor).train
+    assert dataset.lengths[1].tolist() == [1, 0] and len(dataset[0].tokens) > 1
+    assert dataset[1].skipped.startswith("broken_record: ") and says in dataset[1].skipped
+    (step,) = training_loader(dataset, layout(1, 1, 2), Share(0, 1), run, 1, 0)
+    skips.append(skips.details(step, dataset), tmp_path)
+    (listed,) = (tmp_path / skips.FILE).read_text().splitlines()
+    assert json.loads(listed)["record"] == 1
+
+
+def test_a_half_of_a_surrogate_pair_is_odd_and_a_pair_is_not(tmp_path: Path) -> None:
+    records = [text_record(0, 3), text_record(1, 3), text_record(2, 3)]
+    records[1]["conversations"][1]["value"] = "\ud83d"
+    records[2]["conversations"][1]["value"] = "\U0001f600"
+    file = RecordFile(Path(write(tmp_path / "x.json", records)))
+    with pytest.raises(SampleError, match="record 1: half of a surrogate pair"):
+        file[1]
+    assert file[2]["conversations"][1]["value"] == "\U0001f600" and file.name(1) is None
+
+
 def test_a_file_is_indexed_once_for_each_of_its_versions(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     passes = []
@@ -167,6 +206,9 @@ def test_a_file_is_indexed_once_for_each_of_its_versions(tmp_path: Path, monkeyp
             write(path, [text_record(n, 2) for n in range(count)]) if count == 4 or not path.exists() else None
             assert [record["id"] for record in map(RecordFile(path).__getitem__, range(count))][-1] == f"r{count - 1}"
     assert passes == [short, short, long, long]
+    data = tmp_path / "x"  # the arrays of x.json are none of x
+    data.write_text(json.dumps([text_record(0, 2)]))
+    RecordFile(data)
     assert len(list(tmp_path.glob(".x.json.*"))) == len(list((tmp_path / "cache/nemo_vlm").iterdir())) == 1
 
 
@@ -189,6 +231,15 @@ def test_images_in_a_tar_are_those_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "no.tar").write_text("none")
     with pytest.raises(ConfigError, match="model.data.image_folder=.*no.tar: not an uncompressed tar"):
         RecordFile(data, str(tmp_path / "no.tar"))
+
+
+def test_a_tar_may_name_files_in_no_unicode(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "a.png", arcname="\udce9.png")
+        tar.add(tmp_path / "a.png", arcname="é.png")
+    data = Path(write(tmp_path / "x.json", [text_record(0, 2, image="é.png")]))
+    assert load_image(RecordFile(data, str(tmp_path / "images.tar"))[0]["image"][0]).size == (4, 4)
 
 
 def test_steerlm_speaks_of_its_images_in_the_text(tmp_path: Path) -> None:
@@ -339,6 +390,77 @@ def test_lengths_are_those_of_the_samples_and_are_kept(make_run, tmp_path: Path,
         open_datasets(other, processor)
 
 
+def test_lengths_are_measured_anew_for_what_changes_them_alone(make_run, tmp_path: Path, monkeypatch) -> None:
+    image = Image.new("RGB", (8, 8))
+    image.save(tmp_path / "a.png")
+    path = write(tmp_path / "x.json", [text_record(n, 3, image="a.png") for n in range(3)])
+    for record in (records := json.loads(Path(path).read_text())):
+        record["conversations"][0]["value"] = "<image>\nTell me."
+    write(Path(path), records)
+    calls = []
+    monkeypatch.setattr(
+        lengths, "measured", lambda file, *_, measured=lengths.measured: calls.append(1) or measured(file, *_)
+    )
+    run, processor = make_run(StepConfig(1, 2), "llava", data_path=path, packing=True)
+    open_datasets(run, processor)
+    mm_cfg = processor.config.mm_cfg
+    frozen = replace(mm_cfg, freeze_mm_mlp_adapter=True, vision_encoder=replace(mm_cfg.vision_encoder, freeze=True))
+    processor.config = replace(processor.config, mm_cfg=frozen)
+    open_datasets(run, processor)
+    assert len(calls) == 1
+    for number, other in enumerate(
+        ({"image_aspect_ratio": "keep"}, {"too_long": "drop"}, {"conv_template": "llama_2"})
+    ):
+        run, processor = make_run(StepConfig(1, 2), "llava", data_path=path, packing=True, **other)
+        open_datasets(run, processor)
+        assert len(calls) == number + 2
+    assert len(list(tmp_path.glob(".x.json.*-lengths-*.npy"))) == 1
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / "a.png", arcname="a.png")
+    tarred = replace(run, data=replace(run.data, image_folder=str(tmp_path / "images.tar")))
+    for changes in (1, 2):
+        open_datasets(tarred, processor)
+        open_datasets(tarred, processor)
+        assert len(calls) == 4 + changes
+        with tarfile.open(tmp_path / "images.tar", "a") as tar:
+            tar.add(tmp_path / "a.png", arcname="b.png")
+
+
+def test_no_pack_overflows_where_images_have_changed(make_run, tmp_path: Path) -> None:
+    records = [text_record(n, 1, image=f"{n}.png") for n in range(6)]
+    for record in records:
+        record["conversations"][0]["value"] = "<image>"
+    path = write(tmp_path / "x.json", records)
+    for number in range(5):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{number}.png")
+    kept = {"image_aspect_ratio": "keep", "conv_template": "plain"}
+    run, processor = make_run(StepConfig(1, 6), "llava", data_path=path, packing=True, **kept)
+
+    def read() -> tuple[list[int], list[Batch]]:
+        dataset = open_datasets(run, processor).train
+        (step,) = training_loader(dataset, layout(1, 1, 1), Share(0, 1), run, 1, 0)
+        assert max(batch.tokens.shape[1] for batch in step) <= 64
+        assert sorted(k for batch in step for k in batch.records.tolist() if k >= 0) == list(range(6))
+        return dataset.lengths[:, 0].tolist(), step
+
+    sizes, step = read()
+    assert sizes == [sizes[0]] * 5 + [1] and 16 < sizes[0] <= 21  # three a pack
+    assert [why.split(":")[0] for batch in step for _, why in batch.skipped] == ["missing_image"]
+    Image.new("RGB", (32, 64)).save(tmp_path / "5.png")  # 16 tokens more
+    sizes, step = read()
+    assert sizes[5] == sizes[0] + 16 and not any(batch.skipped for batch in step)
+    for number in range(5):
+        Image.new("RGB", (32, 64)).save(tmp_path / f"{number}.png")
+    planned, step = read()
+    whys = [why for batch in step for _, why in batch.skipped]
+    assert planned == sizes and whys and {why.split(":")[0] for why in whys} == {"stale_length"}
+    (table,) = tmp_path.glob(".x.json.*-lengths-*.npy")
+    assert all(why.endswith(f"{sizes[5]} tokens, {sizes[0]} when it was measured; remove {table}") for why in whys)
+    table.unlink()
+    sizes, step = read()
+    assert len(set(sizes)) == 1 and not any(batch.skipped for batch in step)
+
+
 @pytest.mark.parametrize("pad_to", ["batch", 64])
 @pytest.mark.parametrize("packs", [False, True])
 def test_what_cannot_be_read_leaves_its_place_empty(pad_to, packs: bool, make_run, tmp_path: Path) -> None:
@@ -359,8 +481,8 @@ def test_what_cannot_be_read_leaves_its_place_empty(pad_to, packs: bool, make_ru
     if pad_to != "batch":
         assert {batch.tokens.shape[1] % 64 for batch in step} == {0}
     lines = skips.details(step, dataset)
-    assert {(line["record"], line["id"], line["file"], line["reason"]) for line in lines} == {
-        (number, f"r{number}", path, "no_answer") for number in (2, 4)
+    assert {(line["split"], line["record"], line["id"], line["file"], line["reason"]) for line in lines} == {
+        ("training", number, f"r{number}", path, "no_answer") for number in (2, 4)
     }
 
 
@@ -420,6 +542,53 @@ def test_validation_sees_every_sample_once(packs: bool, data: int, make_run, tmp
     assert len(list(validation_loader(datasets.validation, where, Share(0, data), run, 1))) == 1
 
 
+def test_a_fraction_too_small_for_a_record_holds_one_out(make_run, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.json", [text_record(n, 3) for n in range(20)])
+    run, processor = make_run(StepConfig(1, 4), data_path=path, validation_split=0.001)
+    datasets = open_datasets(run, processor)
+    assert (len(datasets.train), len(datasets.validation)) == (19, 1)
+
+
+def test_a_limited_validation_looks_at_no_more_numbers(make_run, tmp_path: Path) -> None:
+    class Numbers:
+        def __iter__(self):
+            yield from (0, 1, 2, 3)
+            raise AssertionError
+
+    run, processor = make_run(StepConfig(2, 4), data_path=write(tmp_path / "x.json", [text_record(0, 3)] * 4))
+    dataset = open_datasets(run, processor).train
+    dataset.parts = [Numbers()]
+    (step,) = validation_loader(dataset, layout(1, 2, 2), Share(0, 1), run, 1)
+    assert [batch.records.tolist() for batch in step] == [[0, 1], [2, 3]]
+
+
+def test_samples_are_let_go_while_they_are_put_together(make_run, tmp_path: Path) -> None:
+    """At no time are more of them held than one group of packs, or than are not yet in a micro-batch."""
+    held = weakref.WeakSet()
+    most = []
+
+    def sample() -> Sample:
+        made = Kept(torch.arange(3), torch.arange(3))
+        held.add(made)
+        return made
+
+    class Kept(Sample):
+        __hash__ = object.__hash__
+        __eq__ = object.__eq__
+
+    def counted(samples: list[Sample], pad_multiple: int) -> None:
+        most.append(len(held))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "collate", counted)
+        patch.setattr(loader, "pack", counted)
+        loader.padded(([sample() for _ in range(4)] for _ in range(2)), 2, 1)
+        assert most == [8, 6, 4, 2]
+        most.clear()
+        loader.packed(([sample() for _ in range(2)] for _ in range(3)), 1, 64, None)
+        assert max(most) <= 4
+
+
 def test_validation_from_files_of_their_own_and_excluded_records(make_run, tmp_path: Path) -> None:
     records = [text_record(n, 3, dataset="ocr" if n % 4 == 0 else "vqa") for n in range(12)]
     path, other = write(tmp_path / "x.json", records), write(tmp_path / "y.json", records[:5])
@@ -474,9 +643,38 @@ def test_skips_are_counted_cut_back_and_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"3 of 99 .* more than model.data.max_skip_fraction=0.01"):
         skips.check(position, 0.01, finished=True)
     position.consumed_samples = 100
-    with pytest.raises(RuntimeError, match="3 of 100"):
-        skips.check(position, 0.01, finished=False)
+    skips.check(position, 0.01, finished=False)  # chance
     skips.check(position, 0.03, finished=True)
+    position.skipped_samples["too_long"] += 2
+    with pytest.raises(RuntimeError, match="5 of 100"):
+        skips.check(position, 0.01, finished=False)
+
+
+def test_chance_stops_no_run_whose_share_is_half_of_the_limit() -> None:
+    drawn = numpy.arange(1, 2001)
+    skipped = (numpy.random.default_rng(0).random((200, 2000)) < 0.005).cumsum(axis=1)
+    stopped = 0
+    for run in skipped:
+        try:
+            for samples, left_out in zip(drawn.tolist(), run.tolist(), strict=True):
+                skips.check(Position(consumed_samples=samples, skipped_samples={"x": left_out}), 0.01, finished=False)
+        except RuntimeError:
+            stopped += 1
+    assert stopped <= 6
+
+
+def test_what_the_validation_left_out_is_listed_once_and_kept(tmp_path: Path) -> None:
+    position = Position(consumed_samples=8)
+    train, held_out = ({"split": split, "reason": "missing_image"} for split in (skips.TRAINING, skips.VALIDATION))
+    skips.count([train], position)
+    skips.append([train], tmp_path)
+    for again in (2, 1):
+        skips.list_validation([held_out] * again, tmp_path)
+        skips.append([{**train, "id": "ö\udc80"}], tmp_path)
+    with open(tmp_path / skips.FILE, "a") as file:
+        file.write('{"split": "trai')  # a process was killed
+    skips.cut_back(tmp_path, position)
+    assert [json.loads(text) for text in (tmp_path / skips.FILE).read_text().splitlines()] == [train, held_out]
 
 
 def test_an_order_is_its_seeds_alone(make_run, tmp_path: Path) -> None:

@@ -184,7 +184,13 @@ def counted_steps(run: RunConfig, layout: Layout):
 @pytest.mark.parametrize("kind", RECOMPUTE)
 def test_recomputation_changes_work_and_not_results(kind: str, reference) -> None:
     (granularity, method, layers), layer_runs = RECOMPUTE[kind]
-    step = StepConfig(2, 8, None, "token", 1234, 20, granularity, method, layers)
+    step = StepConfig(
+        2,
+        8,
+        activations_checkpoint_granularity=granularity,
+        activations_checkpoint_method=method,
+        activations_checkpoint_num_layers=layers,
+    )
     results, counts = run_ranks(counted_steps, 1, llava(step=step), make_layout(llava(), 1))[0]
     assert_same_run(results, reference("plain", llava())[0][:2])
     for name, number in layer_runs.items():

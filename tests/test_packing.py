@@ -179,8 +179,9 @@ def test_no_image_runs_the_tower_on_a_single_patch() -> None:
         model, _ = build("llava", config, one_process(config))
         seen: list[Images] = []
         model.vision_model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        model.train()(collate([empty_sample()]))
-        model.eval()(collate([empty_sample()]))
+        batch = collate([empty_sample()])
+        model(batch, batch.labels)
+        model(batch)
     assert [images.grids for images in seen] == [[(1, 1, 1)]]
 
 

@@ -10,13 +10,19 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
+from tiny_hf import tokenizer
 
 from nemo_vlm import experiment
-from nemo_vlm.batch import IGNORE_INDEX
+from nemo_vlm.batch import IGNORE_INDEX, Sample
+from nemo_vlm.config import DataConfig
+from nemo_vlm.data.codec import Codec
 from nemo_vlm.data.loader import Share, training_loader
 from nemo_vlm.door import CONF, store_defaults
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import resolve
+from nemo_vlm.models.templates import TEMPLATES
+from nemo_vlm.models.text import ConversationText
+from nemo_vlm.planning.show_data import Shown
 
 
 def tree(*overrides: str):
@@ -61,7 +67,7 @@ def test_it_shows_what_the_loader_gives(folder: Path, capsys: pytest.CaptureFixt
     for line in shown:
         record = records[line["record"]]
         assert line["id"] == record["id"]
-        assert line["trained_text"] == [f" {record['conversations'][1]['value']}</s>"]
+        assert line["trained_text"] == [f"{record['conversations'][1]['value']}</s>"]
         assert (line["num_image_tokens"], line["image_sizes"], line["skipped"]) == (16, [[32, 32]], None)
         assert len(line["input_ids"]) == len(line["labels"])
     assert all(("pack" in line["place"]) == (packing == "true") for line in shown)
@@ -89,7 +95,44 @@ def test_text_pictures_and_skipped_samples(folder: Path, capsys: pytest.CaptureF
     assert all(label == IGNORE_INDEX for line in found for label in line["labels"][:16])
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_trained_text_is_what_the_assistant_says_and_its_end(template: str) -> None:
+    codec = tokenizer()
+    said = [{"from": who, "value": text} for who, text in [("human", "Q1"), ("gpt", " two  words "), ("human", "Q2")]]
+    said += [{"from": "gpt", "value": "A red square"}]
+    said = said[:2] if TEMPLATES[template].captions else said
+    encoder = ConversationText(DataConfig(conv_template=template), codec, 10_000)
+    sample = Sample(*encoder.train({}, encoder.turns({"conversations": said}), []).shifted())
+    before, after = TEMPLATES[template].around_answer
+    shown = Shown(0, "", {}, sample, Codec(codec), None, [], before)
+    assert shown.as_json()["trained_text"] == [turn["value"] + after.format(eos="</s>") for turn in said[1::2]]
+
+
+def test_sizes_are_those_of_the_images_that_are_left(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    experiment.show(tree("n=1"))
+    capsys.readouterr()
+    place = folder / "datasets/digits_vqa"
+    for name, width in (("a.png", 10), ("b.png", 20), ("c.png", 30)):
+        Image.new("RGB", (width, 15)).save(place / name)
+    questions = ["<image>\n<image>\nOne?", f"Long {'and longer ' * 300} <image>?"]
+    turns = [
+        {"from": ("human", "gpt")[n % 2], "value": [*questions, "Yes."][n // 2 if n % 2 == 0 else 2]} for n in range(4)
+    ]
+    record = {"id": 1, "image": ["a.png", "b.png", "c.png"], "conversations": turns}
+    (place / "long.json").write_text(json.dumps([record]))
+    given = ("model.data.data_path=datasets/digits_vqa/long.json", "model.data.dataloader_type=single", "n=1")
+    (line,) = lines(capsys, *given)
+    assert line["trained_text"] == ["Yes.</s>"]
+    assert line["image_sizes"] == [[10, 15], [20, 15]]
+
+
 def test_a_picture_that_cannot_be_written(folder: Path) -> None:
     (folder / "file").write_text("")
     with pytest.raises(ConfigError, match="picture=file/out.png: cannot be written"):
         experiment.show(tree("n=1", "picture=file/out.png"))
+
+
+def test_it_has_a_plan(folder: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        experiment.plan(experiment.show, None, tree("model.vocab_size=400"))
+    assert "world size 1" in caplog.text

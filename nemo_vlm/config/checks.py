@@ -14,6 +14,12 @@ def demand(condition: bool, key: str, value: Any, right: str) -> None:
         raise ConfigError(f"{key}={value}: must be {right}")
 
 
+def demand_name(key: str, name: str) -> None:
+    """Raise the one-line error for what is no plain name of a file or folder: it would lead elsewhere."""
+    plain = name not in ("", ".", "..") and not {"/", "\0"} & set(name)
+    demand(plain, key, name, "the plain name of a file or folder, without /")
+
+
 def show(value: Any) -> str:
     """A value as the user wrote it."""
     if value is None:

@@ -21,7 +21,9 @@ class DataConfig:
     datasets_exclude: tuple[str, ...] = ()  # records whose field `dataset` is listed are left out
     validation_split: float = 0.0  # this share of the records is not trained on, and validates
     validation_path: str | tuple[str, ...] | None = None  # or these files do; their images stand where the others do
-    max_skip_fraction: float = 0.01  # records of which no sample can be made, before the run gives up
+    # of what is drawn, records of which no sample can be made, before the run gives up: at its end; before that, from
+    # the 100th on, it may be as many more as chance makes of it
+    max_skip_fraction: float = 0.01
     prepare: Literal["digits"] | None = None  # a demo data set that is written on first use
     # how conversations are written; v1_fork is the guide's fork's v1
     conv_template: Literal[
@@ -49,14 +51,14 @@ class DataConfig:
     image_size: int | tuple[int, int] | None = None
 
     # NeMo's, with a single way here
-    media_type: Literal["image", "video"] = "image"  # a record may have both
+    media_type: Literal["image", "video"] = "image"  # of no effect: a record may have both
     lazy_preprocess: bool = only(True, "records are always parsed when they are drawn; leave it out")
     is_multimodal: bool = only(True, "records without images train as they are; text alone trains with model=gpt_tiny")
     packed_sequence: bool = only(False, "take model.data.packing=true, which packs while it trains")
     data_prefix: str | None = only(None, "give the JSON as model.data.data_path, with model.data.packing=true")
     sep_token_between_frames: bool = only(False, "frames follow each other without a token between")
     eod_mask_loss: bool = only(False, "the end of an answer is always trained on")
-    validation_drop_last: bool = True  # either way every sample of the validation counts once
+    validation_drop_last: bool = True  # of no effect: every sample of the validation counts once
 
     def __post_init__(self) -> None:
         refuse_others(self, "model.data")
@@ -84,7 +86,8 @@ class DataConfig:
         """How much of what is drawn comes from each file, adding up to 1; None: as their sizes are."""
         inside = self.data_path if isinstance(self.data_path, tuple) else ()
         given = tuple(float(item) for item in inside if not isinstance(item, str)) or self.concat_sampling_probabilities
-        return tuple(weight / (sum(given) or 1) for weight in given) if given else None
+        total = sum(map(abs, given or ()))  # so that those below 0 stay there, and are refused
+        return tuple(weight / (total or 1) for weight in given) if given else None
 
     def _check_files(self) -> None:
         items, key = self.data_path if isinstance(self.data_path, tuple) else (), "concat_sampling_probabilities"

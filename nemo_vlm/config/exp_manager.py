@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nemo_vlm.config.checks import demand, fill, only, refuse_others, seconds
+from nemo_vlm.config.checks import demand, demand_name, fill, only, refuse_others, seconds
 from nemo_vlm.errors import ConfigError
 
 LOGGERS = "there are create_tensorboard_logger, create_wandb_logger and create_mlflow_logger"
@@ -82,7 +82,8 @@ class EmaConfig:
 class EarlyStoppingConfig:
     """`exp_manager.early_stopping_callback_params.*`, as Lightning's EarlyStopping: when a run that stands still ends.
 
-    A metric is judged in each step that has one: val_loss after each validation, the others always.
+    A metric is judged in each step that has one: val_loss after each validation, the others always but where the step
+    was skipped (an overflow under 16-mixed), which says nothing of the model.
     """
 
     monitor: Literal["reduced_train_loss", "val_loss", "grad_norm"] = "val_loss"
@@ -146,6 +147,9 @@ class CheckpointConfig:
         demand(self.save_top_k >= -1, f"{key}.save_top_k", self.save_top_k, "-1 (all) or more")
         seconds(f"{key}.train_time_interval", self.train_time_interval)
         demand(self.postfix.endswith(".nemo"), f"{key}.postfix", self.postfix, "a name that ends with .nemo")
+        for name in ("prefix", "postfix"):
+            if getattr(self, name):
+                demand_name(f"{key}.{name}", getattr(self, name))
         if self.save_weights_only:
             object.__setattr__(self, "save_optimizer", False)
             object.__setattr__(self, "save_rng", False)
@@ -202,8 +206,9 @@ class ExpManagerConfig:
     def __post_init__(self) -> None:
         refuse_others(self, "exp_manager")
         fill(self, exp_dir="./nemo_experiments")
-        if not self.name or "/" in self.name:
-            raise ConfigError(f"exp_manager.name={self.name}: must be the name of a folder, which is made in exp_dir")
+        demand_name("exp_manager.name", self.name)
+        if self.version is not None:
+            demand_name("exp_manager.version", str(self.version))
         seconds("exp_manager.max_time_per_run", self.max_time_per_run)
         if self.checkpoint_callback_params.save_best_model and not self.create_checkpoint_callback:
             raise ConfigError(

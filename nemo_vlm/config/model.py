@@ -78,6 +78,11 @@ class LanguageConfig:
         return {}
 
     @property
+    def tiles_images(self) -> bool:
+        """Whether images are seen in tiles too, which are cut from squares."""
+        return False
+
+    @property
     def image_flops(self) -> float:
         """FLOPs of one image's forward pass; a family with a vision tower counts it."""
         return 0.0

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from functools import reduce
+from operator import getitem
+from typing import Any, Literal
 
 from nemo_vlm.config.checks import demand, fill
 from nemo_vlm.config.model import LanguageConfig
@@ -71,11 +74,29 @@ class PeftConfig:
             raise ConfigError(
                 f"model.peft.restore_from_path={self.restore_from_path}: needs model.peft.peft_scheme=lora"
             )
+        for f in fields(LoraConfig) if self.lora is None else ():
+            value, default = getattr(self.lora_tuning, f.name), getattr(LoraConfig(), f.name)
+            demand(value == default, f"model.peft.lora_tuning.{f.name}", value, "left out without peft_scheme=lora")
 
     @property
     def lora(self) -> LoraConfig | None:
         """None where the model trains without adapters."""
         return self.lora_tuning if self.peft_scheme == "lora" else None
+
+
+def check_given(peft: PeftConfig, tree: Mapping[str, Any], given: Collection[str]) -> None:
+    """Raises ConfigError where the user unfreezes a part by hand that stays frozen beside adapters.
+
+    Args:
+        tree: the branch `model`.
+        given: keys that the user has set by hand.
+    """
+    for key in sorted(given) if peft.lora else ():
+        front, *path = key.split(".")
+        if (front, path[-1:]) == ("model", ["freeze"]) and reduce(getitem, path, tree) is False:
+            raise ConfigError(
+                f"{key}=false: frozen with model.peft.peft_scheme=lora, where adapters train; leave it out"
+            )
 
 
 def is_adapter(name: str) -> bool:

@@ -56,9 +56,7 @@ class TrainerConfig:
         demand(epochs is None or epochs > 0, "trainer.max_epochs", epochs, "1 or more, or -1 for no limit")
         endless = epochs is None and steps == -1
         demand(steps > 0 or (steps == -1 and not endless), "trainer.max_steps", steps, "1 or more; -1 needs max_epochs")
-        demand(
-            every is None or every > 0, "trainer.check_val_every_n_epoch", every, "1 or more, or null"
-        )
+        demand(every is None or every > 0, "trainer.check_val_every_n_epoch", every, "1 or more, or null")
         demand(self.gradient_clip_val >= 0, "trainer.gradient_clip_val", self.gradient_clip_val, "0 (off) or more")
         demand(self.log_every_n_steps > 0, "trainer.log_every_n_steps", self.log_every_n_steps, "1 or more")
         seconds("trainer.max_time", self.max_time)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,11 +16,15 @@ from nemo_vlm.conversion.convert import Target, dtype_of, prepared, to_nemo
 from nemo_vlm.conversion.verify import check_tensors
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.grown import grown
-from nemo_vlm.formats.reader import Joined, Reader, Shape, Slices, whole
+from nemo_vlm.formats.reader import Joined, Reader, Shape, Slices, chosen, whole
 from nemo_vlm.mapping import check
-from nemo_vlm.models.base import family
+from nemo_vlm.models.base import family, starts
 from nemo_vlm.sources.megatron import EMBEDDINGS, HEAD
 from nemo_vlm.sources.opening import open_adapter, open_source
+from nemo_vlm.sources.source import Source
+from nemo_vlm.sources.starting import owners
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,21 +87,36 @@ class Merged:
         return torch.addmm(weight.float(), b.float(), a.float(), alpha=self.scale).to(weight.dtype)
 
 
+def base_of(bases: Sequence[str], adapter: Source) -> dict[str, Source]:
+    """The checkpoint that gives each module of the base.
+
+    Args:
+        bases: as Source.bases of the adapter names them: each module is from where the run had it. Others: of two that
+            hold a module the later one gives it.
+    """
+    named = list(starts(adapter.tree)) if list(bases) == adapter.bases else [("--base", None, base) for base in bases]
+    found = owners(named)
+    if len(set(bases)) > 1:
+        log.info("the base: %s", ", ".join(f"{module} from {source}" for module, source in found.items()))
+    return found
+
+
 def merge(bases: Sequence[str], adapter_path: str, output: Path, precision: str, verify: bool) -> None:
     """Write the .nemo of a base with an adapter merged into it; tensors go by one part at a time.
 
     Args:
-        bases: checkpoints that hold the parts of the base; the first that has a tensor gives it.
+        bases: checkpoints that hold the parts of the base; see base_of.
         verify: compare what was written with what was to be written.
     Raises:
         ConfigError: the adapter is of another model.
     """
     adapter = open_adapter(adapter_path, "--adapter")
-    opened = [open_source(base, "--base") for base in bases]
-    for base in opened:
+    modules = base_of(bases, adapter)
+    for base in modules.values():
         prepared(base, output)
+    parts = [chosen(base.reader, [f"{name}."]) for name, base in modules.items()]
     # Tokens that the tokenizer got for the run have their rows in its base as there.
-    whole_base = grown(Joined([base.reader for base in opened]), (EMBEDDINGS, HEAD), adapter.model.vocab_size)
+    whole_base = grown(Joined(parts), (EMBEDDINGS, HEAD), adapter.model.vocab_size)
     reader = Merged(whole_base, adapter.reader, adapter.settings["peft"].lora_tuning.scale)
     check(reader, {rule.ours: rule.shape for rule in family(adapter.family, "mapping").rules(adapter.model)})
     tree = {key: value for key, value in adapter.tree.items() if key != "peft"}

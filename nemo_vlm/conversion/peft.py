@@ -16,7 +16,7 @@ from nemo_vlm.files import folder_written_whole, remove_partial
 from nemo_vlm.formats import safetensors
 from nemo_vlm.formats.safetensors import TensorSpec
 from nemo_vlm.mapping import Rows
-from nemo_vlm.models.base import family
+from nemo_vlm.models.base import family, starts
 from nemo_vlm.sources.opening import open_adapter
 from nemo_vlm.sources.source import Source
 
@@ -27,23 +27,30 @@ def export_adapter(adapter_path: str, output: Path, base: str | None) -> None:
     """Write an adapter as PEFT loads it beside the exported base.
 
     Args:
-        base: what adapter_config.json calls the base; None: what the run started from.
+        base: what adapter_config.json calls the base; None: what the run had its language model from.
     Raises:
-        ConfigError: there is no adapter, or the output is not free.
+        ConfigError: there is no adapter, the output is not free, or Hugging Face has no place for the model.
     """
     adapter = open_adapter(adapter_path, "--adapter")
     output = Path(os.path.abspath(output))
     remove_partial(output)
     check_free(output)
+    family(adapter.family, "mapping").hf_config(adapter.model)
     tensors = peft_tensors(adapter)
     specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-    config = peft_config(adapter, sorted(tensors), base or next(iter(adapter.bases), None))
+    config = peft_config(adapter, sorted(tensors), base or language_base(adapter))
     output.parent.mkdir(parents=True, exist_ok=True)
     with folder_written_whole(output) as folder:
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         with open(folder / "adapter_model.safetensors", "wb") as file:
             safetensors.write(file, specs, iter(tensors.items()))
             finish(file)
+
+
+def language_base(adapter: Source) -> str | None:
+    """The last of the checkpoints that the run started from which is for the language model, or for all."""
+    found = [path for _, module, path in starts(adapter.tree) if module in (None, "language_model")]
+    return found[-1] if found else None
 
 
 def peft_tensors(adapter: Source) -> dict[str, Tensor]:

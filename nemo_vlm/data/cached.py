@@ -1,17 +1,18 @@
 """What is found out about a data file in one pass over it, kept as .npy beside it, or in the user's cache folder.
 
 An array is made once, by one process of a machine while the others wait, appears whole, and is mapped by all: ranks and
-workers share its memory. Its name tells which version of the file it is about, and goes with that version.
+workers share its memory. Its name tells which version of the file it is about, and it goes with that version, or when
+one of its kind is made for other settings.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ import numpy
 from nemo_vlm.files import written_whole
 
 log = logging.getLogger(__name__)
+
+NAME = re.compile(r"(?P<version>[0-9a-f]{12})-(?P<kind>[a-z]+)-[0-9a-f]{12}\.npy")  # behind the name's beginning
 
 
 def cached(path: Path, kind: str, settings: str, make: Callable[[], numpy.ndarray]) -> numpy.ndarray:
@@ -37,8 +40,8 @@ def cached(path: Path, kind: str, settings: str, make: Callable[[], numpy.ndarra
         with contextlib.suppress(FileNotFoundError):
             return opened(path, version)
         log.info("%s: one pass over it for its %s, which is kept", path, kind)
-        store(path, version, make())
-    return opened(path, version)
+        store(path, kind, settings, make())
+        return opened(path, version)
 
 
 def homes(path: Path) -> Iterator[Path]:
@@ -68,23 +71,39 @@ def opened(path: Path, version: str) -> numpy.ndarray:
     raise FileNotFoundError(path)
 
 
-def store(path: Path, version: str, array: numpy.ndarray) -> None:
-    """Write it where that is allowed; what is about an older version of the file goes."""
+def store(path: Path, kind: str, settings: str, array: numpy.ndarray) -> None:
+    """Write it where that is allowed; what is about an older version of the file, or of its kind, goes."""
     refused: OSError | None = None
     for home in homes(path):
+        new = Path(f"{home}{prefix(path)}-{kind}-{digest(settings)}.npy")
         try:
             home.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(Path(f"{home}{prefix(path)}-{version}"), "wb") as file:
+            with written_whole(new, "wb") as file:
                 numpy.save(file, array)
         except OSError as error:
             refused = error
             continue
-        for old in glob.glob(f"{glob.escape(str(home))}*-*-*.npy"):
-            if not old.startswith(f"{home}{prefix(path)}-"):
-                os.unlink(old)
+        for old, match in stored(home):
+            if old != new and (match["version"] != prefix(path) or match["kind"] == kind):
+                old.unlink(missing_ok=True)
         return
     assert refused is not None
     raise refused
+
+
+def stored(home: Path) -> list[tuple[Path, re.Match[str]]]:
+    """The arrays whose names begin so, with what the rest of their names says."""
+    found = []
+    for path in home.parent.iterdir():
+        if path.name.startswith(home.name) and (match := NAME.fullmatch(path.name.removeprefix(home.name))):
+            found.append((path, match))
+    return found
+
+
+def of_kind(path: Path, kind: str) -> list[Path]:
+    """The arrays of a kind about a file."""
+    homes_there = [home for home in homes(path) if home.parent.is_dir()]
+    return [array for home in homes_there for array, match in stored(home) if match["kind"] == kind]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """How long each sample will be, known before it is made: what grouping and packing plan with. Found out once, and kept.
 
-It depends on the tokenizer, the template and the model, so there is one table for each of their combinations.
+It depends on the tokenizer, the template and the model; the table of one combination takes the place of another's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import hashlib
 import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,35 +20,32 @@ from nemo_vlm.data.cached import cached
 from nemo_vlm.data.records import RecordFile
 from nemo_vlm.errors import SampleError
 
+FORMAT = 2  # of the table; tables of another are measured anew
 AT_ONCE = 10_000  # records that a process takes at a time; a file of fewer is not worth starting any
-# Settings that say which records are drawn and how they are put together, and nothing about one sample.
-NOT_OF_A_SAMPLE = {
-    "data_path",
-    "concat_sampling_probabilities",
-    "datasets_exclude",
-    "validation_split",
-    "validation_path",
-    "max_skip_fraction",
-    "prepare",
-    "dataloader_type",
-    "packing",
-    "pad_to",
-    "num_workers",
-}
+OF_MEDIA = {"missing_image", "broken_image", "huge_image", "broken_video"}  # reasons that another day may take away
+UNKNOWN = 0  # tokens of a sample that such a reason kept from being measured
 
 
 def of_file(file: RecordFile, processor: Any) -> numpy.ndarray:
-    """[records, 2] int32, mapped: the tokens of each sample, and whether it has images or videos (1) or not (0).
+    """[records, 2] int32: the tokens of each sample, and whether it has images or videos (1) or not (0).
 
-    A record of which no sample can be made counts as one token: the empty one that takes its place.
+    A record of which no sample can be made counts as one token: the empty one that takes its place. Where that is for
+    its images or videos, it is measured again each time.
     """
-    return cached(file.path, "lengths", fingerprint(processor), lambda: measured(file, processor))
+    every = numpy.arange(len(file))
+    table = cached(file.path, "lengths", fingerprint(file, processor), lambda: measured(file, processor, every))
+    unknown = numpy.flatnonzero(table[:, 0] == UNKNOWN)
+    if not len(unknown):
+        return table
+    table = numpy.array(table)
+    table[unknown] = measured(file, processor, unknown)
+    return numpy.maximum(table, (1, 0)).astype(numpy.int32)
 
 
-def fingerprint(processor: Any) -> str:
-    """Equal for processors that make samples of the same lengths."""
-    data = {f.name: getattr(processor.data, f.name) for f in fields(processor.data) if f.name not in NOT_OF_A_SAMPLE}
-    found = hashlib.sha256(repr((processor.config, data)).encode())
+def fingerprint(file: RecordFile, processor: Any) -> str:
+    """Equal where samples have the same lengths; images in a folder may change unnoticed, see loader.fitting."""
+    settings = (FORMAT, processor.length_settings, file.images.version, file.videos.version)
+    found = hashlib.sha256(repr(settings).encode())
     with tempfile.TemporaryDirectory() as scratch:
         processor.tokenizer.save_pretrained(scratch)
         for path in sorted(Path(scratch).iterdir()):
@@ -57,11 +53,11 @@ def fingerprint(processor: Any) -> str:
     return found.hexdigest()
 
 
-def measured(file: RecordFile, processor: Any) -> numpy.ndarray:
+def measured(file: RecordFile, processor: Any, numbers: numpy.ndarray) -> numpy.ndarray:
     """Over all CPU cores, with a progress bar."""
-    runs = [range(first, min(first + AT_ONCE, len(file))) for first in range(0, len(file), AT_ONCE)]
+    runs = [numbers[first : first + AT_ONCE] for first in range(0, len(numbers), AT_ONCE)]
     if len(runs) == 1:
-        return lengths(file, processor, runs[0])
+        return lengths(file, processor, numbers)
     cores = len(os.sched_getaffinity(0))
     # spawned, not forked: the tokenizer and torch have threads by now
     with ProcessPoolExecutor(cores, get_context("spawn"), prepare, (file, processor)) as pool:
@@ -77,16 +73,17 @@ def prepare(file: RecordFile, processor: Any) -> None:
     prepared = file, processor
 
 
-def of_prepared(numbers: range) -> numpy.ndarray:
+def of_prepared(numbers: numpy.ndarray) -> numpy.ndarray:
     return lengths(*prepared, numbers)
 
 
-def lengths(file: RecordFile, processor: Any, numbers: range) -> numpy.ndarray:
+def lengths(file: RecordFile, processor: Any, numbers: numpy.ndarray) -> numpy.ndarray:
+    """[n, 2] int32 of these records, see of_file; UNKNOWN tokens where images or videos are the reason."""
     found = numpy.zeros((len(numbers), 2), numpy.int32)
-    for row, number in zip(found, numbers, strict=True):
+    for row, number in zip(found, numbers.tolist(), strict=True):
         try:
             record = file[number]
             row[:] = processor.length(record), bool(record["image"] or record["video"])
-        except SampleError:
-            row[:] = 1, 0
+        except SampleError as error:
+            row[:] = UNKNOWN if error.reason in OF_MEDIA else 1, 0
     return found

@@ -5,16 +5,16 @@ Which samples a step has is the order's business, see data.orders: the same unde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import numpy
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from nemo_vlm.batch import Batch, Sample, collate, pack, round_up
+from nemo_vlm.batch import Batch, Sample, collate, empty_sample, pack, round_up
 from nemo_vlm.config import RunConfig, StepConfig
 from nemo_vlm.data import packing
 from nemo_vlm.data.orders import Blend, Grouped
@@ -94,24 +94,43 @@ class StepSampler(Sampler[Groups]):
 class Steps(Dataset):
     """Micro-batches of the groups that a sampler gives, read in a worker."""
 
-    def __init__(self, dataset: Dataset, put_together: Callable[[list[list[Sample]]], list[Batch]]) -> None:
+    def __init__(self, dataset: Dataset, put_together: Callable[[Iterable[list[Sample]]], list[Batch]]) -> None:
         self.dataset, self.put_together = dataset, put_together
 
     def __getitem__(self, groups: Groups) -> list[Batch]:
-        return self.put_together([[self.dataset[number] for number in group] for group in groups])
+        return self.put_together([self.dataset[number] for number in group] for group in groups)
 
 
-def padded(groups: list[list[Sample]], micro_batch_size: int, pad_multiple: int) -> list[Batch]:
+def padded(groups: Iterable[list[Sample]], micro_batch_size: int, pad_multiple: int) -> list[Batch]:
     """Micro-batches of samples of like length, the longest first: less padding, and memory peaks at once.
 
     Which samples share one does not matter to the loss of the global batch, unless loss_reduction=micro_batch.
     """
     samples = sorted((s for group in groups for s in group), key=lambda sample: len(sample.tokens), reverse=True)
-    return [collate(samples[i : i + micro_batch_size], pad_multiple) for i in range(0, len(samples), micro_batch_size)]
+    batches = []
+    while samples:  # pixels are large: none is held twice for long
+        batches.append(collate(samples[:micro_batch_size], pad_multiple))
+        del samples[:micro_batch_size]
+    return batches
 
 
-def packed(groups: list[list[Sample]], pad_multiple: int) -> list[Batch]:
-    return [pack(group, pad_multiple) for group in groups]
+def packed(groups: Iterable[list[Sample]], pad_multiple: int, capacity: int, dataset: RecordDataset) -> list[Batch]:
+    return [pack(fitting(group, capacity, dataset), pad_multiple) for group in groups]
+
+
+def fitting(group: list[Sample], capacity: int, dataset: RecordDataset) -> list[Sample]:
+    """The samples of a pack; where they are too long for it, those that have outgrown their plan are left out.
+
+    An image that has changed since it was measured can do that. Other ranks know nothing of it, and have as many packs.
+    """
+    excess = sum(len(sample.tokens) for sample in group) - capacity
+    fits = []
+    for sample in group:
+        if excess > 0 and (message := dataset.outgrown(sample)):
+            excess -= len(sample.tokens) - 1
+            sample = empty_sample(sample.record, f"stale_length: {message}")
+        fits.append(sample)
+    return fits
 
 
 def pad_multiple(run: RunConfig, layout: Layout) -> int:
@@ -135,20 +154,22 @@ def validation_loader(dataset: RecordDataset, layout: Layout, share: Share, run:
 
     Each sample is seen once; empty ones fill the last batch.
     """
-    numbers = [int(number) for part in dataset.parts for number in part]
     size = run.step.global_batch_size
+    numbers = [int(number) for number in islice(chain.from_iterable(dataset.parts), limit * size)]
     together = share.of * layout.micro_batch_size * (layout.pipeline if layout.virtual > 1 else 1)
     batches = []
-    for first in range(0, min(limit * size, len(numbers)), size):
+    for first in range(0, len(numbers), size):
         batch = numbers[first : first + size]
         batches.append(batch + [-1] * (round_up(len(batch), together) - len(batch)))
     shares = shares_of(dataset, layout, run)
     return loader(dataset, [shares(batch, share) for batch in batches], layout, run)
 
 
-def loader(dataset: Dataset, sampler: Sampler | list[Groups], layout: Layout, run: RunConfig) -> DataLoader:
+def loader(dataset: RecordDataset, sampler: Sampler | list[Groups], layout: Layout, run: RunConfig) -> DataLoader:
     if run.data.packing:
-        put_together = partial(packed, pad_multiple=pad_multiple(run, layout))
+        put_together = partial(
+            packed, pad_multiple=pad_multiple(run, layout), capacity=run.model.encoder_seq_length, dataset=dataset
+        )
     else:
         put_together = partial(padded, micro_batch_size=layout.micro_batch_size, pad_multiple=pad_multiple(run, layout))
     return DataLoader(
@@ -156,6 +177,7 @@ def loader(dataset: Dataset, sampler: Sampler | list[Groups], layout: Layout, ru
         sampler=sampler,
         batch_size=None,
         num_workers=run.data.num_workers,
+        prefetch_factor=1 if run.data.num_workers else None,  # of each worker, since an item is a whole step
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: the run's random numbers do not depend on when a loader starts
     )

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy
 
-from nemo_vlm.data.cached import cached
+from nemo_vlm.data.cached import cached, prefix
 from nemo_vlm.errors import ConfigError, SampleError
 
 
@@ -47,11 +47,16 @@ class TarFolder:
         except (OSError, tarfile.TarError) as error:
             raise ConfigError(f"{key}={path}: not an uncompressed tar with files ({error})") from None
 
+    @property
+    def version(self) -> str:
+        """Another one where the tar may hold something else."""
+        return f"{os.path.abspath(self.path)} {prefix(self.path)}"
+
     def file(self, name: str) -> Member:
         """Raises:
         SampleError: there is none of the name.
         """
-        table, wanted = member_table(self.path), os.path.normpath(name).encode()
+        table, wanted = member_table(self.path), os.fsencode(os.path.normpath(name))
         place = bisect.bisect_left(table["name"], wanted)
         if place == len(table) or table["name"][place] != wanted:
             raise SampleError("missing_image", f"{self.path}: holds no {name}")
@@ -63,6 +68,11 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @property
+    def version(self) -> str:
+        """Which folder it is; whether files in it have changed cannot be told without a look at each."""
+        return os.path.abspath(self.path)
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -94,7 +104,7 @@ def members(path: Path) -> numpy.ndarray:
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             if member.isfile():
-                found.append((os.path.normpath(member.name).encode(), member.offset_data, member.size))
+                found.append((os.fsencode(os.path.normpath(member.name)), member.offset_data, member.size))
             tar.members = []  # type: ignore[attr-defined]  # they would be kept, a kilobyte each
     if not found:
         raise tarfile.TarError("it holds no file")

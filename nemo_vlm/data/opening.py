@@ -102,8 +102,11 @@ def of_dataset(file: RecordFile, number: int, names: tuple[str, ...]) -> bool:
 
 
 def split(records: numpy.ndarray, fraction: float, seed: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Those to train on and those to validate on, which end a permutation; both in the order of the file."""
-    count = round(len(records) * fraction)
+    """Those to train on and those to validate on, which end a permutation; both in the order of the file.
+
+    A fraction above 0 holds out one record at least.
+    """
+    count = max(round(len(records) * fraction), 1) if fraction else 0
     order = torch.randperm(len(records), generator=generator(seed, NOT_AN_EPOCH)).numpy()
     first = len(records) - count
     return records[numpy.sort(order[:first])], records[numpy.sort(order[first:])]

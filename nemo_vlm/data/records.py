@@ -21,11 +21,11 @@ from torch.utils.data import Dataset
 
 from nemo_vlm.batch import HUMANS, IMAGE_TAG, Sample, empty_sample
 from nemo_vlm.data import spans
-from nemo_vlm.data.cached import cached
+from nemo_vlm.data.cached import cached, of_kind
 from nemo_vlm.data.media import descriptor, open_folder
 from nemo_vlm.errors import ConfigError, SampleError
 
-IMAGE_IN_TEXT = re.compile(r"""<img src=["']([^"']+)["'][^>]*>""")  # how SteerLM's records speak of images
+IMAGE_IN_TEXT = re.compile(r"""<img src=["']([^"'\0]+)["'][^>]*>""")  # how SteerLM's records speak of images
 KEY = "model.data.data_path"
 LOOKED_AT = 100  # records, one of which must be whole when a file is opened
 
@@ -83,13 +83,21 @@ class RecordFile:
         """A record as it stands in the file.
 
         Raises:
-            SampleError: it is not JSON.
+            SampleError: it is not JSON, or its texts are not Unicode.
         """
         start, end = map(int, self._spans[number])
         try:
-            return json.loads(os.pread(descriptor(self.path), end - start, start))
+            record = json.loads(os.pread(descriptor(self.path), end - start, start))
+            json.dumps(record, ensure_ascii=False).encode()  # a half of a surrogate pair cannot be
+        except UnicodeEncodeError:
+            problem = "half of a surrogate pair in a text"
         except ValueError as error:
-            raise SampleError("broken_record", f"{self.path}: record {number}: not JSON ({error})") from None
+            problem = f"not JSON ({error})"
+        except RecursionError:
+            problem = "nested too deeply"
+        else:
+            return record
+        raise SampleError("broken_record", f"{self.path}: record {number}: {problem}")
 
     def name(self, number: int) -> Any:
         """A record's `id`, where it has one that can be read."""
@@ -134,11 +142,17 @@ def fault(record: Any) -> str | None:
         return "must have 'conversations', a list of turns"
     if not all(isinstance(turn.get(part), str) for turn in turns for part in ("from", "value")):
         return "each turn needs 'from' and 'value', both text"
+    if not isinstance(record.get("system"), str | None):
+        return "'system' must be a text"
     for kind in ("image", "video"):
         entry = record.get(kind)
-        if not isinstance(entry, str | list | None) or not all(isinstance(name, str) for name in entry or ""):
+        if not isinstance(entry, str | list | None) or not all(map(is_name, entry or "")):
             return f"'{kind}' must be a file's name or a list of them"
     return None
+
+
+def is_name(name: Any) -> bool:
+    return isinstance(name, str) and "\0" not in name
 
 
 def names(entry: str | list[str] | None) -> list[str]:
@@ -206,6 +220,15 @@ class RecordDataset(Dataset):
         """The place of a record's file among the files, and its number there."""
         file = bisect.bisect_right(self.first, number) - 1
         return file, number - self.first[file]
+
+    def outgrown(self, sample: Sample) -> str | None:
+        """Of a sample that is longer than its record was when `lengths` was made: what to say of that."""
+        if sample.record < 0 or self.lengths is None or len(sample.tokens) <= self.lengths[sample.record, 0]:
+            return None
+        file, inside = self.where(sample.record)
+        path, planned = self.files[file].path, int(self.lengths[sample.record, 0])
+        tables = ", ".join(map(str, of_kind(path, "lengths")))
+        return f"record {inside}: {len(sample.tokens)} tokens, {planned} when it was measured; remove {tables}"
 
     def record(self, number: int) -> dict[str, Any]:
         """Raises:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from nemo_vlm.formats.reader import Reader, Shape, Slices
+from nemo_vlm.formats.reader import Reader, Shape, Slices, whole
 
 CHUNK = 4096  # rows that are averaged at a time, in double precision
 
@@ -23,6 +23,7 @@ class Grown:
 
     reader: Reader
     shapes: Mapping[str, Shape]  # of those that grow
+    means: dict[str, Tensor] = field(default_factory=dict)  # what mean_row has found
 
     def __str__(self) -> str:
         return str(self.reader)
@@ -39,15 +40,23 @@ class Grown:
     def read(self, name: str, slices: Slices = ()) -> Tensor:
         if name not in self.shapes:
             return self.reader.read(name, slices)
-        old = self.reader.read(name)
-        new = mean_row(old).expand(self.shapes[name][0] - len(old), -1)
-        return torch.cat([old, new])[slices]
+        (rows, columns), count = slices or whole(self.shapes[name]), self.reader.shape(name)[0]
+        found = []
+        if rows.start < count:
+            found.append(self.reader.read(name, (slice(rows.start, min(rows.stop, count)), columns)))
+        if rows.stop > count:
+            found.append(self.mean_row(name)[:, columns].expand(rows.stop - max(rows.start, count), -1))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-
-def mean_row(rows: Tensor) -> Tensor:
-    """[n, h] -> [1, h]"""
-    total = sum(chunk.double().sum(0, keepdim=True) for chunk in rows.split(CHUNK))
-    return (total / len(rows)).to(rows.dtype)
+    def mean_row(self, name: str) -> Tensor:
+        """[1, h], of all old rows; kept, because slices of a tensor are read one by one."""
+        if name not in self.means:
+            count, width = self.reader.shape(name)
+            starts = range(0, count, CHUNK)
+            parts = [(slice(start, min(start + CHUNK, count)), slice(0, width)) for start in starts]
+            sums = [self.reader.read(name, part).double().sum(0, keepdim=True) for part in parts]
+            self.means[name] = (torch.cat(sums).sum(0, keepdim=True) / count).to(self.dtype(name))
+        return self.means[name]
 
 
 def grown(reader: Reader, names: Iterable[str], num_rows: int) -> Reader:

@@ -91,7 +91,7 @@ class Joined:
     readers: Sequence[Reader]
 
     def __str__(self) -> str:
-        return " and ".join(map(str, self.readers))
+        return " and ".join(dict.fromkeys(map(str, self.readers)))
 
     def names(self) -> set[str]:
         return set(self.owners)

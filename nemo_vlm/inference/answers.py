@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from nemo_vlm.batch import Sample
-from nemo_vlm.errors import ConfigError
+from nemo_vlm.errors import ConfigError, SampleError
 from nemo_vlm.files import written_whole
 from nemo_vlm.inference.generate import Answer, Ends, generate
 from nemo_vlm.inference.laid_out import LaidOut, lay_out, make_folder, share, unwritable
 from nemo_vlm.inference.neva import Questions
-from nemo_vlm.inference.prompts import RawPrompts
+from nemo_vlm.inference.prompts import Prompt, RawPrompts
 from nemo_vlm.inference.restore import Restored, restore
 from nemo_vlm.inference.settings import AskConfig, DecodingConfig, GenerateConfig, NevaInferenceConfig
 
@@ -51,7 +51,11 @@ class Generation:
             make_folder(Path(self.config.output_file).parent, f"output_file={self.config.output_file}")
 
     def run(self) -> None:
-        """Answer all prompts; the first rank writes or prints the answers."""
+        """Answer all prompts; the first rank writes or prints the answers.
+
+        Raises:
+            RuntimeError: when all is written, on the first rank: some images could not be decoded.
+        """
         prompts, inference = self.form.read(), self.config.inference
         with restore(self.model.source, self.model.run.trainer.precision, self.model.layout) as restored:
             encoded = [self.form.encode(prompt, restored) for prompt in prompts]
@@ -59,18 +63,21 @@ class Generation:
             began = time.perf_counter()
 
             def work(batch: range) -> list[tuple[dict[str, Any], int]]:
-                samples = [sample_of(*asked[number], restored) for number in batch]
-                found = answer(samples, restored, inference, self.form.end_strings(restored), batch)
-                chosen = [prompts[number] for number in batch]
-                lines = map(self.form.line, chosen, samples, found, [restored] * len(batch))
-                return [(line | probabilities(one), len(one.tokens)) for line, one in zip(lines, found, strict=True)]
+                samples, unreadable = with_pixels([asked[number] for number in batch], batch, restored)
+                found = answer(samples, restored, inference, self.form.end_strings(restored))
+                lines = {number: (unanswered(prompts[number], why), 0) for number, why in unreadable.items()}
+                for number, one in found.items():
+                    line = self.form.line(prompts[number], samples[number], one, restored)
+                    lines[number] = line | probabilities(one), len(one.tokens)
+                return [lines[number] for number in batch]
 
             answered = share(len(prompts), inference.batch_size, work, "answering" if self.config.output_file else "")
             seconds, first = time.perf_counter() - began, torch.distributed.get_rank() == 0
-        if first:
-            deliver([line for line, _ in answered], self.config)
         count = sum(length for _, length in answered)
         log.info("%d tokens in %.2f s, %.1f tokens/s", count, seconds, count / seconds)
+        if first:
+            deliver([line for line, _ in answered], self.config)
+            complain([line["error"] for line, length in answered if not length], len(answered))
 
 
 def prepare(config: GenerateConfig | NevaInferenceConfig, env: Mapping[str, str]) -> Generation:
@@ -104,14 +111,40 @@ def sample_of(tokens: Tensor, media: list[Any], restored: Restored) -> Sample:
     return Sample(tokens, torch.empty(0, dtype=torch.int64), restored.processor.pixels(media))
 
 
+def with_pixels(
+    asked: Sequence[tuple[Tensor, list[Any]]], numbers: Sequence[int], restored: Restored
+) -> tuple[dict[int, Sample], dict[int, str]]:
+    """Prompts with their pixels, by number; and of those whose pixels cannot be read, why. All ranks find the same."""
+    samples, unreadable = {}, {}
+    for number, (tokens, media) in zip(numbers, asked, strict=True):
+        try:
+            samples[number] = sample_of(tokens, media, restored)
+        except SampleError as error:
+            unreadable[number] = str(error)
+    return samples, unreadable
+
+
 def answer(
-    samples: list[Sample], restored: Restored, inference: DecodingConfig, end_strings: tuple[str, ...], numbers: range
-) -> list[Answer]:
-    """Continue a batch of prompts, each as far as inference and the model allow."""
-    room = restored.config.encoder_seq_length
-    limits = [min(inference.tokens_to_generate, room - len(sample.tokens)) for sample in samples]
+    samples: Mapping[int, Sample], restored: Restored, inference: DecodingConfig, end_strings: tuple[str, ...]
+) -> dict[int, Answer]:
+    """Continue a batch of prompts, by number, each as far as inference and the model allow."""
+    if not samples:
+        return {}
+    room, batch = restored.config.encoder_seq_length, list(samples.values())
+    limits = [min(inference.tokens_to_generate, room - len(sample.tokens)) for sample in batch]
     ends = Ends(frozenset(restored.stop_ids), end_strings, restored.tokenizer)
-    return generate(restored.forward, samples, limits, inference, ends, numbers)
+    return dict(zip(samples, generate(restored.forward, batch, limits, inference, ends, list(samples)), strict=True))
+
+
+def unanswered(prompt: Prompt, why: str) -> dict[str, Any]:
+    return prompt.line | {"text": "", "error": f"{prompt.called}: {why}"}
+
+
+def complain(errors: Sequence[str], count: int) -> None:
+    """Raises RuntimeError where some of the prompts could not be answered."""
+    if errors:
+        told = f"{len(errors)} of {count} prompts could not be answered, see 'error' in their lines"
+        raise RuntimeError(f"{told}; the first: {errors[0]}")
 
 
 def probabilities(found: Answer) -> dict[str, list]:
@@ -123,7 +156,7 @@ def probabilities(found: Answer) -> dict[str, list]:
 def deliver(lines: list[dict[str, Any]], config: AskConfig) -> None:
     """To the file or the terminal; of a prompt on the command line, the answer alone."""
     if config.output_file is not None:
-        write(lines, config.output_file)
+        write(lines, Path(config.output_file), f"output_file={config.output_file}")
     alone = isinstance(config, GenerateConfig) and config.prompt is not None
     if alone or config.output_file is None:
         for line in lines:
@@ -131,10 +164,11 @@ def deliver(lines: list[dict[str, Any]], config: AskConfig) -> None:
         sys.stdout.flush()
 
 
-def write(lines: list[dict[str, Any]], path: str) -> None:
+def write(lines: Sequence[dict[str, Any]], path: Path, key: str) -> None:
+    """Raises ConfigError, which names the key that asked for it, where it cannot be written."""
     try:
-        with written_whole(Path(path)) as file:
+        with written_whole(path) as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     except OSError as error:
-        raise unwritable(f"output_file={path}", error) from None
+        raise unwritable(key, error) from None
     log.info("wrote %s", path)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nemo_vlm.batch import IGNORE_INDEX, Sample
 from nemo_vlm.data.records import RecordFile
-from nemo_vlm.inference.answers import answer, sample_of, with_bos
+from nemo_vlm.errors import SampleError
+from nemo_vlm.inference.answers import answer, sample_of, with_bos, write
 from nemo_vlm.inference.laid_out import LaidOut, lay_out, make_folder, share
 from nemo_vlm.inference.likelihood import choices, log_likelihoods
 from nemo_vlm.inference.restore import Restored, restore
@@ -51,27 +52,46 @@ class Evaluation:
         records, settings = self.records(), self.config.inference
         with restore(self.model.source, self.model.run.trainer.precision, self.model.layout) as restored:
 
-            def work(batch: range) -> list[dict[str, Any]]:
-                asked = [records[number] for number in batch]
-                encoded = [restored.processor.asked(record) for record in asked]
-                prompts = [sample_of(with_bos(ids, restored, settings), media, restored) for ids, media in encoded]
-                answers = answer(prompts, restored, settings, settings.end_strings + restored.terminators, batch)
-                texts = [one.text(restored.tokenizer).strip() for one in answers]
-                rows = [prediction(record, text) for record, text in zip(asked, texts, strict=True)]
-                chosen = choose(asked, prompts, restored, settings.batch_size)
-                return [row | choice for row, choice in zip(rows, chosen, strict=True)]
+            def work(batch: range) -> list[dict[str, Any] | str]:
+                given, prompts, rows = self.asked(records, batch, restored)
+                answers = answer(prompts, restored, settings, settings.end_strings + restored.terminators)
+                chosen = choose(list(given.values()), list(prompts.values()), restored, settings.batch_size)
+                for (number, record), choice in zip(given.items(), chosen, strict=True):
+                    rows[number] = prediction(record, answers[number].text(restored.tokenizer).strip()) | choice
+                return [rows[number] for number in batch]
 
-            rows = share(len(records), settings.batch_size, work, "answering")
+            made = share(len(records), settings.batch_size, work, "answering")
             first = torch.distributed.get_rank() == 0
         if first:
-            self.report(rows, records)
+            self.report(made, records)
 
-    def report(self, rows: list[dict[str, Any]], records: RecordFile) -> None:
+    def asked(
+        self, records: RecordFile, batch: range, restored: Restored
+    ) -> tuple[dict[int, dict[str, Any]], dict[int, Sample], dict[int, dict[str, Any] | str]]:
+        """Records and their prompts, by number; and why there are none of some, which all ranks find alike."""
+        given, prompts = {}, {}
+        left_out: dict[int, dict[str, Any] | str] = {}
+        for number in batch:
+            try:
+                record = records[number]
+                ids, media = restored.processor.asked(record)
+                prompts[number] = sample_of(with_bos(ids, restored, self.config.inference), media, restored)
+                given[number] = record
+            except SampleError as error:
+                left_out[number] = str(error)
+        return given, prompts, left_out
+
+    def report(self, made: list[dict[str, Any] | str], records: RecordFile) -> None:
+        """Args:
+        made: for each record its row, or why there is none.
+        """
         folder = Path(self.config.output_folder)
-        (folder / "predictions.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        rows = {number: row for number, row in enumerate(made) if not isinstance(row, str)}
+        if left_out := [why for why in made if isinstance(why, str)]:
+            log.warning("%d of %d records are left out; the first: %s", len(left_out), len(made), left_out[0])
+        write(list(rows.values()), folder / "predictions.jsonl", f"output_folder={folder}")
         draw(rows, records, folder / "predictions.png")
-        log.info("wrote %s and predictions.png", folder / "predictions.jsonl")
-        for category, accuracy in accuracies(rows).items():
+        for category, accuracy in accuracies(rows.values()).items():
             kind = "" if category == OPEN else f" ({category})"
             sys.stdout.write(f"held-out accuracy{kind}: {accuracy:.3f}\n")
 
@@ -139,7 +159,7 @@ def expected(record: dict[str, Any]) -> str:
     return (turns(record)[0].answer or "").strip()
 
 
-def accuracies(rows: list[dict[str, Any]]) -> dict[str, float]:
+def accuracies(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Exact matches in each category, the open questions first; and of the likeliest choices."""
     correct: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
@@ -152,7 +172,7 @@ def accuracies(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def draw(
-    rows: list[dict[str, Any]],
+    rows: Mapping[int, dict[str, Any]],
     records: RecordFile,
     path: Path,
     columns: int = 6,
@@ -164,7 +184,7 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    opened = [(row, number) for number, row in enumerate(rows) if row["category"] == OPEN]
+    opened = [(row, number) for number, row in rows.items() if row["category"] == OPEN]
     wrong = [pair for pair in opened if not pair[0]["correct"]][:columns]
     shown = wrong + [pair for pair in opened if pair[0]["correct"]]
     figure, axes = pyplot.subplots(lines, columns, figsize=(2.1 * columns, 2.4 * lines), constrained_layout=True)
@@ -172,7 +192,8 @@ def draw(
         axis.axis("off")
     for axis, (row, number) in zip(axes.flat[: len(shown)], shown[: axes.size], strict=True):
         if images := records[number]["image"]:
-            axis.imshow(load_image(images[0]))
+            with contextlib.suppress(SampleError):  # it may belong to a later question
+                axis.imshow(load_image(images[0]))
         note = "" if row["correct"] else f"\n(expected: {row['expected']})"
         axis.set_title(row["text"] + note, fontsize=9, color="black" if row["correct"] else "crimson")
     figure.savefig(path, dpi=110)

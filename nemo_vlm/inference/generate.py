@@ -55,12 +55,13 @@ class Ends:
     tokenizer: Any = None
 
     def string(self, tokens: Tensor) -> str | None:
-        """The end string that the last of these tokens completes."""
+        """The end string that the last of these tokens completes: the first of several, the longest in its place."""
         if not self.strings:
             return None
         most = max(len(string.encode()) for string in self.strings) + BYTES_BESIDE  # a token has a byte at least
         text = self.tokenizer.decode(tokens[-most:])
-        return next((string for string in self.strings if string in text), None)
+        found = [(text.find(string), -len(string), string) for string in self.strings if string in text]
+        return min(found)[-1] if found else None
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Prompts as examples/neva_inference.py takes them: questions that are put into the model's conversation template.
 
 A line is {"prompt" (or "text", or "question"): text with <image> or <video> where they go}, with `image` or `video`, a
-path or several, below inference.media_base_path or the file's folder. What else a line has is passed through.
+path or several, below inference.media_base_path or the file's folder, and `system`, as a record. What else it has is
+passed through.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from torch import Tensor
 from nemo_vlm.batch import IMAGE_TAG, VIDEO_TAG, Sample
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.inference.generate import Answer
-from nemo_vlm.inference.prompts import Prompt, check_image, read_objects, with_placeholder
+from nemo_vlm.inference.prompts import Prompt, check_image, misnamed, named, read_objects, with_placeholder
 from nemo_vlm.inference.restore import Restored
 from nemo_vlm.inference.settings import NevaInferenceConfig
-from nemo_vlm.models.templates import TEMPLATES, Turn, segments
 
 QUESTIONS = ("prompt", "text", "question")  # fields that may hold it; the first that there is
 TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
@@ -52,13 +52,12 @@ class Questions:
                 raise ConfigError(f"{called}: {count} {tag} in the text, {len(files)} of '{kind}'{hint}")
             for file in files:
                 check_file(kind, file, called)
-        return Prompt(line, media, called)
+        return Prompt({"prompt": asked(line)} | line, media, called)
 
     def question(self, line: dict[str, Any]) -> str:
         """With its placeholders; those in front on a line of their own, as in LLaVA's data."""
-        text = next(line[key] for key in QUESTIONS if key in line)
         kind = self.config.inference.media_type
-        text = with_placeholder(text, TAGS[kind], len(named(line, kind)), self.config)
+        text = with_placeholder(asked(line), TAGS[kind], len(named(line, kind)), self.config)
         return re.sub(r"^((?:<image>|<video>)+) *(?=\S)", r"\1\n", text)
 
     def record(self, prompt: Prompt) -> dict[str, Any]:
@@ -67,6 +66,7 @@ class Questions:
         turn = {"from": "human", "value": self.question(prompt.line)}
         return {
             "id": prompt.called,
+            "system": prompt.line.get("system"),
             "conversations": [turn],
             "image": prompt.images[:images],
             "video": prompt.images[images:],
@@ -90,9 +90,8 @@ class Questions:
         """NeMo's fields beside the line's own, and the answer's ids; the question stays, `text` is the answer."""
         text = answer.text(restored.tokenizer).strip()
         return {
-            "prompt": next(prompt.line[key] for key in QUESTIONS if key in prompt.line),
             **prompt.line,
-            "full_text": template_text(self.question(prompt.line), restored) + answer.text(restored.tokenizer),
+            "full_text": restored.processor.text.prompt_text(self.record(prompt)) + answer.text(restored.tokenizer),
             "text": text,
             "model_id": self.config.source[1],
             "answer_id": prompt.line.get("answer_id", 0),
@@ -101,10 +100,9 @@ class Questions:
         }
 
 
-def named(line: dict[str, Any], kind: str) -> list[str]:
-    """The files of a kind, `image` or `video`, that a line names."""
-    names = line.get(kind)
-    return [names] if isinstance(names, str) and names else list(names or [])
+def asked(line: dict[str, Any]) -> str:
+    """The question as a line has it."""
+    return next(line[key] for key in QUESTIONS if key in line)
 
 
 def fault(line: Any) -> str | None:
@@ -113,10 +111,9 @@ def fault(line: Any) -> str | None:
         return "must have a 'prompt' ('text', 'question')"
     if not all(isinstance(line[key], str) for key in QUESTIONS if key in line):
         return "'prompt' ('text', 'question') must be text"
-    for kind in TAGS:
-        if not all(isinstance(name, str) for name in named(line, kind)):
-            return f"'{kind}' must be a path or a list of paths"
-    return None
+    if not isinstance(line.get("system"), str | None):
+        return "'system' must be text"
+    return misnamed(line, TAGS)
 
 
 def check_file(kind: str, file: Path, called: str) -> None:
@@ -126,10 +123,3 @@ def check_file(kind: str, file: Path, called: str) -> None:
         raise ConfigError(
             f"{called}: {file}: the video does not exist; inference.media_base_path says where they stand"
         )
-
-
-def template_text(question: str, restored: Restored) -> str:
-    """A question in the conversation template, without the BOS in front."""
-    template, marks = TEMPLATES[restored.data.conv_template], ("", restored.tokenizer.eos_token)
-    parts = segments(template, [Turn(question, None)], restored.data.system_message, *marks)
-    return "".join(part.text for part in parts)

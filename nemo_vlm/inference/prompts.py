@@ -7,20 +7,22 @@ path, or `images`, several, below the file's folder or image_folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from nemo_vlm.batch import IMAGE_TAG, Sample
-from nemo_vlm.errors import ConfigError
+from nemo_vlm.errors import ConfigError, SampleError
 from nemo_vlm.inference.generate import Answer
 from nemo_vlm.inference.restore import Restored
 from nemo_vlm.inference.settings import AskConfig, GenerateConfig
 from nemo_vlm.models.conversation import chat_text
+from nemo_vlm.models.images import image_size
+
+FILES = ("image", "images")  # fields of a line that name some
 
 
 @dataclass(frozen=True)
@@ -131,28 +133,40 @@ def checked(line: Any, folder: Path, called: str) -> Prompt:
     """
     if problem := fault(line):
         raise ConfigError(f"{called}: {problem}")
-    images = [folder / name for name in named_images(line)]
+    images = [folder / name for key in FILES for name in named(line, key)]
     for image in images:
         check_image(image, called)
     return Prompt(line, images, called)
 
 
 def check_image(path: Path, called: str) -> None:
-    """Only its beginning is read."""
+    """Only its beginning is read.
+
+    Raises:
+        ConfigError: it is missing, or no image that can be read.
+    """
     try:
-        Image.open(path).close()
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{called}: {path}: the image does not exist; inference.media_base_path says where they stand"
-        ) from None
+        image_size(path)
+    except SampleError as error:
+        missing = f"{path}: the image does not exist; inference.media_base_path says where they stand"
+        raise ConfigError(f"{called}: {missing if error.reason == 'missing_image' else error}") from None
     except OSError as error:
-        raise ConfigError(f"{called}: {path}: not a readable image ({error})") from None
+        raise ConfigError(f"{called}: {error.strerror}") from None
 
 
-def named_images(line: dict[str, Any]) -> Sequence[str]:
-    if line.get("image") is not None:
-        return [line["image"]]
-    return line.get("images") or []
+def named(line: dict[str, Any], key: str) -> list[str]:
+    """The files that a line names, a path or several."""
+    given = line.get(key)
+    return [given] if isinstance(given, str) and given else list(given or ())
+
+
+def misnamed(line: dict[str, Any], keys: Iterable[str]) -> str | None:
+    """What is wrong with the form in which a line names files."""
+    for key in keys:
+        given = line.get(key)
+        if not isinstance(given, str | list | None) or not all(isinstance(name, str) for name in given or ""):
+            return f"'{key}' must be a path or a list of paths"
+    return None
 
 
 def fault(line: Any) -> str | None:
@@ -167,8 +181,7 @@ def fault(line: Any) -> str | None:
         return "each of 'messages' needs 'role', a text, and 'content', a text or a list of parts"
     if line.get("image") is not None and line.get("images") is not None:
         return "has both 'image' and 'images'"
-    names = named_images(line)
-    return None if isinstance(names, list) and all(isinstance(name, str) for name in names) else "images must be paths"
+    return misnamed(line, FILES)
 
 
 def is_message(message: Any) -> bool:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # torch is not imported to print a config
     from torch import Tensor
 
     from nemo_vlm.batch import Images, Sample
+    from nemo_vlm.models.text import ConversationText
 
 FAMILIES = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/config.py")))
 
@@ -37,6 +38,7 @@ class Processor(Protocol):
     """A family's way from a record to tokens and pixels."""
 
     tokenizer: Any
+    text: ConversationText
 
     def sample(self, record: Mapping[str, Any]) -> Sample:
         """A training sample of a LLaVA-style record, its images given as paths.
@@ -51,6 +53,14 @@ class Processor(Protocol):
 
         Raises:
             SampleError: as sample.
+        """
+        ...
+
+    def media(self, record: Mapping[str, Any]) -> list[Any]:
+        """The images and videos that it sees, in the order of its text.
+
+        Raises:
+            SampleError: as length.
         """
         ...
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
@@ -19,6 +21,10 @@ from nemo_vlm.batch import Images
 from nemo_vlm.errors import SampleError
 
 KEEP_EDGES = (224, 448)  # the largest shortest and longest edge of NeMo's image_aspect_ratio=keep
+# Pixels of what is made on the way to the tower's square, so that an image of 1 x 100000 does not take all memory
+MAX_PADDED, MAX_SCALED = 2**30 // 12, 2**30 // 48  # the first is Pillow's own limit of images
+# What Pillow's readers raise of damaged files, RuntimeError and TypeError in rarer formats
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, struct.error)
 
 
 class Openable(Protocol):
@@ -48,7 +54,11 @@ class ImageTransform:
     tiles: bool = False
 
     def views(self, image: Image.Image) -> list[Tensor]:
-        """[3, height, width] float32 each, normalised; the whole image first, then its tiles row by row."""
+        """[3, height, width] float32 each, normalised; the whole image first, then its tiles row by row.
+
+        Raises:
+            SampleError: huge_image: it is so long that its square is made of too many pixels.
+        """
         if not self.tiles:
             return [self.normalised(self.square(image, self.size))]
         whole = self.square(image, 2 * self.size)
@@ -69,7 +79,9 @@ class ImageTransform:
             image = pad_to_square(image, tuple(int(255 * value) for value in self.mean))
         if self.mode != "crop":
             return resize(image, (size, size))
-        image = resize(image, scaled(*image.size, size))
+        whole = scaled(*image.size, size)
+        check_canvas(image, whole, MAX_SCALED)
+        image = resize(image, whole)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         return image.crop((left, top, left + size, top + size))
 
@@ -101,16 +113,23 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     edge = max(image.size)
+    check_canvas(image, (edge, edge), MAX_PADDED)
     canvas = Image.new("RGB", (edge, edge), colour)
     canvas.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
     return canvas
+
+
+def check_canvas(image: Image.Image, size: tuple[int, int], most: int) -> None:
+    if size[0] * size[1] > most:
+        what = f"{image.width} x {image.height} pixels would become {size[0]} x {size[1]} on the way"
+        raise SampleError("huge_image", f"{what}, more than {most} in all")
 
 
 def patchify(views: Sequence[Tensor], patch_size: int) -> Images:
     """Views [3, height, width] cut into patches; a rest that makes no whole patch is left out.
 
     Raises:
-        ValueError: a view is smaller than a patch.
+        SampleError: broken_image: a view is smaller than a patch.
     """
     if not views:
         return Images()
@@ -118,7 +137,8 @@ def patchify(views: Sequence[Tensor], patch_size: int) -> Images:
     for view in views:
         rows, columns = view.shape[1] // patch_size, view.shape[2] // patch_size
         if not rows or not columns:
-            raise ValueError(f"a view of {view.shape[2]} x {view.shape[1]} pixels holds no patch of {patch_size}")
+            small = f"a view of {view.shape[2]} x {view.shape[1]} pixels holds no patch of {patch_size}"
+            raise SampleError("broken_image", small)
         cut = view[:, : rows * patch_size, : columns * patch_size]
         parted = cut.unflatten(2, (columns, patch_size)).unflatten(1, (rows, patch_size))
         patches.append(parted.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1))
@@ -141,37 +161,63 @@ def load_image(source: Source) -> Image.Image:
 
     Raises:
         SampleError: it does not exist, is no image, is damaged, or so large that it may be an attack.
+        OSError: the file system fails.
     """
-    with opened(source) as file:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                return Image.open(file).convert("RGB")
-        except Image.DecompressionBombError as error:
-            raise SampleError("huge_image", f"{source}: {error}") from None
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:  # what Pillow's readers raise
-            raise SampleError("broken_image", f"{source}: not a readable image ({error})") from None
+    with decoding(source) as file:
+        return Image.open(file).convert("RGB")
 
 
 def image_size(source: Source) -> tuple[int, int]:
     """(width, height) from the file's header.
 
     Raises:
-        SampleError: as load_image.
+        SampleError, OSError: as load_image.
     """
-    with opened(source) as file:
+    with decoding(source) as file:
+        return Image.open(file).size
+
+
+@contextmanager
+def decoding(source: Source) -> Iterator[BinaryIO]:
+    """An open file, and Pillow's errors by their reasons."""
+    with opened(source) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            return Image.open(file).size
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+            yield file
+        except Image.DecompressionBombError as error:
+            raise SampleError("huge_image", f"{source}: {error}") from None
+        except DAMAGED as error:
+            reraise_of_disk(source, error)
             raise SampleError("broken_image", f"{source}: not a readable image ({error})") from None
 
 
 def opened(source: Source) -> BinaryIO:
+    """The file, open.
+
+    Raises:
+        SampleError: there is none, or none can have that name.
+        OSError: the file system fails. The ranks that share a batch must all leave a sample out, or none: one alone
+            may meet this.
+    """
     try:
         return Path(source).open("rb") if isinstance(source, str | Path) else source.open()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise SampleError(
             "missing_image", f"{source}: the image does not exist; model.data.image_folder says where they stand"
         ) from None
+    except ValueError as error:
+        raise SampleError("broken_record", f"{str(source)!r}: cannot be a file's name ({error})") from None
     except OSError as error:
-        raise SampleError("broken_image", f"{source}: cannot be read ({error.strerror})") from None
+        if error.errno == errno.ENAMETOOLONG:
+            raise SampleError("broken_record", f"{source}: cannot be a file's name ({error.strerror})") from None
+        reraise_of_disk(source, error)
+        raise
+
+
+def reraise_of_disk(source: Source, error: BaseException) -> None:
+    """Raises OSError, with the file's name, where the file system says so and not a decoder.
+
+    Pillow's errors have no number, and PyAV's are classes of its own.
+    """
+    if isinstance(error, OSError) and error.errno is not None and type(error).__module__ == "builtins":
+        raise OSError(error.errno, f"{source}: cannot be read ({error.strerror})") from None

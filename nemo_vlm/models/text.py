@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nemo_vlm.config import DataConfig
 from nemo_vlm.data.codec import CONTROL
-from nemo_vlm.errors import ConfigError, SampleError
+from nemo_vlm.errors import SampleError
 from nemo_vlm.models.conversation import turns
-from nemo_vlm.models.templates import PLACEHOLDERS, TEMPLATES, Turn, segments
+from nemo_vlm.models.templates import PLACEHOLDERS, TEMPLATES, Segment, Turn, segments
 from nemo_vlm.models.tokens import Encoded, MediaTokens, SegmentEncoder
 
 log = logging.getLogger(__name__)
@@ -80,15 +80,24 @@ class ConversationText:
         """Tokens [s] of one question, up to where its answer begins.
 
         Raises:
-            ConfigError: it is too long, or speaks of other images.
+            SampleError: too_long, or broken_record: it speaks of other images.
         """
         return self._roomy(self._encode(record, [replace(turn, answer=None)], counts).tokens())
+
+    def prompt_text(self, record: Mapping[str, Any]) -> str:
+        """What the prompt of a record's first question says, the BOS in front left out.
+
+        Raises:
+            SampleError: broken_record.
+        """
+        first = replace(self.turns(record)[0], answer=None)
+        return "".join(part.text for part in self._segments(record, [first]))
 
     def raw(self, text: str, counts: Sequence[int], add_special_tokens: bool) -> Tensor:
         """Tokens [s] of a text as it is; special tokens are what the tokenizer puts around every text, BOS as a rule.
 
         Raises:
-            ConfigError: as prompt.
+            SampleError: as prompt.
         """
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         if self.media is not None:
@@ -97,11 +106,13 @@ class ConversationText:
         return self._roomy(torch.tensor(ids, dtype=torch.int64).repeat_interleave(repeats))
 
     def _encode(self, record: Mapping[str, Any], turns: Sequence[Turn], counts: Sequence[int]) -> Encoded:
-        system = record.get("system") or self.data.system_message
-        marks = self.tokenizer.bos_token or "", self.tokenizer.eos_token
-        ids, trained = self.encoder.encode(segments(self.template, turns, system, *marks))
+        ids, trained = self.encoder.encode(self._segments(record, turns))
         repeats = self._repeats(ids, counts, f"record {record.get('id')}")
         return Encoded(torch.tensor(ids), torch.tensor(trained), repeats)
+
+    def _segments(self, record: Mapping[str, Any], turns: Sequence[Turn]) -> list[Segment]:
+        system = record.get("system") or self.data.system_message
+        return segments(self.template, turns, system, self.tokenizer.bos_token or "", self.tokenizer.eos_token)
 
     def _repeats(self, ids: Sequence[int], counts: Sequence[int], called: str) -> Tensor:
         try:
@@ -112,7 +123,7 @@ class ConversationText:
     def _roomy(self, prompt: Tensor) -> Tensor:
         if len(prompt) >= self.limit:
             message = f"{len(prompt)} tokens leave no room for an answer in model.encoder_seq_length={self.limit}"
-            raise ConfigError(message)
+            raise SampleError("too_long", message)
         return prompt
 
 

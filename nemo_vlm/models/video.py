@@ -10,8 +10,8 @@ from typing import Any, BinaryIO, NoReturn, Protocol, TypeVar
 import numpy
 from PIL import Image
 
-from nemo_vlm.errors import SampleError
-from nemo_vlm.models.images import Source, opened
+from nemo_vlm.errors import ConfigError, SampleError
+from nemo_vlm.models.images import Source, opened, reraise_of_disk
 
 T = TypeVar("T")
 
@@ -127,12 +127,17 @@ def use(video: Video, question: Callable[[Reader], T]) -> T:
 
     Raises:
         SampleError: the file does not exist, or cannot be decoded.
+        ConfigError: there is no decoder.
+        OSError: the file system fails.
     """
     with opened(video.source) as file:
         try:
             reader = READER(file)
             return question(reader) if len(reader) else no_frame()
+        except ImportError as error:
+            raise ConfigError(f"{video}: videos need decord or PyAV (pip install av): {error}") from None
         except Exception as error:  # both libraries raise what they like
+            reraise_of_disk(video.source, error)
             text = " ".join(str(error).split())[:200]
             raise SampleError("broken_video", f"{video}: not a readable video ({text})") from None
 

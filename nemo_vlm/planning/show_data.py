@@ -25,6 +25,7 @@ from nemo_vlm.data.records import RecordDataset
 from nemo_vlm.errors import ConfigError, SampleError
 from nemo_vlm.layout import Layout
 from nemo_vlm.models.images import image_size
+from nemo_vlm.models.templates import TEMPLATES
 from nemo_vlm.models.tokens import trained_texts
 from nemo_vlm.models.video import Video, frame_size
 from nemo_vlm.planning.contact_sheet import contact_sheet
@@ -64,6 +65,8 @@ class Shown:
     Attributes:
         place: where in the run it is drawn.
         record: None: it cannot be read.
+        media: the images and videos that the model sees of it.
+        before_answer: the template's own text in front of an answer, which is trained on with it.
     """
 
     number: int
@@ -72,6 +75,8 @@ class Shown:
     sample: Sample
     codec: Codec
     placeholder_id: int | None
+    media: list[Any]
+    before_answer: str
 
     @property
     def id(self) -> Any:
@@ -84,10 +89,14 @@ class Shown:
     @cached_property
     def image_sizes(self) -> list[tuple[int, int]]:
         """(width, height) of the images and of the videos' frames that the model sees, in pixels."""
-        if self.record is None or not len(self.sample.images):
+        return [frame_size(one) if isinstance(one, Video) else image_size(one) for one in self.media]
+
+    @property
+    def trained_texts(self) -> list[str]:
+        """The answers as they are trained on, each with what ends it."""
+        if self.sample.skipped:
             return []
-        images = [image_size(image) for image in self.record["image"]]
-        return images + [frame_size(Video(video)) for video in self.record.get("video", [])]
+        return [text.removeprefix(self.before_answer) for text in trained_texts(self.sample.labels, self.codec)]
 
     def pieces(self) -> Iterator[Piece]:
         """The sample's tokens, the last of which is only a label."""
@@ -111,7 +120,7 @@ class Shown:
             "place": self.place,
             "input_ids": [] if skipped else sample.tokens.tolist(),
             "labels": [] if skipped else sample.labels.tolist(),
-            "trained_text": [] if skipped else trained_texts(sample.labels, self.codec),
+            "trained_text": self.trained_texts,
             "num_image_tokens": 0 if skipped else self.num_image_tokens,
             "image_sizes": self.image_sizes,
             "skipped": skipped,
@@ -153,7 +162,7 @@ def show(config: ShowConfig, run: RunConfig, layout: Layout, dataset: RecordData
 
 def samples(run: RunConfig, layout: Layout, dataset: RecordDataset, tokenizer: Any) -> Iterator[Shown]:
     codec, placeholder_id = Codec(tokenizer), tokenizer.get_vocab().get(run.model.image_placeholder)
-    shares = shares_of(dataset, layout, run)
+    shares, before = shares_of(dataset, layout, run), TEMPLATES[run.data.conv_template].around_answer[0]
     for step, batch in enumerate(order_of(dataset, run).batches(0, run.step), 1):
         for rank in range(layout.data):
             for pack, numbers in enumerate(shares(batch, Share(rank, layout.data)), 1):
@@ -161,7 +170,9 @@ def samples(run: RunConfig, layout: Layout, dataset: RecordDataset, tokenizer: A
                 place += f", pack {pack}" if run.data.packing else ""
                 for number in numbers:
                     if number >= 0:
-                        yield Shown(number, place, record_of(dataset, number), dataset[number], codec, placeholder_id)
+                        record, sample = record_of(dataset, number), dataset[number]
+                        media = [] if record is None or sample.skipped else dataset.processor.media(record)
+                        yield Shown(number, place, record, sample, codec, placeholder_id, media, before)
 
 
 def record_of(dataset: RecordDataset, number: int) -> dict[str, Any] | None:

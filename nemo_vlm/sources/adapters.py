@@ -13,6 +13,7 @@ from nemo_vlm.sources.opening import open_adapter
 from nemo_vlm.sources.source import Source
 from nemo_vlm.typed import model_tree, plain
 
+KEY = "model.peft.restore_from_path"
 SHAPE = ("variant", "target_modules", "adapter_dim", "alpha")  # settings that an adapter's tensors go with
 
 
@@ -24,7 +25,7 @@ def named(tree: Mapping[str, Any]) -> str | None:
 
 def first_adapter(path: str) -> Source:
     """What model.peft.restore_from_path names."""
-    return open_adapter(path, "model.peft.restore_from_path")
+    return open_adapter(path, KEY)
 
 
 def shape_of(source: Source) -> dict[str, dict]:

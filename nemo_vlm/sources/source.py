@@ -69,7 +69,7 @@ class Source:
 
     @property
     def bases(self) -> list[str]:
-        """The checkpoints that the run which trained its adapters started from."""
+        """The checkpoints that the run which trained its adapters started from, the later one over the earlier."""
         return [path for _, _, path in starts(self.tree)]
 
     @property

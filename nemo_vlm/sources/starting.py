@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from functools import reduce
@@ -119,7 +119,9 @@ def check_projector(source: Source, tree: Mapping[str, Any], key: str) -> None:
 def without_absent(tree: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The branch `model` without the checkpoints that are not here, for a plan; and a line about each."""
     kept, notes = deepcopy(dict(tree)), []
-    for key, _, path in starts(tree):
+    adapter = adapters.named(tree)
+    named = [(key, path) for key, _, path in starts(tree)]
+    for key, path in named + ([(adapters.KEY, adapter)] if adapter else []):
         if located(path) is None:
             *groups, name = key.split(".")[1:]
             reduce(getitem, groups, kept)[name] = None
@@ -164,13 +166,23 @@ def architecture(source: Source, module: str | None, family: str, key: str) -> d
     return known
 
 
+def owners(named: Iterable[tuple[str, str | None, str]]) -> dict[str, Source]:
+    """The checkpoint that brings each top-level module; of two that hold it, the later.
+
+    Args:
+        named: as models.base.starts gives them.
+    """
+    found: dict[str, Source] = {}
+    for key, module, path in named:
+        source = open_source(path, key)
+        found |= dict.fromkeys(sorted(source.parts) if module is None else [module], source)
+    return found
+
+
 def first_weights(run: RunConfig) -> dict[str, Reader]:
     """The tensors that checkpoints bring, for each top-level module that they have; the others are drawn."""
-    found: dict[str, Reader] = {}
-    for key, module, path in starts(model_tree(run)):
-        source = open_source(path, key)
-        for name in sorted(source.parts) if module is None else [module]:
-            found[name] = chosen(source.reader, [f"{name}."])
+    brought = owners(starts(model_tree(run)))
+    found: dict[str, Reader] = {name: chosen(source.reader, [f"{name}."]) for name, source in brought.items()}
     if (language := found.get("language_model")) and run.model.vocab_size is not None:
         found["language_model"] = grown(language, (EMBEDDINGS, HEAD), run.model.vocab_size)
     return found

@@ -103,8 +103,7 @@ class StopEarly(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *unused: Any) -> None:
         config, position = module.run.exp_manager.early_stopping_callback_params, module.position
-        if config.monitor in position.metrics:
-            position.stopping = early_stopping.judge(position.stopping, position.metrics[config.monitor], config)
+        position.stopping = early_stopping.after_step(position.stopping, position.metrics, module.skipped, config)
         if module.stopped_early:
             log.info("stopped early, after step %d: %s", position.global_step, module.stopped_early)
             trainer.should_stop = True

@@ -28,6 +28,15 @@ class Watch:
     waited: int = 0
 
 
+def after_step(
+    stopping: dict[str, Any], metrics: dict[str, float], skipped: bool, config: EarlyStoppingConfig
+) -> dict[str, Any]:
+    """What is remembered after a step; of one that was skipped only its validation says anything of the model."""
+    if config.monitor not in metrics or (skipped and config.monitor != "val_loss"):
+        return stopping
+    return judge(stopping, metrics[config.monitor], config)
+
+
 def judge(stopping: dict[str, Any], metric: float, config: EarlyStoppingConfig) -> dict[str, Any]:
     """What is remembered after one more metric."""
     before = Watch(**stopping)

@@ -16,8 +16,8 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,21 @@ COLUMNS = (
     "loss_scale",
 )
 OF_ONE_RUN = ("metrics.csv", "skipped_samples.jsonl", "checkpoints", "loss.png", "tensorboard/*")
+ABOUT = ("config.yaml", "git-info.log")  # written anew by each start
+RESERVED = (*OF_ONE_RUN, *ABOUT, "cmd-args.log", "nemo_log_*", "tensorboard", "mlruns", "wandb", "run_*")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What a run finds in its folder: the checkpoint that it goes on from, and an earlier run's files."""
+    """What a run finds in its folder: the checkpoint that it goes on from, and an earlier run's files.
+
+    Attributes:
+        settings: the run's own, to be written beside them.
+    """
 
     checkpoint: Path | None
     left: list[Path]
+    settings: dict[str, Any]
 
 
 def archive_path(config: ExpManagerConfig) -> Path:
@@ -67,17 +74,27 @@ def archive_path(config: ExpManagerConfig) -> Path:
 
 @rank_zero_only
 def open_run(config: ExpManagerConfig, settings: dict[str, Any]) -> Opened:
-    """Make the run's folder ready and write down what was asked for; nothing of an earlier run is touched yet."""
+    """Make the run's folder ready and write down the command; nothing of an earlier run is touched yet."""
     folder = checkpoints.make_run_folder(config)
     for name in checkpoints.clean(checkpoints.folder_of(config)):
         log.warning("removed the unfinished checkpoint %s", name)
     remove_partial(archive_path(config))
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     with open(folder / "cmd-args.log", "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
+    left = [path for name in OF_ONE_RUN for path in folder.glob(name)]
+    if left:  # else nothing has come of the earlier run
+        about = [folder / name for name in (*ABOUT, *copied_names(config))]
+        left += [path for path in about if path.exists()]
+    return Opened(checkpoints.choose(config), left, settings)
+
+
+def write_down(config: ExpManagerConfig, settings: dict[str, Any]) -> None:
+    """What was asked for, of which code, and copies of the files that are to be kept."""
+    folder = checkpoints.run_folder(config)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     write_git_info(folder / "git-info.log")
-    copy_files(config.files_to_copy or (), folder)
-    return Opened(checkpoints.choose(config), [path for name in OF_ONE_RUN for path in folder.glob(name)])
+    for name in config.files_to_copy or ():
+        shutil.copy(name, folder)
 
 
 def write_git_info(path: Path) -> None:
@@ -93,17 +110,26 @@ def write_git_info(path: Path) -> None:
         path.write_text(f"commit hash: {told[0].stdout}{told[1].stdout}")
 
 
-def copy_files(names: Sequence[str], folder: Path) -> None:
-    """Keep copies of files in the run's folder.
+def copied_names(config: ExpManagerConfig) -> list[str]:
+    """The files of exp_manager.files_to_copy in the run's folder."""
+    return [Path(name).name for name in config.files_to_copy or ()]
+
+
+def check_copies(config: ExpManagerConfig) -> None:
+    """Whether exp_manager.files_to_copy can be kept in the run's folder.
 
     Raises:
-        ConfigError: one cannot be read.
+        ConfigError: one cannot be read, stands there already, or would replace another file.
     """
-    for name in names:
+    names = copied_names(config)
+    for name, path in zip(names, map(Path, config.files_to_copy or ()), strict=True):
         try:
-            shutil.copy(name, folder)
+            open(path, "rb").close()
         except OSError as error:
-            raise ConfigError(f"exp_manager.files_to_copy={name}: cannot be copied ({error.strerror})") from None
+            raise ConfigError(f"exp_manager.files_to_copy={path}: cannot be copied ({error.strerror})") from None
+        inside = path.resolve().parent == checkpoints.run_folder(config).resolve()
+        if inside or names.count(name) > 1 or any(fnmatch(name, reserved) for reserved in RESERVED):
+            raise ConfigError(f"exp_manager.files_to_copy={path}: the run's folder has another {name}; rename it")
 
 
 @rank_zero_only
@@ -115,7 +141,9 @@ def begin(config: ExpManagerConfig, opened: Opened) -> None:
     else:
         start = "STARTING FROM ZERO" if checkpoint is None else f"starting from {checkpoint}"
         set_aside(checkpoints.run_folder(config), opened.left, start)
-        set_aside(folder, checkpoints.complete(folder), start)  # where dirpath is another folder
+        archive = archive_path(config)
+        set_aside(folder, checkpoints.complete(folder) + [archive] * archive.exists(), start)  # of a dirpath elsewhere
+    write_down(config, opened.settings)
     if checkpoint is not None:
         log.info("going on from step %d (%s)", checkpoints.step_of(checkpoint), checkpoint)
 
@@ -142,9 +170,11 @@ def set_aside(folder: Path, left: list[Path], start: str) -> None:
 def go_on(folder: Path, checkpoint: Path) -> None:
     """Drop what lies beyond the checkpoint: later ones, and rows of metrics.csv."""
     step = checkpoints.step_of(checkpoint)
-    for path in checkpoints.complete(checkpoint.parent):
-        if checkpoints.step_of(path) > step:
-            checkpoints.remove(path)
+    later = [path for path in checkpoints.complete(checkpoint.parent) if checkpoints.step_of(path) > step]
+    if later:
+        log.warning("removing what is later than step %d: %s", step, ", ".join(path.name for path in later))
+    for path in later:
+        checkpoints.remove(path)
     metrics = folder / "metrics.csv"
     rows = [row for row in read_rows(metrics) if int(row["global_step"]) <= step]
     with written_whole(metrics) as file:

@@ -55,7 +55,7 @@ class TrainingModule(pl.LightningModule):
         self.automatic_optimization = False
         self.plan, self.run, self.opened = plan, plan.run, opened
         self.position = Position()
-        self.batch_size, self.last_time = 0, 0.0
+        self.batch_size, self.last_time, self.skipped = 0, 0.0, False
         self.validation: Validation | None = None
         self.faults: list[str] = []
 
@@ -116,6 +116,7 @@ class TrainingModule(pl.LightningModule):
         self.batch_size = batch_size_at(position.consumed_samples, self.run.step)
         position.consumed_samples += self.batch_size
         position.global_step += 1
+        self.skipped = result.skipped
         position.skipped_steps += result.skipped
         now = time.perf_counter()
         position.metrics = self._row(result, lr, now - self.last_time)

@@ -142,10 +142,12 @@ def load_weights(engine: Engine, reader: TorchDist) -> None:
 
 
 def load_best(engine: Engine, config: ExpManagerConfig) -> None:
-    """Put the weights where the best checkpoint that was kept has them."""
+    """Put the weights where the best checkpoint that was kept has them; without one they stay."""
     best = checkpoints.best(config) if torch.distributed.get_rank() == 0 else None
     path = groups.from_first_rank(best)
-    assert path is not None
+    if path is None:
+        log.warning("no checkpoint is left in %s: the archive has the last weights", checkpoints.folder_of(config))
+        return
     load_weights(engine, TorchDist(Folder(path)))
     log.info("the archive has the weights of %s, the best by %s", path, config.checkpoint_callback_params.monitor)
 

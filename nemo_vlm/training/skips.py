@@ -1,14 +1,16 @@
 """Records that a run could make no sample of: counted by reason, listed in skipped_samples.jsonl, and not too many.
 
-The file has a line for each, {record, id, file, reason, message}, in the order in which they were drawn. The counts are
-kept in checkpoints, and on resume the file is cut back to as many lines.
+The file has a line for each, {split, record, id, file, reason, message}: those of training step by step, within a step
+by data-parallel rank; and behind or between them those of the validation, once. The counts of training are kept in
+checkpoints, and on resume the file is cut back to as many of its lines.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,22 @@ from nemo_vlm.mcore import groups
 log = logging.getLogger(__name__)
 
 FILE = "skipped_samples.jsonl"
+TRAINING, VALIDATION = "training", "validation"
+OF_VALIDATION = json.dumps({"split": VALIDATION})[:-1]  # how such a line begins
 JUDGED_FROM = 100  # samples drawn; before, one broken record would look like many
+CHANCE = 3  # standard deviations
 
 
-def details(batches: Sequence[Batch], dataset: RecordDataset) -> list[dict[str, Any]]:
+def details(batches: Sequence[Batch], dataset: RecordDataset, split: str = TRAINING) -> list[dict[str, Any]]:
     """The lines of what these batches had to leave out."""
-    return [line(number, why, dataset) for batch in batches for number, why in batch.skipped]
+    return [line(number, why, dataset, split) for batch in batches for number, why in batch.skipped]
 
 
-def line(number: int, why: str, dataset: RecordDataset) -> dict[str, Any]:
+def line(number: int, why: str, dataset: RecordDataset, split: str) -> dict[str, Any]:
     reason, _, message = why.partition(": ")
     file, inside = dataset.where(number)
     return {
+        "split": split,
         "record": inside,
         "id": dataset.files[file].name(inside),
         "file": str(dataset.files[file].path),
@@ -54,30 +60,62 @@ def count(lines: Sequence[dict[str, Any]], position: Position) -> None:
 
 def append(lines: Sequence[dict[str, Any]], folder: Path) -> None:
     with open(folder / FILE, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in lines)
+        file.writelines(texts(lines))
+
+
+def texts(lines: Sequence[dict[str, Any]]) -> list[str]:
+    return [json.dumps(each) + "\n" for each in lines]  # ASCII: the name of a file may be no Unicode
 
 
 def cut_back(folder: Path, position: Position) -> None:
     """Drop what was drawn after the checkpoint that the run goes on from."""
-    path, kept = folder / FILE, sum(position.skipped_samples.values())
+    training, validation = read(folder)
+    rewrite(folder, training[: sum(position.skipped_samples.values())] + validation)
+
+
+def list_validation(lines: Sequence[dict[str, Any]], folder: Path) -> None:
+    """In place of what an earlier validation left out."""
+    rewrite(folder, read(folder)[0] + texts(lines))
+
+
+def read(folder: Path) -> tuple[list[str], list[str]]:
+    """The lines of training, the last of which may be cut off, and those of the validation."""
+    path = folder / FILE
+    found: tuple[list[str], list[str]] = [], []
     if path.exists():
-        with open(path, encoding="utf-8") as old, written_whole(path) as new:
-            new.writelines(text for number, text in enumerate(old) if number < kept)
+        with open(path, encoding="utf-8") as file:
+            for text in file:
+                found[text.startswith(OF_VALIDATION)].append(text)
+    return found
+
+
+def rewrite(folder: Path, lines: Sequence[str]) -> None:
+    if lines or (folder / FILE).exists():
+        with written_whole(folder / FILE) as file:
+            file.writelines(lines)
 
 
 def report(position: Position) -> str:
     """How many, and why."""
     skipped = position.skipped_samples
-    reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items(), key=lambda item: -item[1]))
-    return f"{sum(skipped.values())} of {position.consumed_samples} samples were left out ({reasons})"
+    return f"{sum(skipped.values())} of {position.consumed_samples} samples were left out ({reasons(skipped)})"
+
+
+def reasons(skipped: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items(), key=lambda item: -item[1]))
 
 
 def check(position: Position, fraction: float, finished: bool) -> None:
-    """Raises:
-    RuntimeError: too many, judged from the JUDGED_FROM-th sample on and at the end.
+    """At the end, `fraction` of what was drawn may be left out; before, as many more as chance makes of such a share.
+
+    Raises:
+        RuntimeError: there are more, judged from the JUDGED_FROM-th sample on and at the end.
     """
     skipped, drawn = sum(position.skipped_samples.values()), position.consumed_samples
-    if skipped > fraction * drawn and (finished or drawn >= JUDGED_FROM):
+    allowed = fraction * drawn
+    if not finished:
+        allowed += CHANCE * math.sqrt(allowed)
+    if skipped > allowed and (finished or drawn >= JUDGED_FROM):
         raise RuntimeError(
             f"{report(position)}, more than model.data.max_skip_fraction={fraction}; see {FILE} in the run's folder"
         )

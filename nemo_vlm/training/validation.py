@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
+from typing import Any
+
+import torch
 
 from nemo_vlm import heartbeat
-from nemo_vlm.checkpoints import Position
+from nemo_vlm.checkpoints import Position, run_folder
 from nemo_vlm.config import RunConfig
 from nemo_vlm.data.loader import Share, validation_loader
 from nemo_vlm.data.records import RecordDataset
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore.engine import Engine
+from nemo_vlm.training import skips
 from nemo_vlm.training.durations import validation_batches, validation_interval
 from nemo_vlm.training.loss import token_mean
 
@@ -27,7 +32,8 @@ class Validation:
     """
 
     def __init__(self, run: RunConfig, layout: Layout, share: Share, dataset: RecordDataset, epoch: int) -> None:
-        self.trainer, self.epoch = run.trainer, epoch
+        self.trainer, self.epoch, self.dataset, self.share = run.trainer, epoch, dataset, share
+        self.folder = run_folder(run.exp_manager)
         self.every, self.skipped = validation_interval(run, epoch), 0.0
         batches = validation_batches(run.trainer.limit_val_batches, len(dataset), run.step)  # type: ignore[arg-type]
         self.loader = validation_loader(dataset, layout, share, run, batches)
@@ -47,13 +53,23 @@ class Validation:
 
     def loss(self, engine: Engine) -> float:
         """Equal on every rank; NaN where no validation sample has a trained token."""
-        heartbeat.at("validation")
-        sums = [engine.evaluate(micro_batches, token_mean) for micro_batches in self.loader]
+        sums, lines = [], []
+        for micro_batches in self.loader:
+            heartbeat.at("validation")
+            sums.append(engine.evaluate(micro_batches, token_mean))
+            lines += skips.details(micro_batches, self.dataset, skips.VALIDATION)
         total, weight, *_, skipped = (sum(values) for values in zip(*sums, strict=True))
         if skipped != self.skipped:
-            log.warning("%d samples of the validation data could not be made, and are left out", skipped)
             self.skipped = skipped
+            self._list(skips.of_all_ranks(lines, self.share.rank))
         return total / weight if weight else math.nan
+
+    def _list(self, lines: list[dict[str, Any]]) -> None:
+        """Say and list what was left out."""
+        reasons = skips.reasons(Counter(each["reason"] for each in lines))
+        log.warning("%d samples of the validation data are left out (%s); see %s", len(lines), reasons, skips.FILE)
+        if torch.distributed.get_rank() == 0:
+            skips.list_validation(lines, self.folder)
 
 
 def validates(run: RunConfig, dataset: RecordDataset | None) -> bool:

@@ -50,6 +50,15 @@ class Processor:
         """
         return len(self._encode(record)) - 1
 
+    def media(self, record: Mapping[str, Any]) -> list[Any]:
+        """None, whatever the record has."""
+        return []
+
+    @property
+    def length_settings(self) -> tuple[Any, ...]:
+        """All that `length` depends on, beside the tokenizer and the files."""
+        return self.text.limit, self.text.template, self.data.system_message, self.data.too_long
+
     def _encode(self, record: Mapping[str, Any]) -> Encoded:
         if record["image"] and not self.warned:
             log.warning(

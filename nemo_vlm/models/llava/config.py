@@ -95,7 +95,7 @@ class LlmConfig:
     from_pretrained: str | None = None  # a checkpoint with a language model; see sources/
     freeze: bool = False
     lr_ratio: float = 1.0  # of model.optim.lr
-    # Whose media token stands for an image where the tokenizer has no <image>: llama_3's are reserved ones
+    # Of no effect: mm_cfg.image_token stands for an image, whatever the language model
     model_type: Literal["llama_2", "llama_3", "v1", "nvgpt", "mistral"] = "llama_2"
 
 
@@ -163,6 +163,10 @@ class Config(LanguageConfig):
     def image_facts(self) -> dict[str, int]:
         edge = self.mm_cfg.vision_encoder.image_size
         return {"image_token_len": self.mm_cfg.num_image_tokens, "crop_size": edge, "image_size": edge}
+
+    @property
+    def tiles_images(self) -> bool:
+        return self.mm_cfg.use_image_tile
 
     @property
     def image_flops(self) -> float:

@@ -41,15 +41,12 @@ def rules(config: Config) -> list[Rule]:
 
 
 def projector_rules(config: Config, theirs: str) -> list[Rule]:
-    """The projector's linear layers, which HF counts from 1.
-
-    Raises:
-        ConfigError: HF's LLaVA has no such projector.
-    """
-    if config.mm_cfg.mm_mlp_adapter_type == DOWNSAMPLE:
-        raise ConfigError(f"model.mm_cfg.mm_mlp_adapter_type={DOWNSAMPLE}: Hugging Face's LLaVA has no such projector")
+    """The projector's linear layers, which HF counts from 1. Of kinds that HF's LLaVA has not, only our side counts."""
     width, inner = config.hidden_size, config.mm_cfg.vision_encoder.hidden_size
     rules: list[Rule] = []
+    if config.mm_cfg.mm_mlp_adapter_type == DOWNSAMPLE:
+        inner *= 4
+        rules += [rename(f"vision_projection.norm.{k}", f"{theirs}norm.{k}", (inner,)) for k in ("weight", "bias")]
     for index in range(num_linear_layers(config.mm_cfg.mm_mlp_adapter_type)):
         ours, their_layer = f"vision_projection.{index}", f"{theirs}{index + 1}"
         rules += [
@@ -108,7 +105,7 @@ def hf_config(config: Config) -> dict[str, Any]:
         ConfigError: it has no place for this model.
     """
     vision = config.mm_cfg.vision_encoder
-    if num_linear_layers(config.mm_cfg.mm_mlp_adapter_type) != 2:
+    if config.mm_cfg.mm_mlp_adapter_type != "mlp2x_gelu":
         raise ConfigError(
             f"model.mm_cfg.mm_mlp_adapter_type={config.mm_cfg.mm_mlp_adapter_type}: Hugging Face's LLaVA knows "
             "mlp2x_gelu only"

@@ -51,6 +51,15 @@ class Processor:
         encoded, media = self._encode(record)
         return Sample(*encoded.shifted(), self.pixels(media[: self.text.num_media(encoded)]))
 
+    def media(self, record: Mapping[str, Any]) -> list[Media]:
+        """The images and videos that its sample sees, in the order of its text.
+
+        Raises:
+            SampleError: as length.
+        """
+        encoded, media = self._encode(record)
+        return media[: self.text.num_media(encoded)]
+
     def length(self, record: Mapping[str, Any]) -> int:
         """Tokens of the record's sample; no pixels are loaded.
 
@@ -58,6 +67,13 @@ class Processor:
             SampleError: as sample, but for pixels that cannot be read.
         """
         return len(self._encode(record)[0]) - 1
+
+    @property
+    def length_settings(self) -> tuple[Any, ...]:
+        """All that `length` depends on, beside the tokenizer and the files."""
+        text, views, data = self.text, self.views, self.data
+        said = text.limit, text.media, text.template, data.system_message, data.sep_image_conv_front, data.too_long
+        return said, views.transform, views.patch_size, views.sampling, self.config.mm_cfg.mm_mlp_adapter_type
 
     def _encode(self, record: Mapping[str, Any]) -> tuple[Encoded, list[Media]]:
         turns = self.text.turns(record)

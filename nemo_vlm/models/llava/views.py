@@ -45,7 +45,7 @@ class Views:
 
     def pixels(self, media: Sequence[Media]) -> Images:
         """Raises:
-        SampleError: a file cannot be read, or is too small.
+        SampleError: a file cannot be read, is too small or too long.
         """
         return join(self.of_one(one) for one in media)
 
@@ -53,8 +53,8 @@ class Views:
         seen: list[Image.Image] = self.sampling.frames(media) if isinstance(media, Video) else [load_image(media)]
         try:
             return patchify([view for image in seen for view in self.transform.views(image)], self.patch_size)
-        except ValueError as error:
-            raise SampleError("broken_image", f"{media}: {error}") from None
+        except SampleError as error:
+            raise SampleError(error.reason, f"{media}: {error}") from None
 
 
 def media_of(record: Mapping[str, Any], text: str) -> list[Media]:
