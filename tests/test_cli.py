@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "examples" / "neva_finetune.py"
 

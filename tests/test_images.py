@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
-import struct
 import sys
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,17 +97,15 @@ def test_a_long_image_takes_no_memory(tmp_path: Path, mode: str, size: tuple[int
 @pytest.mark.parametrize("read", [load_image, image_size])
 @pytest.mark.parametrize(
     ("source", "reason"),
-    [("bomb.png", "huge_image"), ("x.dds", "broken_image"), ("a\0.png", "broken_record"), ("\ud800", "broken_record")]
-    + [("n" * 300, "broken_record"), ("bomb.png/x", "missing_image"), ("", "missing_image")],
+    [("bomb.ppm", "huge_image"), ("x.dds", "broken_image"), ("a\0.png", "broken_record"), ("\ud800", "broken_record")]
+    + [("n" * 300, "broken_record"), ("bomb.ppm/x", "missing_image"), ("", "missing_image")],
 )
 def test_both_readers_give_the_same_reason(tmp_path: Path, source: str, reason: str, read) -> None:
     noise(4, 4).save(tmp_path / "x.dds")
     content = bytearray((tmp_path / "x.dds").read_bytes())
     content[80:88] = b"\4\0\0\0ABCD"  # a compression that nobody knows
     (tmp_path / "x.dds").write_bytes(content)
-    header = b"IHDR" + struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
-    crc = struct.pack(">I", zlib.crc32(header))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + crc)
+    (tmp_path / "bomb.ppm").write_bytes(b"P6 20000 20000 255\n")
     with pytest.raises(SampleError) as caught:
         read(tmp_path / source)
     assert caught.value.reason == reason
@@ -244,9 +240,7 @@ def test_features_are_counted_without_pixels(tmp_path: Path, video, adapter: str
 def test_tiles_are_not_cut_from_what_is_kept() -> None:
     run = run_of("llava", config_of(use_image_tile=True), ParallelConfig())
     layouts.check(run)
-    with pytest.raises(
-        ConfigError, match="model.data.image_aspect_ratio=keep: must be square or pad with model.mm_cfg"
-    ):
+    with pytest.raises(ConfigError, match="image_aspect_ratio=keep: must be square or pad with model.mm_cfg"):
         layouts.check(replace(run, data=replace(run.data, image_aspect_ratio="keep")))
 
 

@@ -17,7 +17,6 @@ from nemo_vlm.archive import Archive
 from nemo_vlm.data import digits
 from nemo_vlm.sources.opening import open_source
 
-pytestmark = pytest.mark.alone
 EMBEDDINGS = ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight")
 ANSWERS = 6
 
