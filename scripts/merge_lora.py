@@ -13,7 +13,10 @@ from nemo_vlm.conversion.command import parser, run_command
 def main() -> None:
     flags = parser(__doc__)
     flags.add_argument(
-        "--base", required=True, nargs="+", help="what the run started from; several where each brought a part"
+        "--base",
+        required=True,
+        nargs="+",
+        help="what the run started from; several where each brought a part, of which the later counts where two have it",
     )
     flags.add_argument("--adapter", required=True, help="the run's .nemo, or one of its training checkpoints")
     flags.add_argument("--output", required=True, type=Path, help="the .nemo to write")

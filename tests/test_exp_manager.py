@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_cli import ROOT, TRAIN, metrics, run
+from test_families import TINY, build_all, one_rank, run_of, whole
 
 from nemo_vlm import checkpoints
 from nemo_vlm.checkpoints import Position
-from nemo_vlm.config import CheckpointConfig, ExpManagerConfig, TrainerConfig
+from nemo_vlm.config import CheckpointConfig, EarlyStoppingConfig, ExpManagerConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.layout import Layout
-from nemo_vlm.training import exp_manager, log_file, versions
+from nemo_vlm.layout import Layout, one_process
+from nemo_vlm.training import early_stopping, exp_manager, log_file, saving, versions
+from nemo_vlm.training.build import make_engine
 from nemo_vlm.typed import plain_defaults, read
 
 
@@ -70,7 +74,7 @@ def test_what_is_kept_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "script.sh").write_text("run it")
     config = manager(exp_dir=str(tmp_path), name="kept", files_to_copy=[str(tmp_path / "script.sh")])
     with pytest.raises(OSError), log_file.kept(config, {"RANK": "4", "LOCAL_RANK": "0"}):
-        exp_manager.open_run(config, {"model": {}})
+        exp_manager.begin(config, exp_manager.open_run(config, {"model": {}}))
         logging.getLogger("nemo_vlm").error("a line")
         raise OSError("the end")
     with log_file.kept(config, {"RANK": "5", "LOCAL_RANK": "1"}):
@@ -89,7 +93,34 @@ def test_what_is_kept_of_a_run(tmp_path: Path) -> None:
     if (ROOT / ".git").exists():
         assert re.match("commit hash: [0-9a-f]{40}\n", (folder / "git-info.log").read_text())
     with pytest.raises(ConfigError, match=r"files_to_copy=nothing: cannot be copied \(No such file"):
-        exp_manager.open_run(replace(config, files_to_copy=("nothing",)), {})
+        exp_manager.check_copies(replace(config, files_to_copy=("nothing",)))
+    exp_manager.check_copies(config)
+    (tmp_path / "metrics.csv").touch()
+    for name in ("metrics.csv", "kept/script.sh"):
+        with pytest.raises(ConfigError, match=rf"files_to_copy={tmp_path}/{name}: the run's folder has another"):
+            exp_manager.check_copies(replace(config, files_to_copy=(str(tmp_path / name),)))
+
+
+def test_nothing_of_an_earlier_run_is_written_over(tmp_path: Path) -> None:
+    """Neither what says how it was made nor its archive on another disk."""
+    (tmp_path / "script.sh").write_text("first")
+    params = CheckpointConfig(dirpath=str(tmp_path / "fast_disk"))
+    config = replace(manager(exp_dir=str(tmp_path), name="a"), checkpoint_callback_params=params)
+    config = replace(config, files_to_copy=(str(tmp_path / "script.sh"),))
+    exp_manager.begin(config, exp_manager.open_run(config, {"run": 1}))
+    (tmp_path / "a/metrics.csv").touch()
+    leave(config, 2)
+    exp_manager.archive_path(config).write_text("first")
+    (tmp_path / "script.sh").write_text("second")
+    opened = exp_manager.open_run(config, {"run": 2})
+    assert (tmp_path / "a/config.yaml").read_text() == "run: 1\n"  # untouched until all ranks stand
+    exp_manager.begin(config, opened)
+    assert [(tmp_path / place).read_text() for place in ("a/run_0/config.yaml", "a/config.yaml")] == [
+        *("run: 1\n", "run: 2\n"),
+    ]
+    assert [(tmp_path / place).read_text() for place in ("a/run_0/script.sh", "a/script.sh")] == ["first", "second"]
+    assert (tmp_path / "fast_disk/run_0/a.nemo").read_text() == "first"
+    assert not exp_manager.archive_path(config).exists()
 
 
 def test_a_checkpoint_of_another_run_is_a_beginning(tmp_path: Path, caplog) -> None:
@@ -119,6 +150,54 @@ def test_an_earlier_runs_checkpoints_elsewhere_are_not_lost(tmp_path: Path, capl
     leave(config, 5)
     assert start(config) is None and "STARTING FROM ZERO" in caplog.text
     assert [path.name for path in checkpoints.complete(tmp_path / "fast_disk/run_0")] == ["step_000005"]
+
+
+def test_what_is_removed_is_named(tmp_path: Path, caplog) -> None:
+    config = manager(exp_dir=str(tmp_path), name="back")
+    leave(config, 1, 2, 3)
+    checkpoint = checkpoints.folder_of(config) / "step_000001"
+    assert start(replace(config, resume_from_checkpoint=str(checkpoint))) == checkpoint
+    assert "removing what is later than step 1: step_000002, step_000003" in caplog.text
+
+
+def test_without_a_checkpoint_the_best_weights_are_the_last(tmp_path: Path, caplog) -> None:
+    config, model = manager(exp_dir=str(tmp_path), name="best"), TINY["gpt"]
+    with one_rank(model):
+        settings, layout = run_of("gpt", model), one_process(model, 4)
+        engine = make_engine(settings, layout, build_all(settings, layout)[0])
+        before = whole(engine.parts())
+        saving.load_best(engine, config)
+        assert all(torch.equal(value, before[name]) for name, value in whole(engine.parts()).items())
+    assert f"no checkpoint is left in {checkpoints.folder_of(config)}" in caplog.text
+    leave(config, 1, 2)
+    assert checkpoints.best(config) == checkpoints.folder_of(config) / "step_000002"
+
+
+def test_an_overflow_does_not_end_a_run() -> None:
+    for monitor in ("grad_norm", "val_loss"):
+        config = EarlyStoppingConfig(monitor=monitor)
+        row = {"grad_norm": math.inf, "val_loss": math.inf}
+        skipped = early_stopping.after_step({}, row, True, config)
+        assert (early_stopping.verdict(skipped, config) is None) == (monitor == "grad_norm")
+        assert early_stopping.verdict(early_stopping.after_step({}, row, False, config), config)
+    assert early_stopping.after_step({}, {"lr": 1.0}, False, config) == {}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": ".."},
+        {"name": ""},
+        {"version": "../../x"},
+        {"version": "a/b"},
+        {"checkpoint_callback_params": {"prefix": "../x"}},
+        {"checkpoint_callback_params": {"postfix": "/x.nemo"}},
+    ],
+    ids=str,
+)
+def test_names_that_lead_elsewhere(settings: dict) -> None:
+    with pytest.raises(ConfigError, match=r"^exp_manager\.\S+=\S*: must be the plain name of a file or folder"):
+        manager(**settings)
 
 
 REFUSED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,25 +10,41 @@ import pytest
 import torch
 import transformers
 from distributed import run_ranks
-from test_families import TINY, assert_same_run, build_all, make_layout, one_rank, run_of, sharded, steps_of, whole
+from test_families import (
+    TINY,
+    assert_same_run,
+    build_all,
+    make_layout,
+    one_rank,
+    projector,
+    run_of,
+    sharded,
+    steps_of,
+    whole,
+)
 from tiny_hf import make_llama, make_llava
 
 from nemo_vlm import checkpoints
+from nemo_vlm import layout as layouts
+from nemo_vlm.archive import self_contained, write_archive
 from nemo_vlm.batch import Batch, collate
 from nemo_vlm.checkpoints import Position
 from nemo_vlm.config import ExpManagerConfig, LoraConfig, PeftConfig, RunConfig, StartConfig
-from nemo_vlm.config.peft import is_adapter, trains
+from nemo_vlm.config.peft import check_given, factors, is_adapter, trains
+from nemo_vlm.conversion.convert import Target, to_huggingface
 from nemo_vlm.conversion.lora import merge
-from nemo_vlm.conversion.peft import export_adapter
+from nemo_vlm.conversion.peft import export_adapter, language_base
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.formats.safetensors import TensorSpec
 from nemo_vlm.inference.restore import build
 from nemo_vlm.layout import Layout, one_process
 from nemo_vlm.mcore import groups
 from nemo_vlm.models.base import family
 from nemo_vlm.models.build import build_chunks
+from nemo_vlm.models.llava.config import LlmConfig
 from nemo_vlm.sources.adapters import check_base
-from nemo_vlm.sources.opening import open_source
-from nemo_vlm.sources.starting import settle
+from nemo_vlm.sources.opening import open_adapter, open_source
+from nemo_vlm.sources.starting import first_weights, settle
 from nemo_vlm.training import saving
 from nemo_vlm.training.build import build_engine, make_engine
 from nemo_vlm.typed import model_tree
@@ -67,6 +84,18 @@ def test_every_layout_trains_the_adapters_as_one_process(layout: str, reference)
     assert kept == {name for name in after if trains(name, run.model)} == reference[4]
     assert sum(map(is_adapter, kept)) == 2 * 4 * run.model.num_layers and len(kept) > sum(map(is_adapter, kept))
     assert {name for name, value in after.items() if not torch.equal(value, before[name])} == kept
+
+
+def test_full_recomputation_trains_the_adapters_alike(reference) -> None:
+    """Layers are recomputed where an input needs a gradient, and the frozen embedding's output would need none."""
+    full = dict(granularity="full", method="uniform", num_layers=1)
+    run = replace(run_of("llava", TINY["llava"]), peft=LORA)
+    step = replace(run.step, **{f"activations_checkpoint_{key}": value for key, value in full.items()})
+    run = replace(run, step=step)
+    results, gradients, *_ = run_ranks(train, 1, run, make_layout(run, 1))[0]
+    assert_same_run(results, reference[0])
+    for key, value in gradients.items():
+        torch.testing.assert_close(value, reference[1][key], rtol=1e-3, atol=2e-7, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def masks(run: RunConfig, layouts: list[Layout]) -> list[dict[str, torch.Tensor]]:
@@ -172,6 +201,90 @@ def test_adapters_merged_and_exported_give_the_same_logits(name: str, tmp_path: 
     with torch.no_grad():
         exported, mask = theirs(**tiny.hf_inputs(batch)).logits, batch.labels >= 0
     torch.testing.assert_close(exported[mask], trained[mask], rtol=0, atol=1e-4)
+
+
+def write_tensors(path: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:
+    specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    write_archive(path, config, {}, specs, tensors.items())
+    return path
+
+
+def adapter_of(run: RunConfig, path: Path) -> Path:
+    """Of query, key and value only, and not trained yet: B is 0."""
+    tensors = {}
+    for rule in family(run.family, "mapping").rules(run.model):
+        if rule.ours.endswith("linear_qkv.weight"):
+            a, b = factors(rule.ours)
+            tensors |= {a: torch.randn(6, rule.shape[1]), b: torch.zeros(rule.shape[0], 6)}
+    return write_tensors(path, self_contained(model_tree(run), has_tokenizer=False, has_base=True), tensors)
+
+
+def test_the_base_is_joined_as_the_run_had_it(tmp_path: Path, caplog) -> None:
+    """Two whole models, of which each gives a part; in another order, or by other names, the later has its say."""
+    one = make_llava(tmp_path / "one")
+    source = open_source(one, "")
+    tensors = {name: source.reader.read(name) for name in source.reader.names()}
+    tree = self_contained(source.tree, has_tokenizer=False)
+    two = write_tensors(tmp_path / "two.nemo", tree, {name: 2 * value for name, value in tensors.items()})
+    mm_cfg = replace(
+        source.model.mm_cfg,
+        llm=LlmConfig(from_pretrained=str(one)),
+        vision_encoder=replace(source.model.mm_cfg.vision_encoder, from_pretrained=str(two)),
+        pretrain_mm_mlp_adapter=str(two),
+        freeze_mm_mlp_adapter=True,
+    )
+    run = replace(run_of("llava", replace(source.model, mm_cfg=mm_cfg)), peft=LORA)
+    adapter = open_adapter(adapter_of(run, tmp_path / "lora.nemo"), "--adapter")
+    assert adapter.bases == [str(one), str(two), str(two)]
+    with caplog.at_level(logging.INFO):
+        merge(adapter.bases, str(adapter), tmp_path / "merged.nemo", "auto", verify=True)
+        merge([str(two), str(one)], str(adapter), tmp_path / "by_hand.nemo", "auto", verify=True)
+    assert f"the base: language_model from {one}, vision_model from {two}, vision_projection from {two}" in caplog.text
+    merged, by_hand = (open_source(tmp_path / name, "").reader for name in ("merged.nemo", "by_hand.nemo"))
+    for part, reader in first_weights(run).items():
+        for name in reader.names():
+            assert torch.equal(merged.read(name), reader.read(name)), name
+            assert torch.equal(merged.read(name), tensors[name] * (1 if part == "language_model" else 2)), name
+    assert all(torch.equal(by_hand.read(name), value) for name, value in tensors.items())
+    assert language_base(adapter) == str(one)
+    assert language_base(replace(adapter, tree=adapter.tree | {"restore_from_path": str(two)})) == str(two)
+
+
+def test_a_projector_that_hugging_face_has_not_is_merged(tmp_path: Path) -> None:
+    config = projector("mlp_downsample", TINY["llava"])
+    with one_rank(config):
+        tensors = whole(build_all(run_of("llava", config), one_process(config))[1])
+    run = run_of("llava", config)
+    base = write_tensors(tmp_path / "base.nemo", self_contained(model_tree(run), has_tokenizer=False), tensors)
+    run = replace(run, start=StartConfig(str(base)), peft=LORA)
+    adapter = adapter_of(run, tmp_path / "lora.nemo")
+    merge([str(base)], str(adapter), tmp_path / "merged.nemo", "auto", verify=True)
+    merged = open_source(tmp_path / "merged.nemo", "").reader
+    assert merged.names() == tensors.keys() and "vision_projection.norm.bias" in merged.names()
+    assert all(torch.equal(merged.read(name), value) for name, value in tensors.items())
+    with pytest.raises(ConfigError, match="adapter_type=mlp_downsample: Hugging Face's LLaVA knows mlp2x_gelu only"):
+        export_adapter(str(adapter), tmp_path / "peft", base=None)
+    with pytest.raises(ConfigError, match="adapter_type=mlp_downsample: Hugging Face's LLaVA knows mlp2x_gelu only"):
+        to_huggingface(open_source(base, ""), Target(tmp_path / "hf"))
+
+
+def test_parts_beside_adapters() -> None:
+    """With all of them frozen the adapters train; to unfreeze one is refused, as is LoRA's shape without LoRA."""
+    config = TINY["llava"]
+    vision = replace(config.mm_cfg.vision_encoder, freeze=True)
+    mm_cfg = replace(config.mm_cfg, llm=LlmConfig(freeze=True), vision_encoder=vision, freeze_mm_mlp_adapter=True)
+    frozen = run_of("llava", replace(config, mm_cfg=mm_cfg))
+    layouts.check(replace(frozen, peft=LORA))
+    with pytest.raises(ConfigError, match="all frozen"):
+        layouts.check(frozen)
+    tree, key = model_tree(run_of("llava", config)), "model.mm_cfg.vision_encoder.freeze"
+    check_given(PeftConfig(), tree, {key})
+    check_given(LORA, tree, {"model.restore_from_path"})
+    check_given(LORA, model_tree(frozen), {key})
+    with pytest.raises(ConfigError, match=f"{key}=false: with model.peft.peft_scheme=lora it stays frozen"):
+        check_given(LORA, tree, {key})
+    with pytest.raises(ConfigError, match="lora_tuning.adapter_dim=6: must be left out without peft_scheme=lora"):
+        PeftConfig(lora_tuning=LoraConfig(adapter_dim=6))
 
 
 def test_what_does_not_go_together_is_said(tmp_path: Path) -> None:

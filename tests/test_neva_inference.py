@@ -19,8 +19,10 @@ from tiny_hf import make_llava
 from nemo_vlm.config import ParallelConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.inference import answers, evaluate
+from nemo_vlm.inference.generate import Answer
 from nemo_vlm.inference.likelihood import choices
 from nemo_vlm.inference.neva import Questions
+from nemo_vlm.inference.prompts import RawPrompts
 from nemo_vlm.inference.restore import restore
 from nemo_vlm.inference.settings import (
     DecodingConfig,
@@ -192,6 +194,67 @@ def test_a_mistake_is_one_line(name: str, folder: Path) -> None:
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+WRONG_LINES: dict[str, tuple[dict[str, Any], str]] = {
+    "a number": ({"image": 5}, "'image' must be a path or a list of paths"),
+    "a table": ({"image": {"a": 1}}, "'image' must be a path or a list of paths"),
+    "a bomb": ({"image": "bomb.ppm"}, "bomb.ppm: Image size (400000000 pixels)"),
+    "no name": ({"image": "a\0.png"}, "cannot be a file's name"),
+}
+WRONG_QUESTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "a video": ({"video": [None]}, "'video' must be a path or a list of paths"),
+    "no video": ({"prompt": "<video>", "video": "a\0.mp4"}, "the video does not exist"),
+    "a system": ({"system": 5}, "'system' must be text"),
+}
+RAW, ASKED = [("raw", name) for name in WRONG_LINES], [("asked", name) for name in WRONG_LINES | WRONG_QUESTIONS]
+
+
+@pytest.mark.parametrize(("kind", "name"), RAW + ASKED)
+def test_a_line_that_cannot_be_is_named(kind: str, name: str, tmp_path: Path) -> None:
+    given, message = (WRONG_LINES | WRONG_QUESTIONS)[name]
+    (tmp_path / "bomb.ppm").write_bytes(b"P6 20000 20000 255\n")
+    (tmp_path / "in.jsonl").write_text("\n" + json.dumps({"prompt": "<image>"} | given))
+    raw = GenerateConfig(model_path="x", prompt_file=str(tmp_path / "in.jsonl"))
+    with pytest.raises(ConfigError) as error:
+        (RawPrompts(raw) if kind == "raw" else Questions(asked(tmp_path))).read()
+    assert f"{tmp_path}/in.jsonl line 2: " in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_image_that_is_cut_loses_its_own_answer_alone(folder: Path) -> None:
+    (folder / "cut.png").write_bytes((folder / "noise.png").read_bytes()[:3000])
+    good = LINES[1] | {"error": "the line's own"}
+    given = [good, {"text": "<image>?", "image": "cut.png"}, {"prompt": "<image>", "image": ["cut.png"]}, LINES[3]]
+    (folder / "cut.json").write_text(json.dumps(given))
+    with pytest.raises(
+        RuntimeError, match="^2 of 4 prompts could not be answered, see .*; the first: .* entry 2: .*cut.png"
+    ):
+        answer(asked(folder, "cut.json", output_file=str(folder / "cut.jsonl")))
+    found = written(folder / "cut.jsonl")
+    (folder / "whole.json").write_text(json.dumps([given[0], given[3]]))
+    assert [found[0], found[3]] == answer(asked(folder, "whole.json"))
+    assert [(line["prompt"], line["text"]) for line in found[1:3]] == [("<image>?", ""), ("<image>", "")]
+    assert all("not a readable image" in line["error"] for line in found[1:3])
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_full_text_is_what_the_model_sees(folder: Path, front: bool) -> None:
+    line = {"prompt": "See <image>, what is it?", "image": "noise.png", "system": "Be brief."}
+    (folder / "system.json").write_text(json.dumps([line]))
+    questions = Questions(asked(folder, "system.json"))
+    model = answers.prepare(questions.config, {}).model
+    data = model.source.tree["data"] | {"sep_image_conv_front": front}
+    source = replace(model.source, tree=model.source.tree | {"data": data})
+    with restore(source, "32") as restored:
+        (prompt,) = questions.read()
+        tokens, media = questions.encode(prompt, restored)
+        said = "<image>\nSee , what is it?" if front else line["prompt"]
+        image = restored.config.mm_cfg.image_token_index
+        once = [token for place, token in enumerate(tokens.tolist()) if token != image or tokens[place - 1] != image]
+        assert restored.tokenizer.decode(once) == f"<s>Be brief. USER: {said} ASSISTANT:"
+        found = questions.line(prompt, answers.sample_of(tokens, media, restored), Answer(tokens[:0]), restored)
+        assert found["full_text"] == f"Be brief. USER: {said} ASSISTANT:"
+
+
 def record(question: str, answer: str, **more: Any) -> dict[str, Any]:
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return {"id": answer, "conversations": turns} | more
@@ -251,3 +314,33 @@ def test_the_likeliest_choice_is_that_of_transformers(copies: Path, capsys: pyte
     assert "likeliest" not in rows[3]
     right = sum(row["likeliest_correct"] for row in rows[:2]) / 2
     assert f"held-out accuracy (choice, likeliest): {right:.3f}\n" in capsys.readouterr().out
+
+
+def test_records_that_cannot_be_asked_are_left_out(
+    copies: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    (copies / "cut.png").write_bytes((copies / "noise.png").read_bytes()[:3000])
+    broken = [
+        record("<image>", "x", image="cut.png"),
+        record("<image>", "x", image="none.png"),
+        record("a " * 300, "x"),
+    ]
+    (copies / "broken.json").write_text(json.dumps([RECORDS[0], *broken, *RECORDS[1:]]))
+    with caplog.at_level("WARNING"):
+        evaluate.prepare(replace(scored(copies, "broken"), data_path=str(copies / "broken.json")), {}).run()
+    told = capsys.readouterr().out
+    assert [one.message for one in caplog.records if "left out" in one.message] == [
+        f"3 of 7 records are left out; the first: {copies}/cut.png: not a readable image (image file is truncated)"
+    ]
+    evaluate.prepare(scored(copies, "whole"), {}).run()
+    assert written(copies / "broken/predictions.jsonl") == written(copies / "whole/predictions.jsonl")
+    assert told == capsys.readouterr().out != ""
+    with Image.open(copies / "broken/predictions.png") as left, Image.open(copies / "whole/predictions.png") as whole:
+        assert left.tobytes() == whole.tobytes()
+
+
+def test_predictions_that_cannot_be_written_are_told(copies: Path, capsys: pytest.CaptureFixture) -> None:
+    task = evaluate.prepare(scored(copies, "taken"), {})
+    (copies / "taken/predictions.jsonl").mkdir()
+    with pytest.raises(ConfigError, match="output_folder=.*taken: cannot be written"):
+        task.report([], task.records())

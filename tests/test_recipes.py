@@ -25,7 +25,7 @@ from tiny_hf import make_clip, make_llama, make_llava, tokenizer
 
 from nemo_vlm import experiment, typed
 from nemo_vlm.archive import Archive
-from nemo_vlm.config import NemoConfig
+from nemo_vlm.config import NemoConfig, TrainerConfig
 from nemo_vlm.door import CONF, store_defaults
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.models.llava.config import Config
@@ -33,6 +33,7 @@ from nemo_vlm.planning import plan as planning
 from nemo_vlm.sources import starting
 from nemo_vlm.sources.megatron import EMBEDDINGS
 from nemo_vlm.sources.opening import open_source
+from nemo_vlm.training import durations
 
 
 def tree_of(recipe: str, *given: str) -> dict[str, Any]:
@@ -126,6 +127,16 @@ def test_every_key_of_nemos_engine_is_explained() -> None:
         front, _, names = key.rstrip("}").partition("{")  # a_{b, c} is a_b and a_c
         explained |= {front + name for name in names.split(", ")}
     assert {field.name for field in fields(NemoConfig)} - explained - {"nsys_profile"} == set()
+    single = {f"trainer.{field.name}" for field in fields(TrainerConfig) if "instead" in field.metadata}
+    assert single - explained == set()
+
+
+def test_a_long_warm_up_is_said_once(caplog) -> None:
+    """Where epochs end the run, when their steps are known."""
+    run = experiment.read(tree_of("llava_7b_pretrain", "trainer.max_epochs=1", "trainer.max_steps=3"))
+    assert "warmup_steps=65" not in caplog.text
+    durations.settle(run, 10_000)
+    assert caplog.text.count("warmup_steps=65: the run ends after 3 steps") == 1
 
 
 @pytest.mark.parametrize(

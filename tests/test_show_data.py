@@ -114,10 +114,9 @@ def test_sizes_are_those_of_the_images_that_are_left(folder: Path, capsys: pytes
     place = folder / "datasets/digits_vqa"
     for name, width in (("a.png", 10), ("b.png", 20), ("c.png", 30)):
         Image.new("RGB", (width, 15)).save(place / name)
-    questions = ["<image>\n<image>\nOne?", f"Long {'and longer ' * 300} <image>?"]
-    turns = [
-        {"from": ("human", "gpt")[n % 2], "value": [*questions, "Yes."][n // 2 if n % 2 == 0 else 2]} for n in range(4)
-    ]
+    later = f"Long {'and longer ' * 300} <image>?"
+    said = [("human", "<image>\n<image>\nOne?"), ("gpt", "Yes."), ("human", later), ("gpt", "No.")]
+    turns = [{"from": who, "value": text} for who, text in said]
     record = {"id": 1, "image": ["a.png", "b.png", "c.png"], "conversations": turns}
     (place / "long.json").write_text(json.dumps([record]))
     given = ("model.data.data_path=datasets/digits_vqa/long.json", "model.data.dataloader_type=single", "n=1")

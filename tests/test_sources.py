@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 from test_families import TINY, run_of, settle
 from tiny_hf import make_clip, make_llama, make_llava
 
 from nemo_vlm.archive import TOKENIZER, self_contained, write_archive
-from nemo_vlm.config import StartConfig
+from nemo_vlm.config import DataConfig, PeftConfig, StartConfig
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.formats.grown import grown
+from nemo_vlm.formats.reader import InMemory, Slices
 from nemo_vlm.formats.safetensors import TensorSpec
 from nemo_vlm.formats.store import Folder
 from nemo_vlm.models.llava.config import LlmConfig
 from nemo_vlm.sources import starting
 from nemo_vlm.sources.opening import open_source, tokenizer_files
 from nemo_vlm.sources.source import Source, save_files
-from nemo_vlm.typed import read_model
+from nemo_vlm.typed import model_tree, read_model
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +123,55 @@ def test_a_training_checkpoint_finds_its_tokenizer_in_an_archive(llama: Path, fo
     assert {name: span.bytes() for name, span in tokenizer_files(str(archive)).items()} == wanted
     with pytest.raises(ConfigError, match=r"model\.tokenizer\.type=nowhere: no tokenizer there"):
         tokenizer_files("nowhere")
+
+
+@dataclass(frozen=True)
+class Counted(InMemory):
+    """Says which rows were read."""
+
+    read_rows: list[slice] = field(default_factory=list)
+
+    def read(self, name: str, slices: Slices = ()) -> torch.Tensor:
+        self.read_rows.append(slices[0] if slices else slice(0, self.shape(name)[0]))
+        return super().read(name, slices)
+
+
+def test_a_slice_of_a_grown_table_reads_what_it_needs() -> None:
+    old = torch.randn(10_000, 6).bfloat16()
+    reader = Counted({"table": old})
+    table = grown(reader, ["table"], 10_004)
+    expected = torch.cat([old, old.double().mean(0, keepdim=True).bfloat16().expand(4, -1)])
+    for rows in (slice(5, 9), slice(9_998, 10_002), slice(10_001, 10_004)):
+        for columns in (slice(0, 6), slice(2, 3)):
+            assert torch.equal(table.read("table", (rows, columns)), expected[rows, columns])
+    assert torch.equal(table.read("table"), expected)
+    read = [(rows.start, rows.stop) for rows in reader.read_rows]
+    assert read[:3] == [(5, 9), (5, 9), (9_998, 10_000)]
+    assert read.count((0, 10_000)) == 1  # by the last line; the mean is of chunks, once
+    assert sum(stop - start for start, stop in read) == 2 * 4 + 2 * 2 + 10_000 + 10_000
+
+
+def test_a_plan_needs_no_adapter(tmp_path: Path) -> None:
+    run = run_of("gpt", TINY["gpt"])
+    tree = model_tree(replace(run, peft=PeftConfig("lora", str(tmp_path / "none.nemo"))))
+    kept, notes = starting.without_absent(tree)
+    assert kept["peft"] == tree["peft"] | {"restore_from_path": None}
+    assert notes == [f"model.peft.restore_from_path={tmp_path}/none.nemo: not here; planned from the preset"]
+
+
+@pytest.mark.parametrize(("norm", "kind"), [(True, "mlp_downsample"), (False, "mlp2x_gelu")])
+def test_a_projector_behind_a_norm_is_another(norm: bool, kind: str, tmp_path: Path) -> None:
+    layers = ("norm", "0", "1") if norm else ("0", "1")
+    names = {f"vision_projection.{layer}.{name}" for layer in layers for name in ("weight", "bias")}
+    save_file({name: torch.ones(2) for name in names}, tmp_path / "projector.safetensors")
+    source = open_source(tmp_path / "projector.safetensors", "")
+    assert source.tree["mm_cfg"]["mm_mlp_adapter_type"] == kind and source.reader.names() == names
+
+
+@pytest.mark.parametrize("given", [(-1.0, -1.0), (0.0, 1.0), (2.0, -1.0)])
+def test_weights_of_files_are_above_zero(given: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="concat_sampling_probabilities=.*: must be 2 weights"):
+        DataConfig(data_path=("a.json", "b.json"), concat_sampling_probabilities=given)
 
 
 def test_an_archive_names_nothing_outside_itself(llava: Path) -> None:

@@ -94,9 +94,7 @@ def check_given(peft: PeftConfig, tree: Mapping[str, Any], given: Collection[str
     for key in sorted(given) if peft.lora else ():
         front, *path = key.split(".")
         if (front, path[-1:]) == ("model", ["freeze"]) and reduce(getitem, path, tree) is False:
-            raise ConfigError(
-                f"{key}=false: frozen with model.peft.peft_scheme=lora, where adapters train; leave it out"
-            )
+            raise ConfigError(f"{key}=false: with model.peft.peft_scheme=lora it stays frozen; leave it out")
 
 
 def is_adapter(name: str) -> bool:

@@ -1,9 +1,10 @@
-"""The loader on a data set as large as LLaVA-665k, made on the spot: indexing, the first batch, memory, packing.
+"""The loader on a data set as large as LLaVA-665k, made on the spot: indexing, first batch, memory, images, packing.
 
     python scripts/benchmarks/loader.py [--records 665000] [--json FILE]
 
-Records have LLaVA's form and size without images; the lengths of the packing rows are drawn from the table beside this
-file, percentiles of each part of the 665k mix (its composition is published, the texts' lengths are estimated).
+Records have LLaVA's form and size, and only one row has images; the lengths of the packing rows are drawn from the
+table beside this file, percentiles of each part of the 665k mix (its composition is published, the texts' lengths are
+estimated).
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy
+from PIL import Image
 
 from nemo_vlm.config import RunConfig
 from nemo_vlm.data import packing
@@ -33,6 +36,7 @@ from nemo_vlm.typed import defaults, read_run
 LENGTHS = Path(__file__).with_name("llava665k_lengths.json")
 WORDS = ["the", "bus", "in", "this", "image", "is", "white", "and", "red,", "a", "man", "irons", "on", "its", "back"]
 SEQ_LENGTH, BATCH, STEPS, READ = 4096, 128, 200, 40
+IMAGES, IMAGE_BATCH = 64, 16  # files, and samples that a rank reads a step
 
 
 def main() -> None:
@@ -40,7 +44,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=665_000)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [*loading(options.records), *packed()]
+    rows = [*loading(options.records), *images(), *packed()]
     result = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "rows": rows}
     for row in rows:
         sys.stdout.write(f"{row['name']}: {row['ours']:.4g} {row['unit']}, goal {row['goal']}\n")
@@ -68,6 +72,21 @@ def loading(records: int) -> Iterator[dict[str, Any]]:
         yield row("memory of a worker above that over 1000 records", memory - base, "MB", 150.0)
 
 
+def images() -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "images.json")
+        path.write_text(json.dumps([with_image(number, path.parent) for number in range(IMAGES)]))
+        memory, _ = worker(path, "llava", IMAGE_BATCH)
+        yield row(f"memory of a worker, {IMAGE_BATCH} images of 336 pixels a step", memory, "MB", 1000.0)
+
+
+def with_image(number: int, folder: Path) -> dict[str, Any]:
+    pixels = numpy.random.default_rng(number).integers(0, 256, (480, 640, 3), dtype=numpy.uint8)
+    Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    turns = record(number)["conversations"]
+    return {"image": f"{number}.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, *turns[1:]]}
+
+
 def write(path: Path, count: int) -> Path:
     with open(path, "w") as file:
         for number in range(count):
@@ -85,19 +104,21 @@ def record(number: int) -> dict[str, Any]:
     return {"id": f"{number:09d}", "conversations": turns}
 
 
-def opened(path: Path) -> tuple[RunConfig, Any]:
-    """A small language model's run, and its data."""
-    tokenizer, config = train_tokenizer(WORDS, vocab_size=400), family("gpt", "config").Config
-    model = defaults(config) | {"family": "gpt", "vocab_size": len(tokenizer), "global_batch_size": BATCH}
+def opened(path: Path, name: str = "gpt", batch: int = BATCH) -> tuple[RunConfig, Any]:
+    """A family's run with its default model, which is not built, and its data."""
+    tokenizer, config = train_tokenizer(WORDS, vocab_size=400), family(name, "config").Config
+    model = defaults(config) | {"family": name, "vocab_size": len(tokenizer), "global_batch_size": batch}
     model["data"] |= {"data_path": str(path), "num_workers": 1}
     run = read_run({"trainer": {}, "exp_manager": {}, "model": model}, config)
-    return run, open_datasets(run, family("gpt", "processor").Processor(run.model, run.data, tokenizer)).train
+    parts = family(name, "processor")
+    run = replace(run, model=parts.settle(run.model, tokenizer))
+    return run, open_datasets(run, parts.Processor(run.model, run.data, tokenizer)).train
 
 
-def worker(path: Path) -> tuple[float, float]:
-    """MB that a worker holds after READ batches, shared pages included, and seconds until the first was there."""
+def worker(path: Path, name: str = "gpt", batch: int = BATCH) -> tuple[float, float]:
+    """MB that a worker has held at most in READ batches, shared pages included, and seconds until the first."""
     started = time.perf_counter()
-    run, dataset = opened(path)
+    run, dataset = opened(path, name, batch)
     loader = training_loader(dataset, one_process(run.model, 8), Share(0, 1), run, READ, 0)
     batches = iter(loader)
     next(batches)
@@ -105,7 +126,7 @@ def worker(path: Path) -> tuple[float, float]:
     for _ in range(READ - 2):
         next(batches)
     status = Path(f"/proc/{batches._workers[0].pid}/status").read_text()  # type: ignore[attr-defined]
-    (held,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    (held,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     return held / 1024, first
 
 
