@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Collection
 
 FREE_TEXT = "prompt"  # a setting whose value may be any text
 
@@ -15,6 +16,11 @@ def quoted(argument: str) -> str:
         return argument
     text = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text)
     return f'{key}="{text}"'
+
+
+def beside(argument: str, keys: Collection[str]) -> str:
+    """An override of a key that no recipe has, in the form in which Hydra takes it."""
+    return f"++{argument}" if argument.partition("=")[0] in keys else argument
 
 
 def given_keys() -> set[str]:

@@ -27,10 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_vlm import typed
-from nemo_vlm.command_line import is_override, quoted
+from nemo_vlm.command_line import beside, is_override, quoted
 from nemo_vlm.config import ExpManagerConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError, Failure, Stopped, explain
-from nemo_vlm.experiment import Task, plan
+from nemo_vlm.experiment import BESIDE, Task, plan
 from nemo_vlm.inference.settings import EvaluateConfig, GenerateConfig, NevaInferenceConfig
 from nemo_vlm.logs import set_up_logging
 from nemo_vlm.models.base import FAMILIES, family
@@ -48,7 +48,7 @@ def launch(task: Task, config_name: str) -> None:
     """
     rank.attach(os.environ)
     # argparse wants the flags, as -m, in front
-    sys.argv[1:] = sorted(map(quoted, sys.argv[1:]), key=is_override)
+    sys.argv[1:] = sorted((beside(quoted(one), BESIDE.get(task, ())) for one in sys.argv[1:]), key=is_override)
     store_defaults()
     asked = os.environ.get("HYDRA_FULL_ERROR", "0")
     show_traceback = asked == "1"

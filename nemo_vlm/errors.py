@@ -16,8 +16,8 @@ class SampleError(ConfigError):
     """A record of which no sample can be made; training leaves it out and counts it.
 
     Attributes:
-        reason: a short name to count by: missing_image, broken_image, huge_image, broken_video, broken_record,
-            no_answer, too_long, stale_length.
+        reason: a short name to count by: missing_image, broken_image, huge_image, missing_video, broken_video,
+            broken_record, no_answer, too_long, stale_length.
     """
 
     def __init__(self, reason: str, message: str) -> None:

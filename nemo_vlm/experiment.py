@@ -23,7 +23,7 @@ from nemo_vlm.models.base import family, starts
 from nemo_vlm.parallel import rank, supervisor
 from nemo_vlm.planning.network import check_interfaces
 from nemo_vlm.training import log_file, schedules, versions
-from nemo_vlm.typed import model_tree, plain, plain_defaults
+from nemo_vlm.typed import model_tree, plain
 
 if TYPE_CHECKING:
     from nemo_vlm.data.opening import Datasets
@@ -132,9 +132,10 @@ def split_off(tree: dict[str, Any]) -> ShowConfig:
     """Take what `show` has beside a run's settings out of them."""
     from nemo_vlm.planning.show_data import ShowConfig
 
-    return typed.read(ShowConfig, {key: tree.pop(key) for key in plain_defaults(ShowConfig)}, "")
+    return typed.read(ShowConfig, {key: tree.pop(key) for key in BESIDE[show] if key in tree}, "")
 
 
+BESIDE: dict[Task, tuple[str, ...]] = {show: ("n", "json", "picture")}  # settings that a task has beside a recipe's
 ASKS: dict[Task, type] = {evaluate: EvaluateConfig, generate: GenerateConfig, infer: NevaInferenceConfig}
 
 

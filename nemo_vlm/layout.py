@@ -214,7 +214,9 @@ def under_slurm(env: Mapping[str, str]) -> bool:
 def launched_ranks(num_nodes: int, env: Mapping[str, str]) -> tuple[str, int | None]:
     """The environment variable that gives the number of all ranks, and what it says, if anything."""
     if "TORCHELASTIC_RUN_ID" in env or not under_slurm(env):
-        return "WORLD_SIZE", int(env["WORLD_SIZE"]) if env.get("WORLD_SIZE", "").isdigit() else None
+        given = env.get("WORLD_SIZE", "")
+        demand(given.isdigit() or not given, "WORLD_SIZE", given, "the number of all ranks")
+        return "WORLD_SIZE", int(given) if given else None
     tasks, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", num_nodes))
     if nodes != num_nodes:
         raise ConfigError(f"trainer.num_nodes={num_nodes}: Slurm has started the run on SLURM_NNODES={nodes} nodes")

@@ -16,7 +16,7 @@ def main() -> None:
         "--base",
         required=True,
         nargs="+",
-        help="what the run started from; several where each brought a part, of which the later counts where two have it",
+        help="what the run started from; several where each brought a part; of two with the same the later counts",
     )
     flags.add_argument("--adapter", required=True, help="the run's .nemo, or one of its training checkpoints")
     flags.add_argument("--output", required=True, type=Path, help="the .nemo to write")

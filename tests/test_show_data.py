@@ -14,6 +14,7 @@ from tiny_hf import tokenizer
 
 from nemo_vlm import experiment
 from nemo_vlm.batch import IGNORE_INDEX, Sample
+from nemo_vlm.command_line import beside
 from nemo_vlm.config import DataConfig
 from nemo_vlm.data.codec import Codec
 from nemo_vlm.data.loader import Share, training_loader
@@ -28,7 +29,8 @@ from nemo_vlm.planning.show_data import Shown
 def tree(*overrides: str):
     store_defaults()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = OmegaConf.to_container(compose("show_data", list(overrides)), resolve=True)
+        given = [beside(override, experiment.BESIDE[experiment.show]) for override in overrides]
+        composed = OmegaConf.to_container(compose("show_data", given), resolve=True)
     return {key: value for key, value in composed.items() if key not in ("debug", "dry_run", "plan_file")}
 
 
@@ -104,7 +106,7 @@ def test_trained_text_is_what_the_assistant_says_and_its_end(template: str) -> N
     encoder = ConversationText(DataConfig(conv_template=template), codec, 10_000)
     sample = Sample(*encoder.train({}, encoder.turns({"conversations": said}), []).shifted())
     before, after = TEMPLATES[template].around_answer
-    shown = Shown(0, "", {}, sample, Codec(codec), None, [], before)
+    shown = Shown(0, "", None, {}, sample, Codec(codec), None, [], before)
     assert shown.as_json()["trained_text"] == [turn["value"] + after.format(eos="</s>") for turn in said[1::2]]
 
 

@@ -79,12 +79,18 @@ class Folder:
 
 
 def open_folder(path: str, key: str) -> Folder | TarFolder:
-    """A folder, which may be missing: that shows with its files; or a tar.
+    """A folder, or a tar.
 
     Args:
         key: the setting that named it, for messages.
+    Raises:
+        ConfigError: there is no such folder, or the tar cannot be read.
     """
-    return TarFolder(Path(path), key) if Path(path).suffix == ".tar" else Folder(Path(path))
+    if Path(path).suffix == ".tar":
+        return TarFolder(Path(path), key)
+    if not Path(path).is_dir():
+        raise ConfigError(f"{key}={path}: neither a folder nor an uncompressed tar")
+    return Folder(Path(path))
 
 
 @cache

@@ -167,7 +167,8 @@ def deliver(lines: list[dict[str, Any]], config: AskConfig) -> None:
 def write(lines: Sequence[dict[str, Any]], path: Path, key: str) -> None:
     """Raises ConfigError, which names the key that asked for it, where it cannot be written."""
     try:
-        with written_whole(path) as file:
+        regular = not path.exists() or path.is_file()
+        with written_whole(path) if regular else path.open("w") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     except OSError as error:
         raise unwritable(key, error) from None

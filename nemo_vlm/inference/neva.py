@@ -79,9 +79,12 @@ class Questions:
             ConfigError: names the line.
         """
         try:
-            return restored.processor.asked(self.record(prompt))
+            tokens, media = restored.processor.asked(self.record(prompt))
         except ConfigError as error:
             raise ConfigError(f"{prompt.called}: {error}") from None
+        if len(media) != len(prompt.images):
+            raise ConfigError(f"{prompt.called}: the model reads text only, there are {len(prompt.images)} images")
+        return tokens, media
 
     def end_strings(self, restored: Restored) -> tuple[str, ...]:
         return self.config.inference.end_strings + restored.terminators

@@ -191,7 +191,7 @@ def decoding(source: Source) -> Iterator[BinaryIO]:
             raise SampleError("broken_image", f"{source}: not a readable image ({error})") from None
 
 
-def opened(source: Source) -> BinaryIO:
+def opened(source: Source, kind: str = "image") -> BinaryIO:
     """The file, open.
 
     Raises:
@@ -202,9 +202,8 @@ def opened(source: Source) -> BinaryIO:
     try:
         return Path(source).open("rb") if isinstance(source, str | Path) else source.open()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise SampleError(
-            "missing_image", f"{source}: the image does not exist; model.data.image_folder says where they stand"
-        ) from None
+        message = f"{source}: the {kind} does not exist; model.data.{kind}_folder says where they stand"
+        raise SampleError(f"missing_{kind}", message) from None
     except ValueError as error:
         raise SampleError("broken_record", f"{str(source)!r}: cannot be a file's name ({error})") from None
     except OSError as error:

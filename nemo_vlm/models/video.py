@@ -130,7 +130,7 @@ def use(video: Video, question: Callable[[Reader], T]) -> T:
         ConfigError: there is no decoder.
         OSError: the file system fails.
     """
-    with opened(video.source) as file:
+    with opened(video.source, "video") as file:
         try:
             reader = READER(file)
             return question(reader) if len(reader) else no_frame()

@@ -71,16 +71,13 @@ class Shown:
 
     number: int
     place: str
+    id: Any
     record: dict[str, Any] | None
     sample: Sample
     codec: Codec
     placeholder_id: int | None
     media: list[Any]
     before_answer: str
-
-    @property
-    def id(self) -> Any:
-        return None if self.record is None else self.record.get("id", self.number)
 
     @property
     def num_image_tokens(self) -> int:
@@ -172,7 +169,14 @@ def samples(run: RunConfig, layout: Layout, dataset: RecordDataset, tokenizer: A
                     if number >= 0:
                         record, sample = record_of(dataset, number), dataset[number]
                         media = [] if record is None or sample.skipped else dataset.processor.media(record)
-                        yield Shown(number, place, record, sample, codec, placeholder_id, media, before)
+                        yield Shown(
+                            number, place, id_of(dataset, number), record, sample, codec, placeholder_id, media, before
+                        )
+
+
+def id_of(dataset: RecordDataset, number: int) -> Any:
+    file, inside = dataset.where(number)
+    return dataset.files[file].name(inside)
 
 
 def record_of(dataset: RecordDataset, number: int) -> dict[str, Any] | None:
