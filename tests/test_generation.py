@@ -276,6 +276,7 @@ MISTAKES = {
     "too few images": ({"prompt": "<image> x"}, "prompt: .*1 placeholders in the text, 0 images"),
     "too long": ({"prompt": "word " * 300}, "prompt: .* leave no room for an answer in model.encoder_seq_length=256"),
     "not JSON": ({"lines": '{"prompt": "x"}\n{"prompt": '}, r"in.jsonl line 2: not JSON"),
+    "half a character": ({"lines": r'{"prompt": "\ud83d"}'}, "in.jsonl line 1: not JSON that can be read"),
     "another form": ({"lines": '{"prompt": "x", "messages": []}'}, "in.jsonl line 1: must have either"),
     "nothing": ({"lines": "\n"}, "in.jsonl: holds no prompt"),
     "fsdp": ({"model": ParallelConfig(fsdp=True)}, "model.fsdp=true: whole copies of the model answer"),

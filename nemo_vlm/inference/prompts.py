@@ -120,9 +120,11 @@ def read_objects(path: Path) -> list[tuple[str, Any]]:
 
 def parsed(text: str, called: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{called}: not JSON ({error})") from None
+        found = json.loads(text)
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is legal JSON, but no text
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{called}: not JSON that can be read ({error})") from None
+    return found
 
 
 def checked(line: Any, folder: Path, called: str) -> Prompt:

@@ -25,6 +25,7 @@ def token_id(tokenizer: Any, token: str, key: str) -> int:
     if found is None:
         raise ConfigError(
             f"{key}={token}: the tokenizer {tokenizer.name_or_path} has no such token; "
-            f"model.tokenizer.additional_special_tokens=['{token}'] or scripts/add_special_tokens.py adds it"
+            f"model.tokenizer.additional_special_tokens=['{token}', ...] adds it, beside all others that the tokenizer "
+            "lacks, or scripts/add_special_tokens.py for good"
         )
     return found
