@@ -254,6 +254,7 @@ def test_steerlm_speaks_of_its_images_in_the_text(tmp_path: Path) -> None:
     ]
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"conversations": turns}) + "\n\n" + json.dumps(text_record(1, 2)) + "\n")
+    (tmp_path / "images").mkdir()
     below, beside = RecordFile(path, str(tmp_path / "images")), RecordFile(path)
     assert len(below) == 2
     assert below[0]["image"] == [tmp_path / "images/one.jpg", tmp_path / "images/two.jpg"]

@@ -7,6 +7,7 @@ behind a special token gets none, unless the tokenizer is `legacy`.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from itertools import groupby
 from os import PathLike
@@ -14,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-from transformers import SentencePieceBackend
+from transformers import LlamaTokenizer, SentencePieceBackend
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.tokenization_utils_tokenizers import TOKENIZER_FILE
+
+log = logging.getLogger(__name__)
 
 STOCK = "LlamaTokenizer"  # what transformers is to take the saved files for; data.tokenizer knows them by the backend
 SPACE = "▁"
 CONTROL, USER_DEFINED = 3, 4  # types of a piece
+BPE = 2  # type of a model
 MARK = re.compile(r"<\S+>")
 
 
@@ -74,7 +79,21 @@ class SentencePieceTokenizer(SentencePieceBackend):
         path = Path(save_directory, TOKENIZER_CONFIG_FILE)
         stock = {"tokenizer_class": STOCK, "add_bos_token": self.bos_token is not None}
         path.write_text(json.dumps(json.loads(path.read_text()) | stock, indent=2, ensure_ascii=False))
-        return files
+        if not is_llamas(self.content):
+            log.warning(
+                "this SentencePiece model is not of Llama's kind: stock transformers may make other tokens"
+            )
+            return files
+        # Beside another model's config.json, as LLaVA's, AutoTokenizer would make one without the space in front.
+        fast = Path(save_directory, TOKENIZER_FILE)
+        LlamaTokenizer.from_pretrained(save_directory).backend_tokenizer.save(str(fast))
+        return (*files, str(fast))
+
+
+def is_llamas(content: bytes) -> bool:
+    """Whether a model merges, and changes nothing of a text, as LlamaTokenizer takes for granted."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(content)
+    return model.trainer_spec.model_type == BPE and model.normalizer_spec.name == "identity"
 
 
 def with_spaces_kept(content: bytes) -> tuple[bool, SentencePieceProcessor]:
