@@ -82,15 +82,6 @@ def test_torchrun_starts_the_ranks_too(trained) -> None:
     assert_same(trained("ddp", launcher=launcher), trained("single"))
 
 
-def test_a_multirun_of_several_ranks(trained, folder: Path) -> None:
-    steps = ("trainer.max_steps=4", "exp_manager.name=many")
-    result = run(str(TRAIN), "-m", "parallel=single,tp2", *steps, cwd=folder)
-    assert result.returncode == 0, result.stderr
-    for number in range(2):
-        assert_same(metrics(folder, f"many_{number}"), trained("single"))
-    assert [metrics(folder, f"many_{number}")[0]["world_size"] for number in range(2)] == [1, 2]
-
-
 def test_too_many_missing_images_end_the_run(trained, folder: Path) -> None:
     trained("single")
     records = json.loads((folder / "datasets/digits_vqa/train.json").read_text())[:32]
