@@ -80,9 +80,7 @@ class SentencePieceTokenizer(SentencePieceBackend):
         stock = {"tokenizer_class": STOCK, "add_bos_token": self.bos_token is not None}
         path.write_text(json.dumps(json.loads(path.read_text()) | stock, indent=2, ensure_ascii=False))
         if not is_llamas(self.content):
-            log.warning(
-                "this SentencePiece model is not of Llama's kind: stock transformers may make other tokens"
-            )
+            log.warning("this SentencePiece model is not of Llama's kind: stock transformers may make other tokens")
             return files
         # Beside another model's config.json, as LLaVA's, AutoTokenizer would make one without the space in front.
         fast = Path(save_directory, TOKENIZER_FILE)
