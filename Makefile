@@ -22,7 +22,7 @@ demo: $(INSTALLED) ## train a tiny LLaVA on handwritten digits and score its ans
 
 test: $(INSTALLED) ## the test suite: two tests at a time, and then those that need the machine for themselves
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	$(BIN)/python -m pytest -m alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
 
 check: $(INSTALLED) ## formatting, lint, types
 	$(BIN)/ruff format --check .

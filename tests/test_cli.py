@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import run
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "examples" / "neva_finetune.py"
-
-
-def run(*command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    launcher = ("MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "NODE_RANK", "SLURM_", "TORCHELASTIC_", "NEMO_CONFIG")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=cwd,
-        env=environment | env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+LAYOUTS = sorted(path.stem for path in (ROOT / "conf" / "parallel").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +26,7 @@ def metrics(folder: Path, name: str) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path):
-    """Train a few steps of the demo under a layout, once."""
+    """Train a few steps of the demo under a layout, once; a single process as it is typed."""
     done: dict[str, list[dict[str, float]]] = {}
 
     def train(parallel: str, *overrides: str, launcher: tuple[str, ...] = ()) -> list[dict[str, float]]:
@@ -53,7 +38,7 @@ def trained(folder: Path):
                 f"exp_manager.name={name}",
                 f"parallel={parallel}",
             )
-            result = run(*launcher, str(TRAIN), *steps, *overrides, cwd=folder)
+            result = run(*launcher, str(TRAIN), *steps, *overrides, cwd=folder, forked=parallel != "single")
             assert result.returncode == 0, result.stderr
             done[name] = metrics(folder, name)
         return done[name]
@@ -148,41 +133,6 @@ def test_archives_of_every_layout_hold_the_same_model_and_answer(trained, folder
     assert (folder / "out/predictions.png").exists()
 
 
-Commands = Callable[..., tuple[int, str]]
-
-SERVER = """
-import json, os, runpy, sys
-import nemo_vlm.door, torch, nemo_vlm.data.tokenizer, transformers, nemo_vlm.mcore.engine
-for line in sys.stdin:
-    sys.argv = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as end:
-            os._exit(end.code or 0)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def commands(folder: Path):
-    """The training script in a process of its own, forked from one that has imported what takes long."""
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-
-        def command(*arguments: str) -> tuple[int, str]:
-            server.stdin.write(json.dumps([str(TRAIN), *arguments]) + "\n")
-            server.stdin.flush()
-            return int(server.stdout.readline()), (folder / "stderr").read_text()
-
-        yield command
-        server.stdin.close()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -195,10 +145,7 @@ def commands(folder: Path):
             "model.micro_batch_size=7 model.global_batch_size=16",
             "model.global_batch_size=16: does not divide by model.micro_batch_size=7",
         ),
-        (
-            "parallel=tp3000",
-            "parallel=tp3000: no such choice; there are ddp, fsdp, fsdp_tp2, hsdp, pp2",
-        ),
+        ("parallel=tp3000", f"parallel=tp3000: no such choice; there are {', '.join(LAYOUTS)}"),
         ("model=null", "Config group override must be a string or a list"),
         ("model.micro_batch_size=0 --config-name neva_finetune", "model.micro_batch_size=0: must be 1 or more"),
         ("trainer.precision=bf17", "trainer.precision=bf17: must be one of 32, bf16, bf16-mixed"),
@@ -221,12 +168,20 @@ def commands(folder: Path):
             "model.transformer_impl=transformer_engine trainer.accelerator=cpu",
             "model.transformer_impl=transformer_engine: it needs a CUDA",
         ),
+        (
+            "model.attention_backend=flash trainer.precision=bf16 trainer.accelerator=cpu",
+            "model.attention_backend=flash: needs Transformer Engine on a CUDA device",
+        ),
+        (
+            "model.data.train_samples=640 model.optim.sched.warmup_steps=5",
+            "model.optim.sched.warmup_steps=5: the run is counted in samples (model.data.train_samples)",
+        ),
     ],
 )
-def test_mistakes_are_one_line(commands: Commands, arguments: str, message: str) -> None:
-    code, stderr = commands(*arguments.split())
-    assert code == 2, stderr
-    (line,) = stderr.splitlines()
+def test_mistakes_are_one_line(folder: Path, arguments: str, message: str) -> None:
+    result = run(str(TRAIN), *arguments.split(), cwd=folder)
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
     assert line.startswith(message)
 
 

@@ -223,7 +223,7 @@ def test_what_has_one_value_here_says_so(key: str) -> None:
     [
         ({"accumulate_grad_batches": 4}, "trainer.accumulate_grad_batches=4: model.global_batch_size over"),
         ({"logger": True}, "trainer.logger=true: the loggers are exp_manager's"),
-        ({"max_steps": -1}, "trainer.max_steps=-1: must be 1 or more; -1 needs max_epochs"),
+        ({"max_steps": -2}, "trainer.max_steps=-2: must be 1 or more, or -1 for no limit"),
         ({"limit_val_batches": 1.5}, "trainer.limit_val_batches=1.5: must be a whole number"),
         ({"val_check_interval": 0}, "trainer.val_check_interval=0: must be more than 0"),
     ],

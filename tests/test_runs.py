@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_cli import ROOT, TRAIN, metrics, run
+from commands import Command, run
+from test_cli import ROOT, TRAIN, metrics
 
 from nemo_vlm import checkpoints
 from nemo_vlm.checkpoints import Position
@@ -37,7 +39,7 @@ def test_a_signal_and_the_clock_save_and_end_the_run(tmp_path: Path) -> None:
     """SIGTERM first; the run then goes on in another layout until its time is over."""
     where = ("exp_manager.name=stopped", "exp_manager.resume_if_exists=true", "trainer.max_steps=100000", *QUIET)
     where += ("model.optim.sched.warmup_steps=0",)
-    process = subprocess.Popen([sys.executable, str(TRAIN), *where], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process = Command(str(TRAIN), *where, cwd=tmp_path)
     file, until = tmp_path / "nemo_experiments/stopped/metrics.csv", time.monotonic() + 120
     while not (file.exists() and file.read_text().count("\n") > 3) and time.monotonic() < until:
         time.sleep(0.05)
@@ -69,13 +71,16 @@ def test_steps_that_are_not_finite_are_counted_and_end_the_run(tmp_path: Path) -
 
 
 def test_half_precision_ramp_up_and_a_run_that_is_done(tmp_path: Path) -> None:
-    """The command again after the last step only replaces what is missing of the end."""
-    settings = ("exp_manager.name=done", "trainer.precision=16-mixed", "trainer.max_steps=8", *QUIET)
+    """The command again after the last step only replaces what is missing of the end. 24 samples make no batch."""
+    settings = ("exp_manager.name=done", "trainer.precision=16-mixed", "model.data.train_samples=240", *QUIET)
     ramp = ("model.rampup_batch_size=[16,8,48]", "exp_manager.checkpoint_callback_params.every_n_train_steps=6")
     result = run(str(TRAIN), *settings, *ramp, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = metrics(tmp_path, "done")
     assert [row["consumed_samples"] for row in rows] == [16, 32, 56, 88, 120, 152, 184, 216]
+    warmup = 12  # samples: a twentieth
+    angles = [math.pi * (before - warmup) / (240 - warmup) for before in (16, 32, 56, 88, 120, 152, 184)]
+    assert [row["lr"] for row in rows] == pytest.approx([0.0, *(1e-3 * (1 + math.cos(angle)) / 2 for angle in angles)])
     assert rows[-1]["loss_scale"] <= 2**10 and rows[-1]["grad_norm"] < 1e4
     archive = tmp_path / "nemo_experiments/done/checkpoints/done.nemo"
     table = tmp_path / "nemo_experiments/done/metrics.csv"

@@ -10,13 +10,14 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from commands import Command
 from test_families import TINY, run_of
 
 from nemo_vlm.errors import ConfigError
@@ -25,11 +26,10 @@ from nemo_vlm.layout import resolve
 pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "examples" / "neva_finetune.py"
-FOREIGN = ("MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "NODE_RANK", "SLURM_", "TORCHELASTIC_", "NEMO_")
 SHORT = ("trainer.max_steps=4", "trainer.enable_progress_bar=false")
 MINUTE = 60
 
-Start = Callable[..., subprocess.Popen]
+Start = Callable[..., Command]
 
 
 @pytest.fixture(scope="module")
@@ -40,27 +40,23 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def start(folder: Path) -> Iterator[Start]:
     """Start the demo's command in the background; what a failed test leaves running is killed."""
-    started: list[subprocess.Popen] = []
+    started: list[Command] = []
 
-    def run(name: str, *overrides: str, **env: str) -> subprocess.Popen:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)} | env
-        command = [sys.executable, str(TRAIN), *overrides, f"exp_manager.name={name}"]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))  # type: ignore[call-overload]
+    def run(name: str, *overrides: str, **more: Any) -> Command:
+        started.append(Command(str(TRAIN), *overrides, f"exp_manager.name={name}", cwd=folder, **more))
         return started[-1]
 
     yield run
-    for process in started:
-        process.kill()
-        process.communicate()
+    for command in started:
+        command.end()
 
 
-def long(folder: Path, start: Start, name: str, *overrides: str, **env: str) -> subprocess.Popen:
+def long(folder: Path, start: Start, name: str, *overrides: str, **more: Any) -> Command:
     """A run that is far from its end, when its third step is done."""
-    process = start(name, "trainer.max_steps=100000", "trainer.enable_progress_bar=false", *overrides, **env)
-    wait_for(lambda: process.poll() is not None or len(metrics(folder, name)) > 2, 4 * MINUTE)
-    assert process.poll() is None, process.communicate()[1]
-    return process
+    run = start(name, "trainer.max_steps=100000", "trainer.enable_progress_bar=false", *overrides, **more)
+    wait_for(lambda: run.returncode is not None or len(metrics(folder, name)) > 2, 4 * MINUTE)
+    assert run.returncode is None, run.communicate()[1]
+    return run
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = MINUTE) -> None:
@@ -77,54 +73,43 @@ def metrics(folder: Path, name: str) -> list[dict[str, str]]:
     return []
 
 
-def processes(name: str) -> list[int]:
-    """All that belong to a run: its ranks and their loaders' workers have its command line."""
-    listing = subprocess.run(["pgrep", "-f", f"exp_manager.name={name}( |$)"], capture_output=True, text=True)
-    return [int(pid) for pid in listing.stdout.split()]
-
-
-def environment(pid: int) -> dict[str, str]:
-    pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
-    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-
-
-def rank(supervisor: subprocess.Popen, number: int) -> int:
-    """The process of a rank that a supervisor has started."""
+def rank(supervisor: Command, number: int) -> int:
+    """The process of a rank that a supervisor has started, on a node alone: they start in their order."""
     listing = subprocess.run(["pgrep", "-P", str(supervisor.pid)], capture_output=True, text=True)
-    (found,) = (int(pid) for pid in listing.stdout.split() if environment(int(pid)).get("RANK") == str(number))
-    return found
+    return sorted(int(pid) for pid in listing.stdout.split())[number]
 
 
-def message(process: subprocess.Popen, name: str, code: int) -> str:
+def message(run: Command, code: int) -> str:
     """The one line that a failed run says, when all its processes are gone."""
-    errors = process.communicate(timeout=MINUTE)[1]
-    assert process.returncode == code, errors
-    wait_for(lambda: not processes(name))
+    errors = run.communicate(timeout=MINUTE)[1]
+    assert run.returncode == code, errors
+    wait_for(lambda: not run.processes())
     (line,) = filter(None, errors.splitlines())
     return line
 
 
 @pytest.mark.parametrize(("layout", "number"), [("tp2_pp2", 2), ("ddp", 0)])
 def test_a_killed_rank_takes_the_run_down(folder: Path, start: Start, layout: str, number: int) -> None:
-    name = f"killed{number}"
-    run = long(folder, start, name, f"parallel={layout}")
-    assert len(processes(name)) > {"tp2_pp2": 4, "ddp": 2}[layout]
+    """The first as its command line is typed."""
+    size = {"tp2_pp2": 4, "ddp": 2}[layout]
+    run = long(folder, start, f"killed{number}", f"parallel={layout}", ranks=size, forked=layout == "ddp")
+    assert len(run.processes()) > size
     os.kill(rank(run, number), signal.SIGKILL)
-    assert re.match(
-        rf"rank {number} was killed by SIGKILL .*the run is stopped \(step \d+ was running\)$", message(run, name, 1)
-    )
+    said = rf"rank {number} was killed by SIGKILL .*the run is stopped \(step \d+ was running\)$"
+    assert re.match(said, message(run, 1))
 
 
 def test_a_killed_supervisor_leaves_nothing(folder: Path, start: Start) -> None:
-    run = long(folder, start, "orphans", "parallel=ddp")
-    run.kill()
-    wait_for(lambda: not processes("orphans"))
+    run = long(folder, start, "orphans", "parallel=ddp", "model.data.num_workers=1", ranks=2)
+    assert len(run.processes()) > 3
+    os.kill(run.pid, signal.SIGKILL)
+    wait_for(lambda: not run.processes())
 
 
 def test_a_rank_that_does_not_answer_is_named(folder: Path, start: Start) -> None:
-    run = long(folder, start, "stopped", "parallel=tp2", "trainer.hang_timeout=20")
+    run = long(folder, start, "stopped", "parallel=tp2", "trainer.hang_timeout=20", ranks=2)
     os.kill(rank(run, 1), signal.SIGSTOP)
-    assert re.match(r"rank 1 does not answer, .* still for 20 s; .* step \d+, ", message(run, "stopped", 1))
+    assert re.match(r"rank 1 does not answer, .* still for 20 s; .* step \d+, ", message(run, 1))
 
 
 @pytest.fixture
@@ -143,7 +128,7 @@ def one_bad_image(folder: Path, start: Start) -> tuple[str, ...]:
 
 
 def test_only_the_rank_that_raises_is_heard(start: Start, one_bad_image: tuple[str, ...]) -> None:
-    line = message(start("raises", *one_bad_image), "raises", 1)
+    line = message(start("raises", *one_bad_image), 1)
     assert re.match(r"rank [01] \(step \d.*\): the run failed: OSError: .*bad.png.*", line), line
 
 
@@ -154,8 +139,8 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait(
     bad.unlink()
     os.mkfifo(bad)  # reading it waits for ever
     run = start("hangs", *one_bad_image, "trainer.hang_timeout=20")
-    wait_for(lambda: run.poll() is not None or len(metrics(folder, "hangs")) == 1, 2 * MINUTE)
-    line = message(run, "hangs", 1)
+    wait_for(lambda: run.returncode is not None or len(metrics(folder, "hangs")) == 1, 2 * MINUTE)
+    line = message(run, 1)
     assert re.match(r"rank [01] has stood still for 20 s at: .*step \d.*; in .*images.py:\d+", line), line
 
 
@@ -194,10 +179,10 @@ def test_two_nodes_and_slurm_train_as_one_node(folder: Path, start: Start) -> No
 def test_a_lost_node_is_told_by_the_other(folder: Path, start: Start) -> None:
     first, second = nodes()
     overrides = ("parallel=ddp", "trainer.num_nodes=2", "trainer.devices=1")
-    other = start("lost", *overrides, "trainer.max_steps=100000", **second)
-    run = long(folder, start, "lost", *overrides, **first)
-    os.kill(rank(other, 1), signal.SIGKILL)
-    assert message(run, "lost", 1).startswith("contact to another node was lost, the run is stopped; rank 0 ")
+    other = start("lost", *overrides, "trainer.max_steps=100000", ranks=1, **second)
+    run = long(folder, start, "lost", *overrides, ranks=1, **first)
+    os.kill(rank(other, 0), signal.SIGKILL)
+    assert message(run, 1).startswith("contact to another node was lost, the run is stopped; rank 0 ")
     assert "rank 1 was killed by SIGKILL" in other.communicate(timeout=MINUTE)[1]
 
 

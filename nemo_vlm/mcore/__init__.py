@@ -2,6 +2,8 @@
 
 import warnings
 
+from nemo_vlm.mcore import cpu
+
 # Megatron tells at import, module by module, that Apex and Transformer Engine are missing; mcore.layers decides.
 for message in (
     "Apex is not installed",
@@ -10,3 +12,5 @@ for message in (
     ".*cuda.*not available",
 ):
     warnings.filterwarnings("ignore", message)
+
+cpu.import_megatron()

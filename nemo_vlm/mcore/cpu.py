@@ -34,13 +34,30 @@ def enable() -> None:
     _mode.append(mode)
 
 
+def import_megatron() -> None:
+    """Import Megatron-Core without the compiler.
+
+    At import it hands some forty small functions to torch.compile, which loads the compiler for them: more than a
+    second of every start. The CPU has nothing from it and takes them as they are written.
+    """
+    if torch.cuda.device_count():  # is_available() would start CUDA, after which a process cannot be forked
+        return
+    compiler = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    import megatron.core  # noqa: F401
+
+    torch.compile = compiler
+
+
 class CudaLiteralsToCpu(TorchFunctionMode):
-    """Literal device="cuda" arguments, Tensor.cuda(), and the type names that the optimizer and clipping compare."""
+    """Arguments device="cuda" and pin_memory, Tensor.cuda(), and the type names that optimizer and clipping compare."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if "device" in kwargs and is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": CPU}
+        if "pin_memory" in kwargs:  # there is no device to copy to
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
