@@ -18,6 +18,7 @@ class Layout:
         virtual: pipeline stages on each pipeline rank; rank p holds stages p, p + pipeline, ...
         stage_layers: decoder layers of each stage, in the order of the pipeline.
         fsdp: None: each data-parallel rank holds the whole of its stage.
+        context: ranks that share the tokens of each sample, and hold copies of the weights.
     """
 
     num_nodes: int
@@ -30,6 +31,7 @@ class Layout:
     num_micro_batches: int  # of each data-parallel rank, each step
     virtual: int = 1
     fsdp: Literal["full", "hybrid", "grad"] | None = None
+    context: int = 1
 
     @property
     def world_size(self) -> int:
@@ -37,14 +39,19 @@ class Layout:
 
     @property
     def data(self) -> int:
-        return self.world_size // (self.tensor * self.pipeline)
+        return self.world_size // (self.tensor * self.context * self.pipeline)
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that train the same weights, over which gradients are summed: data- and context-parallel ones."""
+        return self.data * self.context
 
     @property
     def shards(self) -> int:
-        """Data-parallel ranks that share one copy of the weights under FSDP."""
+        """Of these, the ranks that share one copy of the weights under FSDP."""
         if self.fsdp is None:
             return 1
-        return self.data // max(self.num_nodes, 2) if self.fsdp == "hybrid" else self.data
+        return self.replicas // max(self.num_nodes, 2) if self.fsdp == "hybrid" else self.replicas
 
     @property
     def samples_per_rank(self) -> int:
@@ -78,6 +85,8 @@ def resolve(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> Layout:
             f"trainer.devices={ranks} x trainer.num_nodes={run.trainer.num_nodes}: {world_size} ranks do not divide by "
             f"the {replica} of tensor_model_parallel_size={parallel.tensor_model_parallel_size} x "
             f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}"
+            + f" x context_parallel_size={parallel.context_parallel_size}"
+            * (parallel.context_parallel_size > 1)
         )
     layout = Layout(
         num_nodes=run.trainer.num_nodes,
@@ -92,13 +101,15 @@ def resolve(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> Layout:
         ),
         virtual=parallel.virtual_pipeline_model_parallel_size or 1,
         fsdp=parallel.fsdp_sharding_strategy if parallel.fsdp else None,
+        context=parallel.context_parallel_size,
     )
     check_batches(run, layout)
     check_recompute(run.step, layout)
     copies = max(layout.num_nodes, 2)
-    if layout.fsdp == "hybrid" and layout.data % copies:
+    if layout.fsdp == "hybrid" and layout.replicas % copies:
         raise ConfigError(
-            f"model.fsdp_sharding_strategy=hybrid: {layout.data} data-parallel ranks do not divide into {copies} copies"
+            f"model.fsdp_sharding_strategy=hybrid: {layout.replicas} data- and context-parallel ranks do "
+            f"not divide into {copies} copies"
         )
     return layout
 
@@ -155,12 +166,8 @@ def check(run: RunConfig) -> None:
 
 
 def check_data(run: RunConfig) -> None:
-    """How samples are put together, and what model.data repeats of the model."""
-    data, limit, tp = run.data, run.model.encoder_seq_length, run.parallel.tensor_model_parallel_size
-    if data.pad_to != "batch":
-        divides = tp if run.parallel.sequence_parallel else 1
-        right = f"batch, or no less than model.encoder_seq_length={limit} and a multiple of {divides}"
-        demand(data.pad_to >= limit and data.pad_to % divides == 0, "model.data.pad_to", data.pad_to, right)
+    """What model.data says of images, which the model may say otherwise."""
+    data = run.data
     if run.model.tiles_images and data.image_aspect_ratio == "keep":
         right = "square or pad with model.mm_cfg.use_image_tile=true, since tiles are cut from squares"
         raise ConfigError(f"model.data.image_aspect_ratio=keep: must be {right}")
@@ -258,8 +265,9 @@ def usable_gpus(run: RunConfig, num_gpus: int) -> int:
 
 
 def replica_size(parallel: ParallelConfig) -> int:
-    """Ranks that hold one copy of the model."""
-    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    """Ranks that train on one sample together."""
+    model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    return model * parallel.context_parallel_size
 
 
 def num_micro_batches(micro_batch_size: int, global_batch_size: int, data_parallel_size: int) -> int:
@@ -280,6 +288,7 @@ def check_model(model: LanguageConfig, parallel: ParallelConfig) -> None:
     """Heads, query groups and FFN must divide by the tensor-parallel size; fewer query groups than ranks repeat."""
     tp = positive("model.tensor_model_parallel_size", parallel.tensor_model_parallel_size)
     positive("model.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size)
+    positive("model.context_parallel_size", parallel.context_parallel_size)
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
     for key in (
         "num_layers",

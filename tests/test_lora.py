@@ -73,7 +73,7 @@ def reference():
     return run_ranks(train, 1, run, make_layout(run, 1))[0]
 
 
-@pytest.mark.parametrize("layout", ["ddp", "tp2", "tp2_sp", "pp2_vpp2", "fsdp", "fsdp_tp2_sp"])
+@pytest.mark.parametrize("layout", ["ddp", "tp2", "tp2_sp", "cp2", "pp2_vpp2", "fsdp", "fsdp_tp2_sp"])
 def test_every_layout_trains_the_adapters_as_one_process(layout: str, reference) -> None:
     run, where = sharded(replace(run_of("llava", TINY["llava"]), peft=LORA), layout, micro_batch_size=2)
     results, gradients, before, after, kept = run_ranks(train, where.world_size, run, where)[0]
@@ -113,12 +113,12 @@ def masks(run: RunConfig, layouts: list[Layout]) -> list[dict[str, torch.Tensor]
 
 def test_dropout_is_alike_only_where_ranks_hold_the_same_input() -> None:
     run = replace(run_of("gpt", TINY["gpt"]), peft=DROPOUT)
-    layouts = [sharded(run, name)[1] for name in ("tp2", "tp2_sp", "ddp")]
+    layouts = [sharded(run, name)[1] for name in ("tp2", "tp2_sp", "cp2", "ddp")]
     alike = [
         {name: torch.equal(mask, other[name]) for name, mask in one.items()}
         for one, other in zip(*run_ranks(masks, 2, run, layouts), strict=True)
     ]
-    assert [list(each.values()) for each in alike] == [[True, False], [False, False], [False, False]]
+    assert [list(each.values()) for each in alike] == [[True, False], *[[False, False]] * 3]
 
 
 def with_base(name: str, base: Path, folder: Path, adapters: PeftConfig) -> RunConfig:

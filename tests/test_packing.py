@@ -106,7 +106,7 @@ def train(run: RunConfig, layout: Layout, packed: bool):
     return results, final
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "pp2_vpp2", "fsdp", "ddp"])
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "pp2_vpp2", "fsdp", "ddp", "tp2_sp_cp2"])
 def test_packs_train_as_batches_in_one_process(layout: str) -> None:
     run = run_of("llava", TINY["llava"])
     expected, weights = run_ranks(train, 1, run, make_layout(run, 1), False)[0]

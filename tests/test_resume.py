@@ -37,7 +37,7 @@ METRICS = {"global_step": float(FIRST)}
 
 def run_under(name: str, layout: str, optim: OptimConfig, folder: Path, precision: str = "32", variant: str = "llava"):
     run = run_of(*VARIANTS[variant], optim=optim, precision=precision)
-    run, where = (run, make_layout(run, 1)) if layout == "single" else sharded(run, layout)
+    run, where = (run, make_layout(run, 1)) if layout == "single" else sharded(run, layout, micro_batch_size=2)
     if where.fsdp:
         run = replace(run, optim=replace(optim, name="fused_adam"))
     return replace(run, exp_manager=ExpManagerConfig(name=name, exp_dir=str(folder))), where
@@ -91,7 +91,8 @@ PAIRS = [
     ("single", DISTRIBUTED, "fsdp", PLAIN),
     ("ddp", DISTRIBUTED, "pp2", PLAIN),
     ("ddp", DISTRIBUTED, "tp2_dp2", DISTRIBUTED),
-    ("tp2", PLAIN, "ddp", DISTRIBUTED),
+    ("tp2", PLAIN, "cp2", DISTRIBUTED),
+    ("cp2", DISTRIBUTED, "single", PLAIN),
     ("tp2_dp2", DISTRIBUTED, "single", PLAIN),
     ("tp2_dp2", DISTRIBUTED, "hsdp", PLAIN),
     ("pp2", PLAIN, "pp2_vpp2", DISTRIBUTED),

@@ -58,15 +58,8 @@ class CoreAttention(torch.nn.Module):
         return F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal, enable_gqa=grouped)
 
 
-def packed_sequences(lengths: list[int], width: int, device: torch.device) -> PackedSeqParams:
-    """Megatron's description of samples that stand one behind the other.
-
-    Args:
-        lengths: of the samples.
-        width: of the row; what the samples leave of it is padding, and counts as one more.
-    """
-    rest = width - sum(lengths)
-    lengths = [*lengths, rest] if rest else lengths
+def packed_sequences(lengths: list[int], device: torch.device) -> PackedSeqParams:
+    """Megatron's description of samples that stand one behind the other."""
     borders = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     return PackedSeqParams(
         qkv_format="thd",
@@ -77,8 +70,17 @@ def packed_sequences(lengths: list[int], width: int, device: torch.device) -> Pa
     )
 
 
-def packed_batch(batch: Batch) -> PackedSeqParams | None:
-    """None of a padded batch."""
-    if not batch.packed:
-        return None
-    return packed_sequences(batch.lengths.tolist(), batch.tokens.shape[1], batch.tokens.device)
+def packed_batch(batch: Batch, lengths: list[int] | None = None) -> PackedSeqParams | None:
+    """None of a padded batch.
+
+    Args:
+        lengths: of its samples, where they are padded to be split.
+    """
+    return packed_sequences(lengths or row_lengths(batch), batch.tokens.device) if batch.packed else None
+
+
+def row_lengths(batch: Batch) -> list[int]:
+    """Of the samples of a packed batch; what they leave of the row is padding, and counts as one more."""
+    lengths = batch.lengths.tolist()
+    rest = batch.tokens.shape[1] - sum(lengths)
+    return [*lengths, rest] if rest else lengths

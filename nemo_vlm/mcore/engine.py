@@ -156,7 +156,9 @@ class Engine:
             total, weight = loss_function(losses, batch)
             counts = batch.counts().to(total.device)
             report = torch.cat([torch.stack([total.detach().double(), weight.double()]), counts])
-            return total, weight.int(), report
+            # Megatron sums weights over the context-parallel ranks too
+            once = weight if groups.first_of_context() else torch.zeros_like(weight)
+            return total, once.int(), report
 
         return model(batch, batch.labels), reduce
 

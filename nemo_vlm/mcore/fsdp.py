@@ -1,4 +1,4 @@
-"""Weights sharded over the data-parallel ranks: torch's FSDP2, alone or together with tensor parallelism.
+"""Weights sharded over the data- and context-parallel ranks: torch's FSDP2, alone or together with tensor parallelism.
 
 Each layer of the decoder and of the vision tower is gathered when it is used; what stands outside layers is gathered
 with the whole. Sharded weights are fp32 whatever the precision; they are cast when they are gathered.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,19 +33,24 @@ from nemo_vlm.mcore.updates import (
     overrides,
 )
 
+HEAD_NORMS = ("q_layernorm.weight", "k_layernorm.weight")
+
 
 class FullySharded:
     """An Updater (mcore.updates) on FSDP2 and torch's AdamW."""
 
     def __init__(self, stages: list[Any], updates: UpdateConfig, layout: Layout, reduce_dtype: torch.dtype) -> None:
         (stage,) = stages
-        self.stage, self.num_copies = stage, layout.data // layout.shards
+        self.stage, self.num_copies = stage, layout.replicas // layout.shards
         dtype = stage.config.params_dtype
         self.keeps_main_weights = dtype is not torch.float32
         first = parallel_state.get_tensor_model_parallel_rank() == 0
         original = dict(stage.named_parameters())  # sharding drops Megatron's marks
         once = {name for name, p in original.items() if first or param_is_not_tensor_parallel_duplicate(p)}
-        sequence_parallel = {name for name, p in original.items() if getattr(p, "sequence_parallel", False)}
+        # Each tensor-parallel rank has the gradient of its part of the sequence, or of its heads.
+        partial = {
+            name for name, p in original.items() if getattr(p, "sequence_parallel", False) or name.endswith(HEAD_NORMS)
+        }
         # Inputs stay as they are: in half precision the angles of rotary positions would be rounded to each other.
         precision = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
         shard(stage, layout, precision, reshard=layout.fsdp != "grad")
@@ -56,7 +62,7 @@ class FullySharded:
         trained = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
         self.trained = list(trained.values())
         self.counted = [parameter for name, parameter in trained.items() if name in once]
-        self.to_reduce = [parameter for name, parameter in trained.items() if name in sequence_parallel]
+        self.to_reduce = [parameter for name, parameter in trained.items() if name in partial]
         settings = optimizer_config(updates, dtype)
         groups = megatron_optimizer._get_param_groups(stages, settings, overrides(settings, updates.lr_ratios))
         self.optimizer = torch.optim.AdamW(
@@ -79,7 +85,9 @@ class FullySharded:
     def finalize(self, modules: list[nn.Module], num_tokens: Tensor | None, **unused: Any) -> None:
         """FSDP has summed over its ranks; what sequence parallelism leaves, and the division, remain."""
         assert num_tokens is not None
-        torch.distributed.all_reduce(num_tokens, group=parallel_state.get_data_parallel_group())
+        torch.distributed.all_reduce(
+            num_tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
         scale = float(self.scaler.scale) if self.scaler else 1.0
         for parameter in self.trained:
             if parameter.grad is None:
@@ -142,6 +150,7 @@ class FullySharded:
 
 def shard(stage: Any, layout: Layout, precision: MixedPrecisionPolicy, reshard: bool) -> None:
     """Each layer a unit, the embedding and the output layer too unless they are tied, the rest with the whole."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # losses are not changed in place
     mesh = shard_mesh(layout)
     units = [module for module in stage.modules() if isinstance(module, TransformerLayer)]
     language_model = stage.model.language_model
@@ -155,8 +164,8 @@ def shard(stage: Any, layout: Layout, precision: MixedPrecisionPolicy, reshard: 
 
 
 def shard_mesh(layout: Layout) -> DeviceMesh:
-    """Megatron's order of ranks: tensor parallelism innermost."""
-    sizes = (layout.data // layout.shards, layout.shards, layout.tensor)
+    """Megatron's order of ranks: tensor parallelism innermost, then context parallelism."""
+    sizes = (layout.replicas // layout.shards, layout.shards, layout.tensor)
     mesh = init_device_mesh(cpu.device().type, sizes, mesh_dim_names=("copy", "shard", "tensor"))
     return mesh["copy", "shard"] if sizes[0] > 1 else mesh["shard"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
@@ -12,7 +13,8 @@ from nemo_vlm.batch import Batch
 from nemo_vlm.config import LanguageConfig
 from nemo_vlm.mcore.attention import packed_batch
 from nemo_vlm.mcore.cache import Cache
-from nemo_vlm.mcore.config import BuildContext, language_config
+from nemo_vlm.mcore.config import BuildContext, forget_attention_choice, language_config
+from nemo_vlm.mcore.context import split_batch
 from nemo_vlm.mcore.groups import Stage
 from nemo_vlm.mcore.layers import layer_spec, norm_class
 
@@ -22,6 +24,7 @@ def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTMo
     assert model.vocab_size is not None, "the vocabulary size is settled before a model is built"
     config = language_config(model, build)
     layer = layer_spec(config, build.kernels, causal=True)
+    forget_attention_choice()
     gpt = GPTModel(
         config,
         TransformerBlockSubmodules([layer] * stage.num_layers, norm_class(config, build.kernels)),
@@ -86,9 +89,27 @@ def decode(
     """
     if cache is not None:
         return decode_cached(gpt, embeddings, batch.tokens.shape[1], cache)
+    if gpt.config.context_parallel_size > 1:
+        return decode_split(gpt, embeddings, batch, labels)
+    return run_layers(gpt, embeddings, labels, packed_batch(batch))
+
+
+def decode_split(gpt: GPTModel, embeddings: Tensor | None, batch: Batch, labels: Tensor | None) -> Tensor:
+    """As decode, on this context-parallel rank's part of the samples; losses and logits are of all of them again."""
+    split = split_batch(batch, gpt.config)
+    embeddings = None if embeddings is None else split.part(embeddings, 0)
+    labels = None if labels is None else split.part(labels, 1)
+    output = run_layers(gpt, embeddings, labels, packed_batch(batch, split.lengths))
+    return split.whole(output) if gpt.post_process else output
+
+
+def run_layers(
+    gpt: GPTModel, embeddings: Tensor | None, labels: Tensor | None, packed: PackedSeqParams | None
+) -> Tensor:
+    """Megatron's forward pass, from embeddings that are whole on every tensor-parallel rank."""
     if embeddings is not None and gpt.config.sequence_parallel:
         embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
-    return gpt(batch.tokens, None, None, decoder_input=embeddings, labels=labels, packed_seq_params=packed_batch(batch))
+    return gpt(None, None, None, decoder_input=embeddings, labels=labels, packed_seq_params=packed)
 
 
 def decode_cached(gpt: GPTModel, embeddings: Tensor | None, width: int, cache: Cache) -> Tensor:

@@ -38,9 +38,10 @@ def initialize(layout: Layout, seed: int) -> None:
         layout.tensor,
         layout.pipeline,
         layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
         create_gloo_process_groups=False,
     )
-    # Tensor-parallel ranks share a seed, and have one of their own; here other replicas and stages have others.
+    # Tensor-parallel ranks share a seed, and have one of their own; here all other ranks have others.
     first_of_tensor_group = torch.distributed.get_rank() // layout.tensor * layout.tensor
     tensor_parallel.model_parallel_cuda_manual_seed(seed + first_of_tensor_group)
 
@@ -67,10 +68,15 @@ def data_parallel_size() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
+def first_of_context() -> bool:
+    """Whether this rank is the one of its context-parallel ranks that counts what all of them know."""
+    return parallel_state.get_context_parallel_rank() == 0
+
+
 def sum_over_data(values: torch.Tensor) -> torch.Tensor:
     """Sum over the data-parallel ranks of values that the last pipeline stage holds; every rank gets the result."""
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-    if not last or parallel_state.get_tensor_model_parallel_rank() > 0:
+    if not last or not first_of_context() or parallel_state.get_tensor_model_parallel_rank() > 0:
         values = torch.zeros_like(values)
     torch.distributed.all_reduce(values)
     return values

@@ -10,9 +10,12 @@ ORDER = "tp-cp-ep-dp-pp"  # initialize_model_parallel's default: tensor-parallel
 
 
 def rank_groups(layout: Layout) -> dict[str, list[list[int]]]:
-    """The ranks of every tensor-, pipeline- and data-parallel group."""
-    generator = RankGenerator(tp=layout.tensor, ep=1, dp=layout.data, pp=layout.pipeline, cp=1, order=ORDER)
-    return {name: generator.get_ranks(token) for name, token in (("tensor", "tp"), ("pipeline", "pp"), ("data", "dp"))}
+    """The ranks of every tensor-, context-, pipeline- and data-parallel group."""
+    generator = RankGenerator(
+        tp=layout.tensor, ep=1, dp=layout.data, pp=layout.pipeline, cp=layout.context, order=ORDER
+    )
+    tokens = {"tensor": "tp", "context": "cp", "pipeline": "pp", "data": "dp"}
+    return {name: generator.get_ranks(token) for name, token in tokens.items()}
 
 
 def first_replica(layout: Layout) -> list[list[int]]:

@@ -102,7 +102,7 @@ class VisionTransformer(MegatronModule):
             hidden, packed = torch.stack(views, 1), None
         else:
             hidden = torch.cat(views)[:, None]
-            packed = packed_sequences(lengths, sum(lengths), hidden.device)
+            packed = packed_sequences(lengths, hidden.device)
         hidden = self.ln_pre(hidden)
         for start, stop, recompute in recompute_runs(self.depth, self.step):
             if recompute and torch.is_grad_enabled():
