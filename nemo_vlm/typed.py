@@ -16,6 +16,7 @@ from nemo_vlm.config import (
     ExpManagerConfig,
     NemoConfig,
     RunConfig,
+    SamplesConfig,
     TrainerConfig,
 )
 from nemo_vlm.config.checks import show
@@ -29,20 +30,23 @@ def read_run(tree: Mapping[str, Any], model_class: type) -> RunConfig:
     """The composed tree (`trainer`, `exp_manager`, `model`) as a RunConfig.
 
     Args:
-        tree: plain containers, as OmegaConf.to_container gives them.
+        tree: plain containers, `samples` where there are some, as OmegaConf.to_container gives them.
         model_class: the family's architecture dataclass.
     Raises:
         ConfigError: an unknown key, a wrong type or a value that is not among the choices.
     """
-    check_keys(tree, {"trainer", "exp_manager", "model"}, "")
+    check_keys(tree, {"trainer", "exp_manager", "model", "samples"}, "")
     trainer = read(TrainerConfig, tree["trainer"], "trainer")
-    precision = tree["model"].get("precision")
+    model, precision = tree["model"], tree["model"].get("precision")
+    if model.get("cpu_offloading") is True and model.get("cpu_offloading_weights") is True:
+        raise ConfigError("model.cpu_offloading_weights=true: weights stay on the GPU; give false, or leave it out")
     if precision is not None and str(precision) != str(tree["trainer"].get("precision")):
         raise ConfigError(f"model.precision={precision}: trainer.precision={trainer.precision}; give that alone")
     return RunConfig(
         trainer=trainer,
         exp_manager=read(ExpManagerConfig, tree["exp_manager"], "exp_manager"),
-        **read_model(tree["model"], model_class),
+        samples=read(SamplesConfig, tree.get("samples", {}), "samples"),
+        **read_model(model, model_class),
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from distributed import run_ranks
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from test_cli import TRAIN, metrics, run
 from test_families import TINY, assert_same_run, build_all, make_layout, run_of, steps_of, train_on
 
@@ -28,7 +30,7 @@ def test_a_gpu_trains_as_the_cpu(tmp_path, transformer_impl: str) -> None:
     for accelerator in ("cpu", "gpu"):
         where = (f"trainer.accelerator={accelerator}", "trainer.devices=1", f"exp_manager.name={accelerator}")
         impl = ("model.transformer_impl=local",) if accelerator == "cpu" else ()
-        result = run(str(TRAIN), *steps, *where, *impl, cwd=tmp_path)
+        result = run(str(TRAIN), *steps, *where, *impl, cwd=tmp_path, forked=False)
         assert result.returncode == 0, result.stderr
         assert f"on 1 {'cuda' if accelerator == 'gpu' else 'cpu'} ranks" in result.stdout
     for on_gpu, on_cpu in zip(metrics(tmp_path, "gpu"), metrics(tmp_path, "cpu"), strict=True):
@@ -67,3 +69,36 @@ def test_text_alone_trains_a_vision_language_model(transformer_impl: str) -> Non
     assert len(text) == 8
     (result,) = run_ranks(train_on, 1, settled, make_layout(settled, 1), text)[0]
     assert result[2] == 0 and result[1] > 0
+
+
+BACKENDS = [f"model.attention_backend={name}" for name in ("flash", "fused", "unfused", "local")]
+EIGHT_BITS = ["model.fp8=true", "model.fp8_e4m3=true"]
+SETTINGS = {**{(backend,): 0.02 for backend in BACKENDS}, ("model.cpu_offloading=true",): 0.02}
+SETTINGS |= {tuple(EIGHT_BITS[:1]): 0.05, tuple(EIGHT_BITS): 0.05}
+
+
+@pytest.fixture(scope="module")
+def in_bf16(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bf16")
+    return bf16_losses(folder)
+
+
+def bf16_losses(folder: Path, *settings: str) -> list[float]:
+    """Of six steps with Transformer Engine; sizes that 8-bit products take."""
+    sizes = ("model.hidden_size=64", "model.ffn_hidden_size=128", "model.kv_channels=16")
+    run_settings = ("trainer.precision=bf16", "trainer.max_steps=6", "trainer.devices=1", "exp_manager.name=bf16")
+    result = run(str(TRAIN), *sizes, *run_settings, "model.data.num_workers=0", *settings, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return [row["reduced_train_loss"] for row in metrics(folder, "bf16")]
+
+
+@pytest.mark.skipif(not HAVE_TE, reason="needs Transformer Engine")
+@pytest.mark.parametrize(("settings", "tolerance"), SETTINGS.items(), ids=[" ".join(key) for key in SETTINGS])
+def test_kernels_agree(tmp_path, in_bf16, settings: tuple[str, ...], tolerance: float) -> None:
+    """Other attention, offload and 8-bit products in the language model: nearly the losses of bf16."""
+    if "model.fp8=true" in settings and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no 8-bit floats on this GPU")
+    losses = bf16_losses(tmp_path, *settings)
+    assert losses == pytest.approx(in_bf16, rel=tolerance)
+    if "model.fp8=true" in settings:
+        assert losses != in_bf16

@@ -17,7 +17,15 @@ from test_cli import run as command
 from test_families import LAYOUTS, VARIANTS, build_all, micro_batches, run_of, whole
 
 from nemo_vlm.archive import write_archive
-from nemo_vlm.config import LanguageConfig, OptimConfig, ParallelConfig, RunConfig, StepConfig, TokenizerConfig
+from nemo_vlm.config import (
+    DataConfig,
+    LanguageConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    StepConfig,
+    TokenizerConfig,
+)
 from nemo_vlm.data import digits
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout, one_process
@@ -135,7 +143,7 @@ def test_replicated_and_tied_parameters_count_once() -> None:
     assert (first["replicated_parameters"], last["replicated_parameters"]) == (0, embedding)
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2_pp2", "tp2_dp2", "pp2_dp2", "fsdp_tp2", "tp2_pp2_vpp2"])
+@pytest.mark.parametrize("layout", ["single", "tp2_pp2", "tp2_dp2", "tp2_sp_cp2", "fsdp_tp2", "tp2_pp2_vpp2"])
 def test_groups_are_megatrons(layout: str) -> None:
     run = tiny("gpt", layout)
     plan, resolved = planned(run), planning.training(run, {}).layout
@@ -146,6 +154,7 @@ def test_groups_are_megatrons(layout: str) -> None:
         with groups.pretend(resolved, rank):
             found = {
                 "tensor": parallel_state.get_tensor_model_parallel_group(),
+                "context": parallel_state.get_context_parallel_group(),
                 "pipeline": parallel_state.get_pipeline_model_parallel_group(),
                 "data": parallel_state.get_data_parallel_group(),
             }
@@ -261,13 +270,33 @@ def test_the_demos_vocabulary(tmp_path: Path) -> None:
     assert len(load_tokenizer(TokenizerConfig(str(tmp_path / "digits/tokenizer")))) == digits.NUM_TOKENS
 
 
+@pytest.mark.parametrize(
+    ("demo", "file", "tokenizer", "size"),
+    [
+        ("digits", "digits_vqa/train.json", "datasets/digits_vqa/tokenizer", digits.NUM_TOKENS),
+        ("docstring_questions", "docstring_questions/train.json", "datasets/docstrings/tokenizer", 2048),
+        ("digits", "digits_vqa/train.json", "datasets/mine/tokenizer", None),
+        ("docstring_questions", "docstring_questions/train.json", "datasets/docstring_questions/tokenizer", None),
+    ],
+)
+def test_only_the_demos_own_tokenizer_is_known(demo: Any, file: str, tokenizer: str, size: int | None) -> None:
+    data, run = DataConfig(prepare=demo, data_path=f"datasets/{file}"), tiny("gpt", "single")
+    assert planning.demo_vocabulary(replace(run, data=data, tokenizer=TokenizerConfig(tokenizer))) == size
+
+
 CLUSTER = "model=llava_7b parallel=tp4 trainer.num_nodes=2 trainer.devices=8 dry_run=true plan_file=plans/plan.json"
 
 
 def test_the_command(tmp_path: Path) -> None:
     elsewhere = (
         "trainer.accelerator=gpu",
+        "trainer.precision=bf16",
         "model.transformer_impl=transformer_engine",
+        "model.attention_backend=flash",
+        "model.fp8=true",
+        "model.cpu_offloading=true",
+        "model.data.train_samples=1000",
+        "model.optim.sched.warmup_samples=100",
         "exp_manager.resume_from_step=7",
     )
     result = command(str(TRAIN), *CLUSTER.split(), *elsewhere, cwd=tmp_path, NCCL_SOCKET_IFNAME="nothing0")
@@ -275,6 +304,7 @@ def test_the_command(tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert "model.tokenizer.type=datasets/digits_vqa/tokenizer: not here; planned with a vocabulary of 32064" in lines
     assert "model.data.data_path=datasets/digits_vqa/train.json: not here; the plan does not need it" in lines
+    assert "model.data.train_samples=1000: trainer.max_steps=31" in lines
     assert "exp_manager.resume_from_step=7: no such checkpoint here; the plan does not need it" in lines
     assert lines[-2].split()[:3] == ["0", "0-3", "1,767,461,888"]
     plan = json.loads((tmp_path / "plans/plan.json").read_text())

@@ -191,7 +191,10 @@ FULL = {"activations_checkpoint_granularity": "full", "activations_checkpoint_me
         (FSDP | PP2, "model.fsdp=true: model.pipeline_model_parallel_size=2; FSDP goes with tensor"),
         (FSDP | {"optim": {"name": "distributed_fused_adam"}}, "model.fsdp=true: FSDP shards and overlaps"),
         (FSDP | {"optim": {"overlap_grad_sync": True}}, "model.fsdp=true: FSDP shards and overlaps"),
-        (FSDP | {"fsdp_sharding_strategy": "hybrid"}, "hybrid: 3 data-parallel ranks do not divide into 2 copies"),
+        (
+            FSDP | {"fsdp_sharding_strategy": "hybrid"},
+            "hybrid: 3 data- and context-parallel ranks do not divide into 2 copies",
+        ),
         ({"fsdp_sharding_strategy": "zero"}, "model.fsdp_sharding_strategy=zero: must be one of full, hybrid, grad"),
         (
             {"virtual_pipeline_model_parallel_size": 2},

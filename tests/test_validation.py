@@ -11,7 +11,6 @@ import pytest
 import torch
 from distributed import run_ranks
 from test_families import TINY, build_all, make_layout, run_of, sharded, steps_of, whole
-from torch.utils.data import Dataset
 
 from nemo_vlm import checkpoints
 from nemo_vlm.batch import Sample, empty_sample
@@ -44,18 +43,20 @@ def llava(**settings) -> RunConfig:
     return replace(run, data=replace(run.data, num_workers=0))
 
 
-class HeldOut(Dataset):
+class HeldOut:
     """Samples as data.records gives them."""
 
+    packed = False
+
     def __init__(self, run: RunConfig) -> None:
-        self.samples = family("llava", "tiny").samples(run.model, HELD_OUT, torch.Generator().manual_seed(99))
+        self.held = family("llava", "tiny").samples(run.model, HELD_OUT, torch.Generator().manual_seed(99))
         self.parts = [numpy.arange(HELD_OUT)]
 
     def __len__(self) -> int:
         return HELD_OUT
 
-    def __getitem__(self, number: int) -> Sample:
-        return self.samples[number] if number >= 0 else empty_sample()
+    def samples(self, number: int) -> list[Sample]:
+        return [self.held[number] if number >= 0 else empty_sample()]
 
 
 def validated(run: RunConfig, layout: Layout):

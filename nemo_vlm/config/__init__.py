@@ -14,8 +14,9 @@ from nemo_vlm.config.data import DataConfig, TokenizerConfig
 from nemo_vlm.config.exp_manager import CheckpointConfig, EarlyStoppingConfig, ExpManagerConfig
 from nemo_vlm.config.model import LanguageConfig, PartConfig, StartConfig
 from nemo_vlm.config.nemo import NemoConfig
-from nemo_vlm.config.optim import OptimConfig, SchedConfig
+from nemo_vlm.config.optim import OptimConfig, SchedConfig, Unit
 from nemo_vlm.config.peft import LoraConfig, PeftConfig
+from nemo_vlm.config.samples import SamplesConfig
 from nemo_vlm.config.step import ParallelConfig, StepConfig
 from nemo_vlm.config.trainer import Precision, TrainerConfig
 
@@ -35,11 +36,13 @@ __all__ = [
     "PeftConfig",
     "Precision",
     "RunConfig",
+    "SamplesConfig",
     "SchedConfig",
     "StartConfig",
     "StepConfig",
     "TokenizerConfig",
     "TrainerConfig",
+    "Unit",
     "demand",
     "fill",
     "seconds",
@@ -61,6 +64,26 @@ class RunConfig:
     tokenizer: TokenizerConfig
     start: StartConfig = field(default_factory=StartConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+
+    @property
+    def unit(self) -> Unit:
+        """What the run's length and its learning-rate schedule are counted in."""
+        if self.data.train_tokens is not None:
+            return "tokens"
+        return "steps" if self.data.train_samples is None else "samples"
+
+    @property
+    def length(self) -> int:
+        """Of the run, in that unit."""
+        return self.data.train_tokens or self.data.train_samples or self.trainer.max_steps
+
+    @property
+    def samples_limit(self) -> int | None:
+        """The most that the run reads; None where it is counted in steps."""
+        if self.data.train_tokens is not None:
+            return self.data.train_tokens // self.model.encoder_seq_length
+        return self.data.train_samples
 
 
 # Which dataclasses the flat branch `model` is made of, beside the architecture, and its nested branches.

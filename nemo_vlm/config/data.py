@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from nemo_vlm.config.checks import demand, only, refuse_others
+from nemo_vlm.config.checks import demand, only, refuse_others, show
 from nemo_vlm.errors import ConfigError
+
+# What a run on .bin/.idx files would not look at; the template and its system message are for asking the model later
+OF_RECORDS = ("packing", "validation_split", "datasets_exclude", "too_long", "image_folder", "video_folder")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """`model.data.*`."""
 
+    # json: records; of Megatron's .bin/.idx files, mmap: tokenized text, sft_idxmap: conversations packed beforehand
+    data_impl: Literal["json", "mmap", "sft_idxmap"] = "json"
     # LLaVA JSON, or JSONL; a list of files, with weights in between as Megatron has it: [0.7, a.json, 0.3, b.json]
     data_path: str | tuple[str | float, ...] | None = None
     concat_sampling_probabilities: tuple[float, ...] | None = None  # weights of the files; null: by their sizes
     image_folder: str | tuple[str, ...] | None = None  # or a .tar; one for all files, or one a file; null: beside them
     video_folder: str | tuple[str, ...] | None = None
     datasets_exclude: tuple[str, ...] = ()  # records whose field `dataset` is listed are left out
+    # What the run reads, instead of trainer.max_steps; tokens only where every sample is encoder_seq_length long
+    train_samples: int | None = None
+    train_tokens: int | None = None
     validation_split: float = 0.0  # this share of the records is not trained on, and validates
     validation_path: str | tuple[str, ...] | None = None  # or these files do; their images stand where the others do
+    splits_string: str | None = None  # of .bin/.idx: shares of the documents that train and validate; null: 99,1,0
+    # data_impl=mmap: each document of a sample sees only itself, with positions from 0 on; both or none of them
+    reset_attention_mask: bool = False
+    reset_position_ids: bool = False
+    eod_mask_loss: bool = False  # data_impl=mmap: what follows the end of a document is not to be predicted
     # of what is drawn, records of which no sample can be made, before the run gives up: at its end; before that, from
     # the 100th on, it may be as many more as chance makes of it
     max_skip_fraction: float = 0.01
-    prepare: Literal["digits"] | None = None  # a demo data set that is written on first use
+    # a demo data set that is written on first use
+    prepare: Literal["digits", "docstrings", "docstring_questions"] | None = None
     # how conversations are written; v1_fork is the guide's fork's v1
     conv_template: Literal[
-        "plain", "v1", "v1_fork", "llama_2", "llama_3", "nvgpt", "nv_steerlm", "nv_dpo", "mistral", "yi_34b", "chatml"
+        "plain",
+        "v1",
+        "v1_fork",
+        "llama_2",
+        "llama_3",
+        "nvgpt",
+        "nv_steerlm",
+        "nv_dpo",
+        "mistral",
+        "yi_34b",
+        "chatml",
+        "qwen2",
     ] = "v1"
     system_message: str | None = None  # null: the template's own
     sep_image_conv_front: bool = False  # all images in front of the first question, as the fork has it: <image>\n
@@ -57,7 +82,6 @@ class DataConfig:
     packed_sequence: bool = only(False, "take model.data.packing=true, which packs while it trains")
     data_prefix: str | None = only(None, "give the JSON as model.data.data_path, with model.data.packing=true")
     sep_token_between_frames: bool = only(False, "frames follow each other without a token between")
-    eod_mask_loss: bool = only(False, "the end of an answer is always trained on")
     validation_drop_last: bool = True  # of no effect: every sample of the validation counts once
 
     def __post_init__(self) -> None:
@@ -67,6 +91,11 @@ class DataConfig:
         demand(count == -1 or count > 0, "model.data.num_frames", count, "1 or more, or -1 for all")
         pad_to = self.pad_to
         demand(pad_to == "batch" or pad_to > 0, "model.data.pad_to", pad_to, "batch, or a number of tokens")
+        for key in ("train_samples", "train_tokens"):
+            given = getattr(self, key)
+            demand(given is None or given > 0, f"model.data.{key}", given, "1 or more, or null")
+        if self.train_samples is not None and self.train_tokens is not None:
+            raise ConfigError(f"model.data.train_samples={self.train_samples}: train_tokens is given too; give one")
         demand(0 <= self.max_skip_fraction <= 1, "model.data.max_skip_fraction", self.max_skip_fraction, "from 0 to 1")
         demand(
             0 <= self.validation_split < 1, "model.data.validation_split", self.validation_split, "from 0 to below 1"
@@ -74,6 +103,7 @@ class DataConfig:
         if self.validation_split and self.validation_path:
             raise ConfigError("model.data.validation_split: model.data.validation_path is given too; give one of them")
         self._check_files()
+        self._check_impl()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -89,6 +119,37 @@ class DataConfig:
         total = sum(map(abs, given or ()))  # so that those below 0 stay there, and are refused
         return tuple(weight / (total or 1) for weight in given) if given else None
 
+    @property
+    def validation_files(self) -> tuple[str, ...]:
+        return (self.validation_path,) if isinstance(self.validation_path, str) else self.validation_path or ()
+
+    @property
+    def splits(self) -> tuple[float, ...]:
+        """Shares of the documents of a .bin/.idx that train, validate, and do neither."""
+        given = self.splits_string or ("1" if self.validation_path else "99,1,0")
+        shares = tuple(float(share) for share in given.split(","))
+        return shares + (0.0,) * (3 - len(shares))
+
+    def _check_impl(self) -> None:
+        """What belongs to records, to .bin/.idx files, or to one kind of these."""
+        key, impl = "model.data", self.data_impl
+        demand(is_split(self.splits_string), f"{key}.splits_string", self.splits_string, "shares, as 99,1,0")
+        if self.splits_string and self.validation_path:
+            raise ConfigError(f"{key}.splits_string={self.splits_string}: validation_path is given too; give one")
+        if self.reset_attention_mask != self.reset_position_ids:
+            raise ConfigError(f"{key}.reset_attention_mask, {key}.reset_position_ids: give both or none of them")
+        foreign = {"reset_attention_mask": "mmap", "eod_mask_loss": "mmap"}
+        if impl == "json":
+            foreign["splits_string"] = "mmap or sft_idxmap; records have validation_split"
+        else:
+            foreign |= dict.fromkeys(OF_RECORDS, "json")
+            demand(self.dataloader_type != "modality", f"{key}.dataloader_type", "modality", "cyclic or single")
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        for name, goes_with in foreign.items():
+            given = getattr(self, name)
+            if given != defaults[name] and impl not in goes_with:
+                raise ConfigError(f"{key}.{name}={show(given)}: goes with {key}.data_impl={goes_with}")
+
     def _check_files(self) -> None:
         items, key = self.data_path if isinstance(self.data_path, tuple) else (), "concat_sampling_probabilities"
         kinds = [isinstance(item, str) for item in items]
@@ -101,11 +162,19 @@ class DataConfig:
         weights, count = self.weights, len(self.files)
         if weights is not None:
             right = f"{count} weights, none below a ten-thousandth of all, one for each file of model.data.data_path"
-            demand(len(weights) == count and min(weights) >= 1e-4, f"model.data.{key}", list(weights), right)
+            source, shown = (key, list(weights)) if all(kinds) else ("data_path", list(items))
+            demand(len(weights) == count and min(weights) >= 1e-4, f"model.data.{source}", shown, right)
         for folder in ("image_folder", "video_folder"):
             given = getattr(self, folder)
             right = f"one folder, or one for each of {count} files"
             demand(not isinstance(given, tuple) or len(given) == count, f"model.data.{folder}", given, right)
+
+
+def is_split(shares: str | None) -> bool:
+    """Whether a text is up to three shares, the first more than 0."""
+    found = (shares or "1").split(",")
+    numbers = [float(share) for share in found if share.replace(".", "", 1).strip().isdecimal()]
+    return len(found) == len(numbers) <= 3 and numbers[0] > 0
 
 
 @dataclass(frozen=True)

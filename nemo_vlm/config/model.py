@@ -43,7 +43,8 @@ class LanguageConfig:
     rope_scaling_factor: float | None = None  # Llama 3.1's scaling of rotary frequencies
     layernorm_epsilon: float = 1e-5
     bias: bool = False
-    qkv_bias: bool = False
+    qkv_bias: bool = False  # of queries, keys and values, beside those of `bias`
+    qk_layernorm: bool = False  # RMSNorm over each head of queries and keys
     share_embeddings_and_output_weights: bool = False
     init_method_std: float = 0.02
 
@@ -61,6 +62,11 @@ class LanguageConfig:
     def parts(self) -> dict[str, PartConfig]:
         """How the model's top-level modules train, by name; those not named train as usual."""
         return {}
+
+    @property
+    def reads_media(self) -> bool:
+        """Whether it is shown images and videos."""
+        return False
 
     @property
     def image_placeholder(self) -> str:

@@ -11,9 +11,8 @@ from typing import Literal
 
 from nemo_vlm.config.checks import only, refuse_others
 
-KERNELS = "the kernels are chosen by model.transformer_impl; leave it out"
+KERNELS = "attention is chosen by model.attention_backend; leave it out"
 DROPOUT = "there is no dropout in these models; model.peft.lora_tuning.adapter_dropout is an adapter's"
-FP8 = "8-bit floats are not built here; take trainer.precision=bf16"
 RECOMPUTE = "recomputation is the same for all micro-batches and stages; use model.activations_checkpoint_num_layers"
 LLAMA = "only Llama's architecture is built here, which has"
 
@@ -42,9 +41,7 @@ class NemoConfig:
     resume_from_checkpoint: str | None = only(None, "give exp_manager.resume_from_checkpoint")
 
     # Layout
-    context_parallel_size: int = only(1, "there is no context parallelism yet; sequence_parallel saves activations")
     expert_model_parallel_size: int = only(1, "no model here has experts yet")
-    ub_tp_comm_overlap: bool = only(False, "communication of tensor parallelism is not overlapped yet")
     overlap_p2p_comm: bool | None = None
     batch_p2p_comm: bool | None = None
 
@@ -91,13 +88,9 @@ class NemoConfig:
     fsdp_cpu_offload: bool = only(False, "shards stay on the GPU; without FSDP, optim=offload uses the host's memory")
     fp32_residual_connection: bool = only(False, "the residual stream has the weights' precision")
     fp16_lm_cross_entropy: bool = only(False, "the loss is computed in fp32")
-    fp8: bool = only(False, FP8)
-    fp8_e4m3: bool = only(False, FP8)
-    fp8_hybrid: bool = only(False, FP8)
-    fp8_margin: int | None = None
-    fp8_interval: int | None = None
-    fp8_amax_history_len: int | None = None
-    fp8_amax_compute_algo: str | None = None
+    cpu_offloading_activations: bool = only(True, "they are what model.cpu_offloading moves; leave it out")
+    cpu_offloading_weights: bool | None = None  # recipes have it beside cpu_offloading=false; typed.read_run compares
+    fp8_interval: int = only(1, "Transformer Engine computes the scales anew at every step")
     num_micro_batches_with_partial_activation_checkpoints: int | None = only(None, RECOMPUTE)
     activations_checkpoint_layers_per_pipeline: int | None = only(None, RECOMPUTE)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from nemo_vlm.config.checks import demand
 from nemo_vlm.errors import ConfigError
+
+Unit = Literal["steps", "samples", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -23,19 +25,32 @@ class SchedConfig:
         "WarmupPolicy",
         "constant",
     ] = "CosineAnnealing"
+    # Counted in steps, or as the run is: in samples (model.data.train_samples) or tokens (train_tokens)
     warmup_steps: int | None = None
-    warmup_ratio: float | None = None  # of max_steps, instead of warmup_steps
+    warmup_samples: int | None = None
+    warmup_tokens: int | None = None
+    warmup_ratio: float | None = None  # of the decay's end, instead of those
     constant_steps: int = 0  # of CosineAnnealing: at min_lr at the end, after a warm-up from 0, as in Megatron
+    constant_samples: int = 0
+    constant_tokens: int = 0
+    max_steps: int | None = None  # where the decay ends; null: where the run does
+    max_samples: int | None = None
+    max_tokens: int | None = None
     min_lr: float = 0.0
-    max_steps: int | None = None  # null: trainer.max_steps
     power: float = 1.0  # of PolynomialDecayAnnealing
 
     def __post_init__(self) -> None:
-        demand(self.constant_steps >= 0, "model.optim.sched.constant_steps", self.constant_steps, "0 or more")
-        if self.constant_steps and self.name != "CosineAnnealing":
-            raise ConfigError(
-                f"model.optim.sched.constant_steps={self.constant_steps}: goes with CosineAnnealing, not {self.name}"
-            )
+        for unit in get_args(Unit):
+            key, constant = f"model.optim.sched.constant_{unit}", self.given("constant", unit)
+            demand(constant >= 0, key, constant, "0 or more")
+            if constant and self.name != "CosineAnnealing":
+                raise ConfigError(f"{key}={constant}: goes with CosineAnnealing, not {self.name}")
+            end = self.given("max", unit)
+            demand(end is None or end > 0, f"model.optim.sched.max_{unit}", end, "1 or more, or null")
+
+    def given(self, what: Literal["warmup", "constant", "max"], unit: Unit) -> Any:
+        """warmup_steps and the like: a number, or nothing where it is not counted in that unit."""
+        return getattr(self, f"{what}_{unit}")
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from nemo_vlm.config.checks import demand, fill
+from nemo_vlm.config.checks import demand, fill, show
 from nemo_vlm.errors import ConfigError
 
 
@@ -17,10 +17,11 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None  # parts of the pipeline that each of its ranks holds
     sequence_parallel: bool = False
+    context_parallel_size: int = 1  # ranks that share the tokens of each sample, packed or padded
     pipeline_layers: tuple[int, ...] | None = None  # layers of each stage, by hand; 0 is allowed on the first
     first_pipeline_num_layers: int | None = None  # as Megatron's decoder-first-pipeline-num-layers
     cpu_data_parallel_size: int = 1  # replicas that trainer.devices=auto starts where there is no GPU
-    fsdp: bool = False  # weights, gradients and optimizer sharded over the data-parallel ranks (FSDP2)
+    fsdp: bool = False  # weights, gradients and optimizer sharded over the data- and context-parallel ranks (FSDP2)
     # full: weights are gathered for each use; grad: once a step, for forward and backward; hybrid: as full inside
     # each node, nodes hold copies (on one node: each half of its ranks)
     fsdp_sharding_strategy: Literal["full", "hybrid", "grad"] = "full"
@@ -57,6 +58,18 @@ class StepConfig:
     activations_checkpoint_method: Literal["uniform", "block"] | None = None
     activations_checkpoint_num_layers: int | None = None
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    # flash: flash-attn; fused: cuDNN; unfused: plain products, of these Transformer Engine's; local: ours
+    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
+    ub_tp_comm_overlap: bool = False  # tensor parallelism's communication runs beside the products it belongs to
+    # 8-bit floats in the language model's linear layers, scaled by what was seen before (delayed scaling)
+    fp8: bool = False
+    fp8_e4m3: bool = False  # E4M3 in the backward pass too
+    fp8_hybrid: bool | None = None  # E5M2 in the backward pass; null: unless fp8_e4m3
+    fp8_margin: int = 0  # the scale is lowered by 2 to this power
+    fp8_amax_history_len: int = 1024  # steps that a scale looks back
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"  # of which it takes this
+    cpu_offloading: bool = False  # what the first layers keep for the backward pass waits in the host's memory
+    cpu_offloading_num_layers: int | None = None  # so many of them; null: all but the last
 
     def __post_init__(self) -> None:
         count = self.activations_checkpoint_num_layers
@@ -65,6 +78,7 @@ class StepConfig:
         demand(self.mega_batch_mult > 0, "model.mega_batch_mult", self.mega_batch_mult, "1 or more")
         for key in ("native_amp_init_scale", "native_amp_growth_interval", "hysteresis"):
             demand(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "1 or more")
+        self._check_fp8()
         demand(0 <= self.seed < 2**32, "model.seed", self.seed, "0 or more, and fit into 32 bits")
         if self.activations_checkpoint_granularity == "full":
             fill(self, activations_checkpoint_method="uniform", activations_checkpoint_num_layers=1)
@@ -73,3 +87,20 @@ class StepConfig:
                 f"model.activations_checkpoint_granularity={self.activations_checkpoint_granularity or 'null'}: "
                 "activations_checkpoint_method and activations_checkpoint_num_layers go with full"
             )
+
+    def _check_fp8(self) -> None:
+        if self.fp8 and self.fp8_hybrid == self.fp8_e4m3:
+            value = show(self.fp8_e4m3)
+            raise ConfigError(f"model.fp8_e4m3={value}: model.fp8_hybrid={value} too; one of them goes with fp8=true")
+        demand(self.fp8_amax_history_len > 0, "model.fp8_amax_history_len", self.fp8_amax_history_len, "1 or more")
+
+    @property
+    def fp8_format(self) -> Literal["e4m3", "hybrid"] | None:
+        """Megatron's name of what fp8 takes; None without."""
+        if not self.fp8:
+            return None
+        return "e4m3" if self.fp8_e4m3 else "hybrid"
+
+    def on_paper(self) -> StepConfig:
+        """The same for modules that are built only to be counted, on any machine: the parameters are no others."""
+        return replace(self, transformer_impl="local", fp8=False, ub_tp_comm_overlap=False, cpu_offloading=False)

@@ -21,7 +21,8 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     # bf16, bf16-mixed: bf16 weights, fp32 main weights in the optimizer; 16, 16-mixed: so with fp16, and loss scaling
     precision: Precision = "32"
-    max_steps: int = 100  # -1: as many as max_epochs has
+    # -1: as many as max_epochs, or as model.data.train_samples or train_tokens, which take a recipe's place here
+    max_steps: int = 100
     max_epochs: int | None = None  # ends the run as well, whichever comes first; null, -1: does not
     max_time: str | None = None  # DD:HH:MM:SS of this process; then the run saves and ends as on SIGTERM
     gradient_clip_val: float = 1.0  # global norm over all ranks; 0 turns clipping off
@@ -54,8 +55,7 @@ class TrainerConfig:
                 object.__setattr__(self, key, None)
         steps, epochs, every = self.max_steps, self.max_epochs, self.check_val_every_n_epoch
         demand(epochs is None or epochs > 0, "trainer.max_epochs", epochs, "1 or more, or -1 for no limit")
-        endless = epochs is None and steps == -1
-        demand(steps > 0 or (steps == -1 and not endless), "trainer.max_steps", steps, "1 or more; -1 needs max_epochs")
+        demand(steps > 0 or steps == -1, "trainer.max_steps", steps, "1 or more, or -1 for no limit")
         demand(every is None or every > 0, "trainer.check_val_every_n_epoch", every, "1 or more, or null")
         demand(self.gradient_clip_val >= 0, "trainer.gradient_clip_val", self.gradient_clip_val, "0 (off) or more")
         demand(self.log_every_n_steps > 0, "trainer.log_every_n_steps", self.log_every_n_steps, "1 or more")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_vlm.config import LanguageConfig, StepConfig
 from nemo_vlm.layout import Layout, one_process
 from nemo_vlm.mcore.layers import Kernels, kernels
+from nemo_vlm.options import offloaded_layers
 
 DTYPES = {
     "32": torch.float32,
@@ -74,6 +77,7 @@ def language_config(model: LanguageConfig, build: BuildContext) -> TransformerCo
         layernorm_epsilon=model.layernorm_epsilon,
         add_bias_linear=model.bias,
         add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_layernorm,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -84,14 +88,25 @@ def language_config(model: LanguageConfig, build: BuildContext) -> TransformerCo
         overlap_p2p_comm=layout.virtual > 1,  # batched messages of two ranks are mixed up between virtual stages
         batch_p2p_comm=layout.virtual == 1,
         sequence_parallel=layout.sequence_parallel,
+        context_parallel_size=layout.context,
         variable_seq_lengths=layout.pipeline > 1,  # each micro-batch is padded to its own longest sample
         moe_token_dispatcher_type="alltoall",  # the default is refused with variable_seq_lengths, even without experts
         calculate_per_token_loss=True,
+        tp_comm_overlap=step.ub_tp_comm_overlap,
+        cpu_offloading=step.cpu_offloading,
+        cpu_offloading_num_layers=offloaded_layers(step, model.num_layers) if step.cpu_offloading else 0,
+        fp8=step.fp8_format,
+        fp8_recipe="delayed",
+        fp8_margin=step.fp8_margin,
+        fp8_amax_history_len=step.fp8_amax_history_len,
+        fp8_amax_compute_algo=step.fp8_amax_compute_algo,
     )
 
 
 def encoder_config(build: BuildContext, tensor_parallel: bool, **shape: Any) -> TransformerConfig:
     """A part that stands whole on the first stage and outside sequence parallelism: a vision tower or projector.
+
+    Neither 8-bit floats nor overlap nor offload are for it.
 
     Args:
         tensor_parallel: split it over the tensor-parallel ranks, or hold it whole on each.
@@ -125,7 +140,14 @@ def shared(build: BuildContext) -> dict[str, Any]:
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        attention_backend=AttnBackend[build.step.attention_backend],
     )
+
+
+def forget_attention_choice() -> None:
+    """Megatron tells Transformer Engine of attention_backend in the environment, and stops at an earlier model's."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)
 
 
 def leave(weight: torch.Tensor) -> torch.Tensor:

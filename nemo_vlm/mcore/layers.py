@@ -16,7 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transfor
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.mcore.attention import CoreAttention
+from nemo_vlm.mcore.context import ContextParallelAttention
 
 Kernels = Literal["local", "transformer_engine"]
 
@@ -61,17 +62,32 @@ def norm_class(config: TransformerConfig, chosen: Kernels) -> type:
     return RMSNorm if config.normalization == "RMSNorm" else LayerNorm
 
 
+def core_attention(config: TransformerConfig) -> type:
+    return ContextParallelAttention if config.context_parallel_size > 1 else CoreAttention
+
+
+def takes_our_attention(config: TransformerConfig) -> bool:
+    """In fp32 Transformer Engine has plain products alone, which refuse context parallelism and, before 2.11, packs."""
+    automatic = config.attention_backend is AttnBackend.auto
+    return config.attention_backend is AttnBackend.local or (automatic and config.params_dtype is torch.float32)
+
+
 def layer_spec(config: TransformerConfig, chosen: Kernels, causal: bool) -> ModuleSpec:
     """A pre-norm transformer layer: norm, self-attention, norm, MLP."""
     if chosen == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec() if causal else get_vit_layer_with_transformer_engine_spec()
+        gpt, vit = get_gpt_layer_with_transformer_engine_spec, get_vit_layer_with_transformer_engine_spec
+        spec: Any = gpt(qk_layernorm=config.qk_layernorm) if causal else vit()
+        if takes_our_attention(config):
+            spec.submodules.self_attention.submodules.core_attention = core_attention(config)
+        return spec
     norm = norm_class(config, chosen)
+    head_norm = norm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
-        core_attention=CoreAttention,
+        core_attention=core_attention(config),
         linear_proj=RowParallelLinear,
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
+        q_layernorm=head_norm,
+        k_layernorm=head_norm,
     )
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
     mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 
 import torch
 
-from nemo_vlm.config import RunConfig
+from nemo_vlm.config import RunConfig, StepConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout, under_slurm
+from nemo_vlm.mcore.layers import kernels
+from nemo_vlm.options import of_transformer_engine
 from nemo_vlm.planning.memory import heaviest
 
 GIB = 1024**3
+FP8_CAPABILITY = (8, 9)  # Ada, Hopper and later
+FLASH = ("flash_attn", "flash_attn_3", "flash_attn_interface")  # packages that Transformer Engine knows
 
 
 def num_gpus(accelerator: str) -> int:
@@ -33,6 +38,7 @@ def check_machine(run: RunConfig, layout: Layout, gpus: int, env: Mapping[str, s
     Raises:
         ConfigError: what is lacking, all of it.
     """
+    check_kernels(run.step, gpus, env)
     lacking = [
         *lacking_devices(layout, gpus),
         *lacking_nodes(layout, env),
@@ -40,6 +46,27 @@ def check_machine(run: RunConfig, layout: Layout, gpus: int, env: Mapping[str, s
     ]
     if lacking:
         raise ConfigError(f"this machine cannot run it: {'; '.join(lacking)}")
+
+
+def check_kernels(step: StepConfig, gpus: int, env: Mapping[str, str]) -> None:
+    """Raises ConfigError for the first setting that asks for what this machine does not have."""
+    te = gpus and kernels(step.transformer_impl) == "transformer_engine"
+    for setting in of_transformer_engine(step):
+        if not te:
+            what = "Transformer Engine, which is not installed" if gpus else "Transformer Engine on a CUDA device"
+            raise ConfigError(f"{setting}: needs {what}; leave it out")
+    if step.attention_backend == "flash" and not any(map(importlib.util.find_spec, FLASH)):
+        raise ConfigError("model.attention_backend=flash: flash-attn is not installed; auto takes what there is")
+    if step.fp8 and (found := torch.cuda.get_device_capability(0)) < FP8_CAPABILITY:
+        raise ConfigError(
+            f"model.fp8=true: this GPU has compute capability {'.'.join(map(str, found))}, 8-bit floats need "
+            f"{'.'.join(map(str, FP8_CAPABILITY))}; take trainer.precision=bf16 alone"
+        )
+    if step.ub_tp_comm_overlap and env.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
+        raise ConfigError(
+            "model.ub_tp_comm_overlap=true: needs CUDA_DEVICE_MAX_CONNECTIONS=1 in the environment, which keeps "
+            "communication in front of the products that it overlaps"
+        )
 
 
 def lacking_devices(layout: Layout, gpus: int) -> list[str]:

@@ -52,13 +52,14 @@ class Holding:
 
 
 def hold(run: RunConfig, layout: Layout, stage: int, tensor_rank: int, trains: bool = True) -> Holding:
-    """Build a rank's part of a settled run's model, without memory, and count; every data-parallel rank's is the same.
+    """Build a rank's part of a settled run's model, without memory, and count; that of each replica is the same.
 
     Args:
         stage: the rank's place in its pipeline.
         trains: gradients and the optimizer's state are kept.
     """
-    one_replica = replace(layout, num_nodes=1, ranks_per_node=layout.tensor * layout.pipeline, fsdp=None)
+    run = replace(run, step=run.step.on_paper())
+    one_replica = replace(layout, num_nodes=1, ranks_per_node=layout.tensor * layout.pipeline, fsdp=None, context=1)
     with groups.pretend(one_replica, first_replica(one_replica)[stage][tensor_rank]):
         chunks = build_chunks(run, one_replica)
         parts = [part for chunk in chunks for part in weights.parts(chunk, run.model.vocab_size)]
@@ -69,7 +70,7 @@ def hold(run: RunConfig, layout: Layout, stage: int, tensor_rank: int, trains: b
     if layout.fsdp is not None:
         memory = fsdp_memory(layout, size, held, trained)
     else:
-        memory = replicated_memory(size, layout.data if run.optim.distributed else 1, held, trained)
+        memory = replicated_memory(size, layout.replicas if run.optim.distributed else 1, held, trained)
     return Holding(sizes, num_elements(held) - sum(sizes.values()), memory)
 
 
@@ -78,7 +79,7 @@ def replicated_memory(size: int, shards: int, held: Sequence[Tensor], trained: S
 
     Args:
         size: bytes of a weight.
-        shards: data-parallel ranks that share the optimizer's state.
+        shards: data- and context-parallel ranks that share the optimizer's state.
     """
     state = ADAM_BYTES if size == FP32_BYTES else ADAM_BYTES + FP32_BYTES
     count = num_elements(trained)

@@ -6,8 +6,10 @@ No rank is started and no weight allocated; a tokenizer is read where it is here
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +19,6 @@ from typing import Any
 from nemo_vlm import checkpoints
 from nemo_vlm import layout as layouts
 from nemo_vlm.config import ExpManagerConfig, RunConfig
-from nemo_vlm.data import digits
 from nemo_vlm.data.tokenizer import tokenizer_exists
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import written_whole
@@ -84,22 +85,26 @@ def settle(run: RunConfig) -> tuple[RunConfig, list[str]]:
         run, grown = with_tokenizer(run, load_tokenizer(run.tokenizer))
         return run, [grown] if grown else []
     name = run.tokenizer.place or "null"
-    size = run.model.vocab_size or (digits.NUM_TOKENS if demo_tokenizer(run) else None)
+    size = run.model.vocab_size or demo_vocabulary(run)
     if size is None:
         raise ConfigError(f"model.vocab_size=null: model.tokenizer.type={name} is not here to tell it; give it")
     note = f"model.tokenizer.type={name}: not here; planned with a vocabulary of {size}"
     return replace(run, model=replace(run.model, vocab_size=size)), [note]
 
 
-def demo_tokenizer(run: RunConfig) -> bool:
-    """Whether the tokenizer is the one that the demo's data will bring along when it is written."""
-    files, name = run.data.files, run.tokenizer.type
-    known = run.data.prepare == "digits" and files and name is not None
-    return bool(known) and Path(files[0]).parent / "tokenizer" == Path(str(name))
+def demo_vocabulary(run: RunConfig) -> int | None:
+    """Of the tokenizer that a demo's data bring along when they are written, if that is the run's."""
+    if run.data.prepare is None or run.tokenizer.type is None or not run.data.files:
+        return None
+    demo = importlib.import_module(f"nemo_vlm.data.{run.data.prepare}")
+    brought = os.path.abspath(Path(run.data.files[0]).parent / demo.TOKENIZER)
+    return demo.NUM_TOKENS if os.path.abspath(run.tokenizer.type) == brought else None
 
 
 def absent_data(run: RunConfig) -> list[str]:
-    absent = [path for path in run.data.files or ("null",) if not Path(path).is_file()]
+    halves = ("",) if run.data.data_impl == "json" else ("", ".idx", "_text_document.idx")
+    files = {path: [Path(path + half) for half in halves] for path in run.data.files or ("null",)}
+    absent = [path for path, names in files.items() if not any(name.is_file() for name in names)]
     return [f"model.data.data_path={path}: not here; the plan does not need it" for path in absent]
 
 
@@ -167,12 +172,10 @@ def describe_ranks(planned: Planned) -> list[dict[str, Any]]:
 
 def hold_all(planned: Planned, places: list[tuple[int, int]]) -> list[Holding]:
     """What the ranks at each pipeline stage and tensor-parallel rank hold."""
-    # Transformer Engine's modules have the same parameters, and cannot be built where there is no GPU.
-    run = replace(planned.run, step=replace(planned.run.step, transformer_impl="local"))
     holdings = []
     for place in places:
         with only_first_speaks(place):
-            holdings.append(hold(run, planned.layout, *place, planned.trains))
+            holdings.append(hold(planned.run, planned.layout, *place, planned.trains))
     return holdings
 
 

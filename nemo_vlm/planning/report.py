@@ -35,8 +35,9 @@ def sizes(layout: dict[str, Any]) -> str:
     """Sizes of the layout in words."""
     tensor = f"tensor {layout['tensor']}" + " with sequence parallelism" * layout["sequence_parallel"]
     pipeline = f"pipeline {layout['pipeline']}" + f" x {layout['virtual']} virtual" * (layout["virtual"] > 1)
+    context = [f"context {layout['context']}"] if layout["context"] > 1 else []
     fsdp = [f"fsdp {layout['fsdp']} over {layout['shards']}"] if layout["fsdp"] else []
-    return ", ".join([tensor, pipeline, f"data {layout['data']}", *fsdp])
+    return ", ".join([tensor, *context, pipeline, f"data {layout['data']}", *fsdp])
 
 
 def shortened(ranks: list[int]) -> str:

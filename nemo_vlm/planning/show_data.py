@@ -20,6 +20,7 @@ from rich.text import Text
 from nemo_vlm.batch import IGNORE_INDEX, Sample
 from nemo_vlm.config import RunConfig, demand
 from nemo_vlm.data.codec import Codec
+from nemo_vlm.data.dataset import Samples
 from nemo_vlm.data.loader import Share, order_of, shares_of
 from nemo_vlm.data.records import RecordDataset
 from nemo_vlm.errors import ConfigError, SampleError
@@ -134,7 +135,7 @@ class Shown:
         )
 
 
-def show(config: ShowConfig, run: RunConfig, layout: Layout, dataset: RecordDataset, tokenizer: Any) -> None:
+def show(config: ShowConfig, run: RunConfig, layout: Layout, dataset: Samples, tokenizer: Any) -> None:
     """Print the first samples of a settled run, in the order in which it would draw them.
 
     Raises:
@@ -157,33 +158,38 @@ def show(config: ShowConfig, run: RunConfig, layout: Layout, dataset: RecordData
             raise ConfigError(f"picture={config.picture}: cannot be written ({error})") from None
 
 
-def samples(run: RunConfig, layout: Layout, dataset: RecordDataset, tokenizer: Any) -> Iterator[Shown]:
+def samples(run: RunConfig, layout: Layout, dataset: Samples, tokenizer: Any) -> Iterator[Shown]:
+    """Those of the run's own numbers, each with what is known of the record that it was made of."""
     codec, placeholder_id = Codec(tokenizer), tokenizer.get_vocab().get(run.model.image_placeholder)
-    shares, before = shares_of(dataset, layout, run), TEMPLATES[run.data.conv_template].around_answer[0]
+    before = TEMPLATES[run.data.conv_template].around_answer[0]
+    for number, place in drawn(run, layout, dataset):
+        record, name = record_of(dataset, number), dataset.origin(number).id
+        for sample in dataset.samples(number):
+            media = media_of(dataset, record) if not sample.skipped else []
+            yield Shown(number, place, name, record, sample, codec, placeholder_id, media, before)
+
+
+def drawn(run: RunConfig, layout: Layout, dataset: Samples) -> Iterator[tuple[int, str]]:
+    """Numbers in the order in which a run draws them, with the place of each."""
+    shares, packs = shares_of(dataset, layout, run), run.data.packing or dataset.packed
     for step, batch in enumerate(order_of(dataset, run).batches(0, run.step), 1):
         for rank in range(layout.data):
             for pack, numbers in enumerate(shares(batch, Share(rank, layout.data)), 1):
                 place = f"step {step}" + (f", rank {rank}" if layout.data > 1 else "")
-                place += f", pack {pack}" if run.data.packing else ""
-                for number in numbers:
-                    if number >= 0:
-                        record, sample = record_of(dataset, number), dataset[number]
-                        media = [] if record is None or sample.skipped else dataset.processor.media(record)
-                        yield Shown(
-                            number, place, id_of(dataset, number), record, sample, codec, placeholder_id, media, before
-                        )
+                place += f", pack {pack}" if packs else ""
+                yield from ((number, place) for number in numbers if number >= 0)
 
 
-def id_of(dataset: RecordDataset, number: int) -> Any:
-    file, inside = dataset.where(number)
-    return dataset.files[file].name(inside)
-
-
-def record_of(dataset: RecordDataset, number: int) -> dict[str, Any] | None:
+def record_of(dataset: Samples, number: int) -> dict[str, Any] | None:
+    """None: it cannot be read, or there are no records."""
     try:
-        return dataset.record(number)
+        return dataset.record(number) if isinstance(dataset, RecordDataset) else None
     except SampleError:
         return None
+
+
+def media_of(dataset: Samples, record: dict[str, Any] | None) -> list[Any]:
+    return dataset.processor.media(record) if record is not None and isinstance(dataset, RecordDataset) else []
 
 
 def coloured(shown: Shown, in_colour: bool) -> Text:

@@ -11,12 +11,13 @@ from torch import nn
 from nemo_vlm.config import RunConfig
 from nemo_vlm.config.peft import is_adapter
 from nemo_vlm.layout import Layout
-from nemo_vlm.mcore import lora, weights
+from nemo_vlm.mcore import lora, user_buffers, weights
 from nemo_vlm.mcore.config import DTYPES
 from nemo_vlm.mcore.engine import Engine, materialize
 from nemo_vlm.mcore.layers import kernels
 from nemo_vlm.mcore.updates import UpdateConfig
 from nemo_vlm.models.build import build_chunks
+from nemo_vlm.options import row_length
 from nemo_vlm.planning.memory import replicated_memory
 from nemo_vlm.sources import starting
 from nemo_vlm.sources.adapters import first_adapter
@@ -32,6 +33,8 @@ def build_engine(run: RunConfig, layout: Layout, first_weights: bool = True) -> 
     Args:
         first_weights: set them; not where the run goes on from a checkpoint.
     """
+    if run.step.ub_tp_comm_overlap:
+        user_buffers.start(run.step, layout, row_length(run, layout), run.model.hidden_size)
     # Under FSDP no rank could hold the whole: memory is taken for the shards. Transformer Engine builds on its device.
     sharded = layout.fsdp is not None and kernels(run.step.transformer_impl) == "local"
     with torch.device("meta") if sharded else contextlib.nullcontext():
@@ -91,7 +94,7 @@ def offload_fraction(run: RunConfig, layout: Layout, chunks: list[nn.Module]) ->
         return 1.0 if offload in (True, "static") else float(offload)
     held = [parameter for chunk in chunks for parameter in chunk.parameters()]
     trained = [parameter for parameter in held if parameter.requires_grad]
-    shards = layout.data if run.optim.distributed else 1
+    shards = layout.replicas if run.optim.distributed else 1
     memory = replicated_memory(DTYPES[run.trainer.precision].itemsize, shards, held, trained)
     room = torch.cuda.get_device_properties(0).total_memory * (1 - ACTIVATION_ROOM)
     return min(max((memory.total - room) / max(memory.optimizer, 1), 0.0), 1.0)

@@ -72,6 +72,15 @@ def archive_path(config: ExpManagerConfig) -> Path:
     return checkpoints.folder_of(config) / f"{params.prefix or config.name}{params.postfix}"
 
 
+def archive_version(config: ExpManagerConfig) -> tuple[int, int] | None:
+    """What tells the archive from one that takes its place; None: there is none."""
+    try:
+        found = archive_path(config).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 @rank_zero_only
 def open_run(config: ExpManagerConfig, settings: dict[str, Any]) -> Opened:
     """Make the run's folder ready and write down the command; nothing of an earlier run is touched yet."""

@@ -16,14 +16,14 @@ from nemo_vlm import heartbeat
 from nemo_vlm.batch import Batch
 from nemo_vlm.checkpoints import Position, run_folder
 from nemo_vlm.config import RunConfig
+from nemo_vlm.data.dataset import Samples
 from nemo_vlm.data.loader import Share, training_loader
 from nemo_vlm.data.orders import batch_size_at
-from nemo_vlm.data.records import RecordDataset
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import groups
 from nemo_vlm.mcore.engine import StepResult
 from nemo_vlm.planning.flops import peak_tflops, step_flops
-from nemo_vlm.training import early_stopping, saving, skips
+from nemo_vlm.training import durations, early_stopping, saving, skips
 from nemo_vlm.training.build import build_engine
 from nemo_vlm.training.exp_manager import MetricsFile, Opened, begin
 from nemo_vlm.training.schedules import learning_rate
@@ -39,8 +39,9 @@ class Plan:
     run: RunConfig
     layout: Layout
     accelerator: Literal["cpu", "cuda"]
-    dataset: RecordDataset
-    validation: RecordDataset | None = None
+    dataset: Samples
+    validation: Samples | None = None
+    unigram_entropy: float | None = None  # see data.dataset.Datasets
 
 
 class TrainingModule(pl.LightningModule):
@@ -65,6 +66,7 @@ class TrainingModule(pl.LightningModule):
         self.engine = build_engine(self.run, self.plan.layout, first_weights=path is None)
         if path is not None:
             self.position = saving.load(self.engine, path, self.run.exp_manager, self.plan.layout)
+        self.run = durations.settle(self.run, len(self.plan.dataset), self.position)  # type: ignore[arg-type]
         groups.barrier()  # a rank that could not load ends the run before anything of an earlier one is touched
         begin(self.run.exp_manager, self.opened)
         if self.trainer.is_global_zero:
@@ -93,14 +95,14 @@ class TrainingModule(pl.LightningModule):
 
     def epochs_ended(self, count: int) -> bool:
         """Whether the last step has ended an epoch, or the count-th since the one before."""
-        samples = count * len(self.plan.dataset)  # type: ignore[arg-type]
+        samples = count * len(self.plan.dataset)
         now = self.position.consumed_samples
         return now // samples > (now - self.batch_size) // samples
 
     def on_train_start(self) -> None:
         plan, share = self.plan, Share(self.trainer.strategy.data_parallel_rank, self.plan.layout.data)  # type: ignore[attr-defined]
         if plan.validation is not None and validates(self.run, plan.validation):
-            epoch = len(plan.dataset)  # type: ignore[arg-type]
+            epoch = len(plan.dataset)
             self.validation = Validation(self.run, plan.layout, share, plan.validation, epoch)
         self.last_time = time.perf_counter()
 
@@ -110,7 +112,7 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, micro_batches: list[Batch], index: int) -> None:
         position = self.position
-        lr = learning_rate(position.global_step, self.run.optim, self.run.trainer.max_steps)
+        lr = learning_rate(durations.at(self.run, position), self.run.optim, self.run.length, self.run.unit)
         heartbeat.at("step", position.global_step + 1)
         result = self.engine.step(micro_batches, lr)
         self.batch_size = batch_size_at(position.consumed_samples, self.run.step)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_vlm.batch import Batch
 from nemo_vlm.checkpoints import Position
-from nemo_vlm.data.records import RecordDataset
+from nemo_vlm.data.dataset import Samples
+from nemo_vlm.data.skipped import too_many
 from nemo_vlm.files import written_whole
 from nemo_vlm.mcore import groups
 
@@ -25,23 +25,21 @@ log = logging.getLogger(__name__)
 FILE = "skipped_samples.jsonl"
 TRAINING, VALIDATION = "training", "validation"
 OF_VALIDATION = json.dumps({"split": VALIDATION})[:-1]  # how such a line begins
-JUDGED_FROM = 100  # samples drawn; before, one broken record would look like many
-CHANCE = 3  # standard deviations
 
 
-def details(batches: Sequence[Batch], dataset: RecordDataset, split: str = TRAINING) -> list[dict[str, Any]]:
+def details(batches: Sequence[Batch], dataset: Samples, split: str = TRAINING) -> list[dict[str, Any]]:
     """The lines of what these batches had to leave out."""
     return [line(number, why, dataset, split) for batch in batches for number, why in batch.skipped]
 
 
-def line(number: int, why: str, dataset: RecordDataset, split: str) -> dict[str, Any]:
+def line(number: int, why: str, dataset: Samples, split: str) -> dict[str, Any]:
     reason, _, message = why.partition(": ")
-    file, inside = dataset.where(number)
+    origin = dataset.origin(number)
     return {
         "split": split,
-        "record": inside,
-        "id": dataset.files[file].name(inside),
-        "file": str(dataset.files[file].path),
+        "record": origin.number,
+        "id": origin.id,
+        "file": str(origin.path),
         "reason": reason,
         "message": message,
     }
@@ -106,16 +104,9 @@ def reasons(skipped: Mapping[str, int]) -> str:
 
 
 def check(position: Position, fraction: float, finished: bool) -> None:
-    """At the end, `fraction` of what was drawn may be left out; before, as many more as chance makes of such a share.
-
-    Raises:
-        RuntimeError: there are more, judged from the JUDGED_FROM-th sample on and at the end.
-    """
+    """Raises RuntimeError: more than `fraction` of what was drawn is left out, see data.skipped.too_many."""
     skipped, drawn = sum(position.skipped_samples.values()), position.consumed_samples
-    allowed = fraction * drawn
-    if not finished:
-        allowed += CHANCE * math.sqrt(allowed)
-    if skipped > allowed and (finished or drawn >= JUDGED_FROM):
+    if too_many(skipped, drawn, fraction, finished):
         raise RuntimeError(
             f"{report(position)}, more than model.data.max_skip_fraction={fraction}; see {FILE} in the run's folder"
         )

@@ -12,8 +12,8 @@ import torch
 from nemo_vlm import heartbeat
 from nemo_vlm.checkpoints import Position, run_folder
 from nemo_vlm.config import RunConfig
+from nemo_vlm.data.dataset import Samples
 from nemo_vlm.data.loader import Share, validation_loader
-from nemo_vlm.data.records import RecordDataset
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore.engine import Engine
@@ -31,11 +31,11 @@ class Validation:
         epoch: samples of the training data.
     """
 
-    def __init__(self, run: RunConfig, layout: Layout, share: Share, dataset: RecordDataset, epoch: int) -> None:
+    def __init__(self, run: RunConfig, layout: Layout, share: Share, dataset: Samples, epoch: int) -> None:
         self.trainer, self.epoch, self.dataset, self.share = run.trainer, epoch, dataset, share
         self.folder = run_folder(run.exp_manager)
         self.every, self.skipped = validation_interval(run, epoch), 0.0
-        batches = validation_batches(run.trainer.limit_val_batches, len(dataset), run.step)  # type: ignore[arg-type]
+        batches = validation_batches(run.trainer.limit_val_batches, len(dataset), run.step)
         self.loader = validation_loader(dataset, layout, share, run, batches)
         if self.every > run.trainer.max_steps:
             log.warning(
@@ -72,11 +72,11 @@ class Validation:
             skips.list_validation(lines, self.folder)
 
 
-def validates(run: RunConfig, dataset: RecordDataset | None) -> bool:
+def validates(run: RunConfig, dataset: Samples | None) -> bool:
     return dataset is not None and run.trainer.limit_val_batches > 0
 
 
-def check(run: RunConfig, dataset: RecordDataset | None) -> None:
+def check(run: RunConfig, dataset: Samples | None) -> None:
     """Whether there will be a val_loss, where the run is led by it.
 
     Raises:
