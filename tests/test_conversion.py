@@ -21,6 +21,7 @@ import transformers
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_hf import make_qwen
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from nemo_vlm.archive import Archive
@@ -107,6 +108,8 @@ def with_hub_names(folder: Path) -> Path:
 MODELS = {
     "llama": make_llama,
     "llama_tied": lambda folder: make_llama(folder, tie_word_embeddings=True),
+    "qwen2": make_qwen,
+    "qwen3": lambda folder: make_qwen(folder, "qwen3"),
     "clip": make_llava,
     "siglip": lambda folder: make_llava(folder, "siglip"),
     "clip_hub": lambda folder: with_hub_names(make_llava(folder)),
@@ -153,12 +156,13 @@ def test_there_and_back_is_bit_equal(name: str, limit: int, models, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("x.nemo", "back")] == []
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "clip", "siglip_hub"])
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "qwen3", "clip", "siglip_hub"])
 def test_stock_transformers_gives_the_same_logits(name: str, models, tmp_path: Path) -> None:
     back = there_and_back(models[name], tmp_path)
-    auto = AutoModelForImageTextToText if "llama" not in name else transformers.AutoModelForCausalLM
+    sees = name not in ("llama", "llama_tied", "qwen2", "qwen3")
+    auto = AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
     inputs = {"input_ids": torch.randint(5, 250, (1, 12), generator=torch.Generator().manual_seed(1))}
-    if "llama" not in name:
+    if sees:
         image = torch.full((1, 16), 4)
         inputs = {"input_ids": torch.cat([inputs["input_ids"], image], 1), "pixel_values": torch.randn(1, 3, 28, 28)}
     logits = []
@@ -182,6 +186,20 @@ def test_config_has_what_llama_config_would_assume(models, archive: Path, tmp_pa
         key: value for key, value in original.to_dict().items() if key not in changed
     }
     assert "<image>" in tokenizer.get_vocab()
+
+
+def test_a_qwens_export_is_what_the_hub_has(models, tmp_path: Path) -> None:
+    """Tokenizer files and chat template as they were; config.json in transformers 4's form with Qwen2's fields."""
+    back = there_and_back(models["qwen2"], tmp_path)
+    for name in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (back / name).read_bytes() == (models["qwen2"] / name).read_bytes()
+    config = json.loads((back / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForCausalLM"] and "lm_head.weight" not in weights(back)
+    assert (config["use_sliding_window"], config["max_window_layers"], config["torch_dtype"]) == (False, 3, "float32")
+    assert (config["rope_theta"], config["tie_word_embeddings"], "head_dim" in config) == (1e6, True, False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(back)
+    assert config["vocab_size"] == len(tokenizer) + 17  # rows beyond the tokenizer stay
+    assert config["eos_token_id"] == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_a_generation_config_is_kept_without_tokenizer(tmp_path: Path) -> None:

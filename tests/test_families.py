@@ -40,7 +40,7 @@ from nemo_vlm.sources import starting
 from nemo_vlm.training.build import make_engine
 from nemo_vlm.typed import model_tree, read_model
 
-NUM_STEPS, GLOBAL_BATCH = 4, 8
+NUM_STEPS, GLOBAL_BATCH = 3, 8
 
 
 def siglip(config: LlavaConfig) -> LlavaConfig:
@@ -83,6 +83,15 @@ def biased(config: LanguageConfig) -> LanguageConfig:
     return replace(config, bias=True, qkv_bias=True)
 
 
+def qwen2(config: LanguageConfig) -> LanguageConfig:
+    """As Qwen2.5 0.5B: 14 heads, 2 groups, biases of queries, keys and values, tied embeddings."""
+    return replace(tied(config), hidden_size=112, num_attention_heads=14, kv_channels=8, qkv_bias=True)
+
+
+def qwen3(config: LanguageConfig) -> LanguageConfig:
+    return replace(config, qk_layernorm=True, layernorm_epsilon=1e-6)
+
+
 def projector(kind: str, config: LlavaConfig) -> LlavaConfig:
     return replace(config, mm_cfg=replace(config.mm_cfg, mm_mlp_adapter_type=kind))
 
@@ -94,6 +103,10 @@ VARIANTS = {name: (name, config) for name, config in TINY.items()} | {
     "llava_odd": ("llava", odd(TINY["llava"])),
     "gpt_tied": ("gpt", tied(TINY["gpt"])),
     "gpt_biased": ("gpt", biased(TINY["gpt"])),
+    "gpt_qwen2": ("gpt", qwen2(TINY["gpt"])),
+    "gpt_qwen3": ("gpt", qwen3(TINY["gpt"])),
+    "llava_qwen2": ("llava", replace(TINY["llava"], qkv_bias=True)),
+    "llava_qwen3": ("llava", qwen3(TINY["llava"])),
     "gpt_linear_rope": ("gpt", interpolated(TINY["gpt"])),
     "gpt_llama3_rope": ("gpt", llama3_scaled(TINY["gpt"])),
 }
@@ -238,6 +251,12 @@ LAYOUTS = {
             4,
             dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, sequence_parallel=True),
         ),
+        ("cp2", 2, dict(context_parallel_size=2)),
+        (
+            "tp2_sp_cp2",
+            4,
+            dict(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2),
+        ),
         ("tp2_dp2", 4, dict(tensor_model_parallel_size=2)),
         ("pp2_dp2", 4, dict(pipeline_model_parallel_size=2)),
     ]
@@ -316,7 +335,8 @@ def reference():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layout_trains_as_one_process(name: str, layout: str, reference) -> None:
-    run, where = sharded(run_of(name, TINY[name]), layout)
+    size = 1 if layout == "hsdp" else 2  # so that each rank has several micro-batches to add up
+    run, where = sharded(run_of(name, TINY[name]), layout, micro_batch_size=size)
     results = run_ranks(train, where.world_size, run, where)
     expected, expected_weights = reference(name)
     for steps, _ in results:  # every rank reports the same

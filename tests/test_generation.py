@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +11,12 @@ import numpy
 import pytest
 import torch
 import transformers
+from commands import run
 from distributed import run_ranks
 from PIL import Image
 from test_families import LAYOUTS, make_layout, micro_batches, run_of, settle
 from test_families import whole as whole_weights
-from tiny_hf import make_clip, make_llama, make_llava
+from tiny_hf import make_clip, make_llama, make_llava, make_qwen
 
 from nemo_vlm.batch import Sample, collate
 from nemo_vlm.config import ParallelConfig, RunConfig, StartConfig
@@ -39,6 +37,8 @@ GENERATE = Path(__file__).parents[1] / "examples" / "generate.py"
 MODELS = {
     "llama": ("gpt", make_llama),
     "llama_tied": ("gpt", lambda folder: make_llama(folder, tie_word_embeddings=True)),
+    "qwen2": ("gpt", make_qwen),
+    "qwen3": ("gpt", lambda folder: make_qwen(folder, "qwen3")),
     "llava_odd": ("llava", make_llava),  # 5 heads in the tower, 3 layers
     "llava": ("llava", lambda folder: make_llava(folder, {"num_hidden_layers": 4}, {"num_attention_heads": 4})),
 }
@@ -67,7 +67,7 @@ def picture(tmp_path_factory) -> Path:
 
 
 def theirs(folder: Path, name: str) -> Any:
-    cls = transformers.LlavaForConditionalGeneration if name.startswith("llava") else transformers.LlamaForCausalLM
+    cls = transformers.LlavaForConditionalGeneration if name.startswith("llava") else transformers.AutoModelForCausalLM
     return cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
@@ -200,24 +200,20 @@ def lines(picture: Path) -> list[dict[str, Any]]:
     ]
 
 
-def run_command(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "MASTER_", "WORLD"))}
-    command = [sys.executable, str(GENERATE), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def test_the_command_answers_as_transformers(models, picture: Path) -> None:
     """With the directory's own processor: the same prompt tokens, and the same answers, EOS included."""
     processor = transformers.LlavaProcessor.from_pretrained(models["llava"])
     model = theirs(models["llava"], "llava")
     questions, output = picture.parent / "in.jsonl", picture.parent / "answers" / "out.jsonl"
     questions.write_text("".join(json.dumps(line) + "\n" for line in lines(picture)))
-    done = run_command(
+    done = run(
+        str(GENERATE),
         f"model_path={models['llava']}.nemo",
         f"prompt_file={questions}",
         f"output_file={output}",
         f"inference.tokens_to_generate={NUM_TOKENS}",
         "parallel=tp2",
+        cwd=picture.parent,
     )
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stdout

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_families import TINY, biased, odd, tied
+from test_families import TINY, biased, odd, qwen2, qwen3, tied
 from test_formats import BOMBS
 
 from nemo_vlm.archive import Archive
@@ -43,6 +43,8 @@ MODELS = {
     "gpt": ("gpt", TINY["gpt"]),
     "gpt_tied": ("gpt", tied(TINY["gpt"])),
     "gpt_biased": ("gpt", biased(TINY["gpt"])),
+    "gpt_qwen2": ("gpt", qwen2(TINY["gpt"])),
+    "gpt_qwen3": ("gpt", qwen3(TINY["gpt"])),
     "llava": ("llava", TINY["llava"]),
     "llava_odd": ("llava", odd(TINY["llava"])),
 }
@@ -70,7 +72,7 @@ def assert_same(found, expected) -> None:
 
 
 @pytest.mark.parametrize("export", EXPORTS)
-@pytest.mark.parametrize("model", ["gpt", "gpt_tied", "gpt_biased", "llava"])
+@pytest.mark.parametrize("model", ["gpt", "gpt_tied", "gpt_biased", "gpt_qwen2", "gpt_qwen3", "llava"])
 def test_exported_and_imported(model: str, export: str, tmp_path: Path) -> None:
     source = source_of(model)
     to_megatron(source, Target(tmp_path / "out"), EXPORTS[export])
@@ -85,14 +87,26 @@ def test_exported_and_imported(model: str, export: str, tmp_path: Path) -> None:
 
 
 def test_without_a_config_json_megatrons_arguments_are_read(tmp_path: Path) -> None:
-    for export in ("torch_dist", "tp2_pp2"):
-        source, out = source_of("gpt_biased"), tmp_path / export
+    for model, export in (("gpt_biased", "torch_dist"), ("gpt_qwen2", "tp2_pp2"), ("gpt_qwen3", "torch_dist")):
+        source, out = source_of(model), tmp_path / model
         to_megatron(source, Target(out), EXPORTS[export])
         (out / "config.json").rename(tmp_path / "config.json")
         found = open_megatron(out)
         assert found.model == source.model
         assert_same(found.reader, source.reader)
         assert open_megatron(out, hf_config=tmp_path).model.num_layers == 4
+
+
+def test_names_with_a_language_models_prefix_are_read(tmp_path: Path) -> None:
+    """As a derivative of Megatron-LM writes them that trains language models inside multimodal ones."""
+    source = source_of("gpt_qwen3")
+    (tmp_path / "release").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release\n")
+    (tmp_path / "config.json").write_text(json.dumps(family("gpt", "mapping").hf_config(source.model)))
+    torch_dist_writer.write(tmp_path / "release", source.reader, {}, ("language_model.decoder.layers.",))
+    found = open_megatron(tmp_path)
+    assert_same(found.reader, source.reader)
+    assert found.model.qk_layernorm
 
 
 def test_what_does_not_divide_is_said(tmp_path: Path) -> None:
@@ -225,6 +239,7 @@ def test_arguments_that_are_not_built_are_refused(tmp_path: Path) -> None:
         ("rotary_base", 500000, 10000.0),
         ("norm_epsilon", 1e-6, 1e-5),
         ("untie_embeddings_and_output_weights", False, True),
+        ("qk_layernorm", True, False),
     ],
 )
 def test_arguments_that_contradict_config_json_are_refused(name: str, value, theirs, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ FORMS = {  # two turns, as Conversation.get_prompt of NeMo 2.0.0 (v1_fork: of th
     "yi_34b": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n«A1<|im_end|>»"
     "\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n«A2<|im_end|>»",
 }
-FORMS |= {"nv_steerlm": FORMS["nvgpt"], "chatml": FORMS["yi_34b"] + "\n"}
+FORMS |= {"nv_steerlm": FORMS["nvgpt"]} | dict.fromkeys(("chatml", "qwen2"), FORMS["yi_34b"] + "\n")
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -57,6 +57,14 @@ def test_forms_are_nemos(name: str) -> None:
     found = segments(TEMPLATES[name], turns, "S", "<s>", "</s>")
     text = "".join(f"«{part.text}»" if part.trained else part.text for part in found)
     assert text.replace("»«", "") == FORMS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "before"), [("chatml", ""), ("qwen2", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")]
+)
+def test_chatml_has_no_system_message_of_its_own(name: str, before: str) -> None:
+    found = "".join(part.text for part in segments(TEMPLATES[name], [Turn("Q1", None)], None, "", "<|endoftext|>"))
+    assert found == f"{before}<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_plain_is_a_caption_behind_its_image() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
+QWEN_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 
 def tokenizer() -> Any:
     """Llama's special tokens, of which it puts BOS in front, and <image>; LLaVA's kind of chat template."""
@@ -54,6 +60,37 @@ def make_llama(folder: Path, **settings: Any) -> Path:
     config = transformers.LlamaConfig(**LLAMA | settings)
     random_weights(transformers.LlamaForCausalLM(config)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return folder
+
+
+def qwen_tokenizer(folder: Path) -> Any:
+    """As Qwen's, saved with the vocab.json and merges.txt that the hub has beside it; the EOS ends a turn."""
+    bpe = json.loads(train_tokenizer(TEXTS, 300).backend_tokenizer.to_str())["model"]
+    vocabulary = {token: number for token, number in bpe["vocab"].items() if number >= 5}  # no special tokens of ours
+    vocabulary = {token: number for number, token in enumerate(vocabulary)}
+    made = transformers.Qwen2Tokenizer(
+        vocabulary,
+        [tuple(pair) for pair in bpe["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    made.chat_template = QWEN_TEMPLATE
+    made.save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in bpe["merges"]))
+    return made
+
+
+def make_qwen(folder: Path, kind: str = "qwen2", **settings: Any) -> Path:
+    """With more rows than its tokenizer has tokens, as on the hub; Qwen2's ties its embeddings unless told not to."""
+    made = qwen_tokenizer(folder)
+    shape = LLAMA | dict(rms_norm_eps=1e-6, rope_theta=1e6, eos_token_id=made.eos_token_id, vocab_size=len(made) + 17)
+    if kind == "qwen2":  # as many heads and groups as Qwen2.5 0.5B
+        del shape["head_dim"]
+        shape |= dict(hidden_size=112, num_attention_heads=14, tie_word_embeddings=True)
+    config = transformers.AutoConfig.for_model(kind, **shape | settings)
+    random_weights(transformers.AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     return folder
 
 

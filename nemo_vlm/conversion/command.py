@@ -9,10 +9,13 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_vlm.errors import explain
 from nemo_vlm.logs import set_up_logging
+
+if TYPE_CHECKING:
+    from nemo_vlm.config import TokenizerConfig
 
 # torch's names of the dtypes; beside ours the names that NeMo's scripts take
 PRECISIONS = {
@@ -45,6 +48,19 @@ def parser(description: str | None) -> Parser:
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the verification runs")
     made.add_argument("--no-verify", dest="verify", action="store_false", help="do not run both models at the end")
     return made
+
+
+def add_tokenizer(flags: Parser) -> None:
+    """The flags that say which tokenizer, see tokenizer_of."""
+    flags.add_argument("--tokenizer", required=True, help="a directory; with --library sentencepiece its model")
+    flags.add_argument("--library", default="huggingface", choices=("huggingface", "sentencepiece"))
+
+
+def tokenizer_of(options: argparse.Namespace) -> TokenizerConfig:
+    from nemo_vlm.config import TokenizerConfig
+
+    place: dict[str, Any] = {"model" if options.library == "sentencepiece" else "type": options.tokenizer}
+    return TokenizerConfig(library=options.library, **place)
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from nemo_vlm.data.tokenizer import open_tokenizer
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.safetensors import TensorSpec
 from nemo_vlm.models.base import family
-from nemo_vlm.models.chat import chat_template
+from nemo_vlm.models.chat import chat_template, ends_of_answers
 from nemo_vlm.sources.source import Source, save_files
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,9 @@ def write_companions(source: Source, specs: list[TensorSpec], folder: Path) -> N
         return
     check_tokenizer(tokenizer, model, source)
     if not (folder / GENERATION).exists():
-        write_json(folder / GENERATION, special_tokens(tokenizer))
+        ends = [tokenizer.eos_token_id, *ends_of_answers(source.tree, tokenizer)]
+        more = {"eos_token_id": ends} if len(ends) > 1 else {}  # generate would go on behind an answer
+        write_json(folder / GENERATION, special_tokens(tokenizer) | more)
     if not has_template(folder, tokenizer, bool(processor)):
         with_bos = not processor or tokenizer("")["input_ids"] == []
         (folder / TEMPLATES[0]).write_text(chat_template(model, data, with_bos))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from nemo_vlm.batch import IMAGE_TAG
 from nemo_vlm.config import DataConfig, LanguageConfig
+from nemo_vlm.data.codec import special_tokens
 from nemo_vlm.models.templates import BOS, EOS, TEMPLATES, Template
 
 TOKENS = {BOS: "(bos_token or '')", EOS: "eos_token"}
@@ -96,3 +99,14 @@ def question(template: Template, in_front: bool) -> str:
         return "IMAGE * text.count(IMAGE)"
     said = "in_front(text)" if in_front else "text"
     return f"({said} | trim)" if template.trims else said
+
+
+def ends_of_answers(tree: Mapping[str, Any], tokenizer: Any) -> list[int]:
+    """The token beside EOS that ends an answer of the template that a checkpoint was trained with, <|im_end|> say.
+
+    Args:
+        tree: the checkpoint's settings, which may name no template.
+    """
+    name = tree.get("data", {}).get("conv_template")
+    after, special = TEMPLATES[name].around_answer[1] if name else EOS, special_tokens(tokenizer)
+    return [special[after]] if after in special and after != tokenizer.eos_token else []

@@ -2,6 +2,7 @@
 
 They are NeMo's (nemo/collections/multimodal/data/neva/conversation.py and the preprocess_* of neva_dataset.py, 2.0.0),
 to the letter. Where those write <extra_id_6> and <extra_id_7> for a tokenizer's BOS and EOS, these are written here.
+NeMo's are not: v1_fork, chatml (as Qwen3's chat template has it) and qwen2.
 """
 
 from __future__ import annotations
@@ -144,6 +145,8 @@ TEMPLATES = {
     "mistral": Template(start=" [INST] ", around_system=("", "\n"), next=" [INST] ", prompt=" [/INST]"),
     "yi_34b": replace(CHATML, end="", trims=True),
     "chatml": CHATML,
+    # as the chat templates of Qwen2 and of Qwen2.5's base models
+    "qwen2": replace(CHATML, system="You are a helpful assistant."),
 }
 
 

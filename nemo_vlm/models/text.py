@@ -49,7 +49,8 @@ class ConversationText:
             problem = f"{len(found)} turns; model.data.conv_template={self.data.conv_template} is for one caption"
             raise SampleError("broken_record", f"record {record.get('id')}: {problem}")
         if self.media is None:
-            return [replace(turn, question=PLACEHOLDERS.sub("", turn.question).lstrip("\n")) for turn in found]
+            named = record.get("image") or record.get("video")  # else <image> is what somebody wrote
+            return [replace(turn, question=without_media(turn.question)) for turn in found] if named else found
         if self.data.sep_image_conv_front:
             return [replace(found[0], question=in_front(found[0].question)), *found[1:]]
         return found
@@ -125,6 +126,11 @@ class ConversationText:
             message = f"{len(prompt)} tokens leave no room for an answer in model.encoder_seq_length={self.limit}"
             raise SampleError("too_long", message)
         return prompt
+
+
+def without_media(question: str) -> str:
+    """A question for a model that reads text only; one that speaks of no image stays as it is."""
+    return PLACEHOLDERS.sub("", question).lstrip("\n") if PLACEHOLDERS.search(question) else question
 
 
 def in_front(question: str) -> str:

@@ -27,7 +27,6 @@ FIXED = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
     "num_experts": None,
-    "qk_layernorm": False,
     "rotary_interleaved": False,
     "apply_layernorm_1p": False,
     "apply_residual_connection_post_layernorm": False,
@@ -38,6 +37,7 @@ FIXED = {
 COMPARED = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("rotary_base", "norm_epsilon", "add_bias_linear", "untie_embeddings_and_output_weights"),
+    "qk_layernorm",
 )
 
 
@@ -53,6 +53,7 @@ def to_args(config: LanguageConfig) -> dict[str, Any]:
         "norm_epsilon": config.layernorm_epsilon,
         "add_bias_linear": config.bias,
         "add_qkv_bias": config.qkv_bias,
+        "qk_layernorm": config.qk_layernorm,
         "untie_embeddings_and_output_weights": not config.share_embeddings_and_output_weights,
         "seq_length": config.encoder_seq_length,
         "rotary_base": config.rotary_base,
@@ -84,6 +85,7 @@ def from_args(args: Mapping[str, Any], called: str) -> Config:
             layernorm_epsilon=args["norm_epsilon"],
             bias=args["add_bias_linear"],
             qkv_bias=args["add_bias_linear"] or args["add_qkv_bias"],
+            qk_layernorm=bool(args.get("qk_layernorm")),
             share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
             rotary_base=float(args["rotary_base"]),
             seq_len_interpolation_factor=args["rotary_seq_len_interpolation_factor"],

@@ -1,1 +1,1 @@
-"""Text-only language models of Llama's kind."""
+"""Text-only language models: Llama, Qwen2.5, Qwen3 (dense) and their kin."""

@@ -11,4 +11,4 @@ STARTS: dict[str, str | None] = {"restore_from_path": None}
 
 @dataclass(frozen=True)
 class Config(LanguageConfig):
-    """Llama: the language model's settings are all there is."""
+    """Llama, Qwen2.5, Qwen3: the language model's settings are all there is."""

@@ -1,4 +1,4 @@
-"""Weights as in Hugging Face's LlamaForCausalLM."""
+"""Weights as in Hugging Face's LlamaForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 from nemo_vlm.mapping import Rule
 from nemo_vlm.models.gpt.config import Config
-from nemo_vlm.models.rules import decoder_rules, llama_config, llama_fields
+from nemo_vlm.models.hf_decoder import CLASSES, decoder_config, decoder_fields
+from nemo_vlm.models.rules import decoder_rules
 
-HF_TYPES = ("llama",)  # model_type in config.json
+HF_TYPES = tuple(CLASSES)  # model_type in config.json
 VISION_TYPES = ()
 HF_VARIANTS: dict[str, str] = {}
 MEGATRON_VARIANTS = {"language_model.": ""}  # our names' beginnings, and what they are in Megatron-Core's GPTModel
@@ -20,9 +21,9 @@ def rules(config: Config) -> list[Rule]:
 
 
 def hf_config(config: Config) -> dict[str, Any]:
-    return llama_config(config)
+    return decoder_config(config)
 
 
 def from_hf(hf: Mapping[str, Any], names: set[str], path: str) -> Config:
-    """The config of an HF LlamaConfig whose defaults are filled in; see llava's for the arguments."""
-    return Config(**llama_fields(hf, path))
+    """The config of an HF class whose defaults are filled in; see llava's for the arguments."""
+    return Config(**decoder_fields(hf, path))

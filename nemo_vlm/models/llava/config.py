@@ -151,6 +151,10 @@ class Config(LanguageConfig):
         }
 
     @property
+    def reads_media(self) -> bool:
+        return True
+
+    @property
     def image_placeholder(self) -> str:
         return self.mm_cfg.image_token
 

@@ -12,8 +12,9 @@ from typing import Any
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.mapping import Reshape, Rule, rename
 from nemo_vlm.models.adapter import DOWNSAMPLE, num_linear_layers
+from nemo_vlm.models.hf_decoder import CLASSES, decoder_config, decoder_fields
 from nemo_vlm.models.llava.config import Config, MultimodalConfig, VisionConfig
-from nemo_vlm.models.rules import decoder_rules, llama_config, llama_fields, vision_layer_rules
+from nemo_vlm.models.rules import decoder_rules, vision_layer_rules
 
 HF_TYPES = ("llava",)  # model_type in config.json
 VISION_TYPES = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")  # of a tower alone
@@ -113,7 +114,7 @@ def hf_config(config: Config) -> dict[str, Any]:
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
-        "text_config": llama_config(config),
+        "text_config": decoder_config(config),
         "vision_config": vision_hf_config(vision),
         "image_token_index": config.mm_cfg.image_token_index,
         "image_seq_length": config.mm_cfg.num_image_tokens,
@@ -150,8 +151,10 @@ def from_hf(hf: Mapping[str, Any], names: set[str], path: str) -> Config:
         ConfigError: it has something that is not built here.
     """
     text, vision = hf["text_config"], hf["vision_config"]
-    if text["model_type"] != "llama":
-        raise ConfigError(f"{path}: text_config.model_type={text['model_type']} is not supported, only llama")
+    if text["model_type"] not in CLASSES:
+        raise ConfigError(
+            f"{path}: text_config.model_type={text['model_type']} is not supported, only {', '.join(CLASSES)}"
+        )
     strategy = "default" if "clip" in vision["model_type"] else "full"
     expected = {
         "projector_hidden_act": "gelu",
@@ -167,7 +170,7 @@ def from_hf(hf: Mapping[str, Any], names: set[str], path: str) -> Config:
     tower = VisionConfig(**fields, vision_select_layer=hf["vision_feature_layer"])
     mm_cfg = MultimodalConfig(vision_encoder=tower, image_token_index=hf["image_token_index"])
     tied = {"share_embeddings_and_output_weights": hf["tie_word_embeddings"]}
-    return Config(**llama_fields(text, path) | tied, mm_cfg=mm_cfg)
+    return Config(**decoder_fields(text, path) | tied, mm_cfg=mm_cfg)
 
 
 def vision_from_hf(hf: Mapping[str, Any], names: set[str], path: str) -> dict[str, Any]:
