@@ -6,7 +6,8 @@ import glob
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,23 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def made_once(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` make a folder's content; nothing happens if it is there already. Several processes may want it."""
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name))
+    try:
+        fill(partial)
+        partial.chmod(0o755)
+        os.replace(partial, folder)
+    except OSError:
+        if not folder.exists():  # else another process was faster
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -18,6 +18,7 @@ from megatron.core.datasets import helpers_cpp
 from PIL import Image
 from test_families import build_all
 
+from nemo_vlm import options
 from nemo_vlm.batch import IGNORE_INDEX, Batch, Sample
 from nemo_vlm.checkpoints import Position
 from nemo_vlm.config import (
@@ -37,7 +38,7 @@ from nemo_vlm.data.orders import PERIOD, Blend, Grouped
 from nemo_vlm.data.records import RecordDataset, RecordFile
 from nemo_vlm.data.tokenizer import train_tokenizer
 from nemo_vlm.errors import ConfigError, SampleError
-from nemo_vlm.layout import Layout, check, resolve
+from nemo_vlm.layout import Layout, resolve
 from nemo_vlm.mcore import groups
 from nemo_vlm.models.base import family
 from nemo_vlm.models.images import load_image
@@ -253,7 +254,8 @@ def test_steerlm_speaks_of_its_images_in_the_text(tmp_path: Path) -> None:
         {"from": "Assistant", "value": "Both.", "label": "quality:4"},
     ]
     path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps({"conversations": turns}) + "\n\n" + json.dumps(text_record(1, 2)) + "\n")
+    html = {"messages": [{"role": "user", "content": "HTML?"}, {"role": "assistant", "content": '<img src="a.png">'}]}
+    path.write_text(json.dumps({"conversations": turns}) + "\n\n" + json.dumps(html) + "\n")
     (tmp_path / "images").mkdir()
     below, beside = RecordFile(path, str(tmp_path / "images")), RecordFile(path)
     assert len(below) == 2
@@ -261,6 +263,9 @@ def test_steerlm_speaks_of_its_images_in_the_text(tmp_path: Path) -> None:
     assert beside[0]["image"] == [Path("/data/one.jpg"), tmp_path / "two.jpg"]
     assert [turn["value"] for turn in below[0]["conversations"]] == ["See <image> and <image>.", "Both."]
     assert [turn["from"] for turn in below[0]["conversations"]] == ["user", "assistant"]
+    assert (below[1]["image"], below[1]["conversations"][1]["value"]) == ([], '<img src="a.png">')  # not SteerLM's form
+    of_text = RecordFile(path, media=False)[0]
+    assert (of_text["image"], of_text["conversations"][0]["value"]) == ([], turns[0]["value"])
 
 
 # Orders
@@ -392,7 +397,7 @@ def test_lengths_are_those_of_the_samples_and_are_kept(make_run, tmp_path: Path,
     monkeypatch.setattr(lengths, "lengths", None)  # not called again
     assert (open_datasets(run, processor).train.lengths == dataset.lengths).all()
     other, processor = make_run(StepConfig(1, 4), data_path=path, packing=True, conv_template="plain")
-    with pytest.raises(TypeError, match="not callable"):
+    with pytest.raises(TypeError, match="callable"):
         open_datasets(other, processor)
 
 
@@ -611,6 +616,7 @@ def test_validation_from_files_of_their_own_and_excluded_records(make_run, tmp_p
     [
         ({"data_path": (0.5, "a", "b")}, "model.data.data_path=.*a weight before each file"),
         ({"data_path": ("a", "b"), "concat_sampling_probabilities": (1.0,)}, "2 weights"),
+        ({"data_path": (0.0, "a", 1, "b")}, r"model.data.data_path=\[0.0, 'a', 1, 'b'\]: must be 2 weights"),
         ({"data_path": ("a", "b"), "image_folder": ("x",)}, "one for each of 2 files"),
         ({"data_path": "a", "pad_to": 0}, "model.data.pad_to=0"),
         ({"validation_split": 0.1, "validation_path": "b"}, "give one of them"),
@@ -625,7 +631,7 @@ def test_settings_that_cannot_be(settings: dict, says: str) -> None:
 
 def test_all_is_padded_to_no_less_than_the_longest_sample(make_run) -> None:
     with pytest.raises(ConfigError, match="model.data.pad_to=32: must be batch, or no less than .*seq_length=64"):
-        check(make_run(StepConfig(2, 8), pad_to=32)[0])
+        options.check(make_run(StepConfig(2, 8), pad_to=32)[0])
 
 
 def test_images_that_the_data_and_the_model_speak_of_are_the_same() -> None:

@@ -6,15 +6,13 @@ E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI Machine L
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nemo_vlm.data.tokenizer import train_tokenizer
+from nemo_vlm.files import made_once
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LETTERS = "ABCDEFGHIJ"
@@ -22,6 +20,7 @@ FILES = ("train.json", "heldout.json")
 NUM_TRAIN = 1500
 CHOICE_EVERY = 3  # each third training digit is also asked as multiple choice
 PIXELS = 32
+TOKENIZER = "tokenizer"
 NUM_TOKENS = 363  # of the tokenizer, which runs out of pairs to merge
 
 OPEN_QUESTION = "<image>\nWhich digit is this?"
@@ -36,19 +35,7 @@ CHOICE_QUESTION = "\n".join(
 
 def write(folder: Path) -> None:
     """Write train.json, heldout.json, images/ and tokenizer/ into `folder`; nothing happens if it is there already."""
-    if folder.exists():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name))
-    try:
-        _write(partial)
-        partial.chmod(0o755)
-        os.replace(partial, folder)
-    except OSError:
-        if not folder.exists():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    made_once(folder, _write)
 
 
 def _write(folder: Path) -> None:
@@ -68,7 +55,7 @@ def _write(folder: Path) -> None:
     for name, records in zip(FILES, (train, heldout), strict=True):
         (folder / name).write_text(json.dumps(records, indent=1))
     texts = [turn["value"] for entry in train for turn in entry["conversations"]]
-    train_tokenizer([*texts, "USER: ASSISTANT: "], vocab_size=512).save_pretrained(folder / "tokenizer")
+    train_tokenizer([*texts, "USER: ASSISTANT: "], vocab_size=512).save_pretrained(folder / TOKENIZER)
 
 
 def _digits() -> Iterator[tuple[Any, int]]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,11 @@ import numpy
 from rich.progress import track
 
 from nemo_vlm.data.cached import cached
+from nemo_vlm.data.pool import mapped
 from nemo_vlm.data.records import RecordFile
 from nemo_vlm.errors import SampleError
 
-FORMAT = 2  # of the table; tables of another are measured anew
+FORMAT = 3  # of the table; tables of another are measured anew
 AT_ONCE = 10_000  # records that a process takes at a time; a file of fewer is not worth starting any
 OF_MEDIA = {"missing_image", "broken_image", "huge_image", "broken_video"}  # reasons that another day may take away
 UNKNOWN = 0  # tokens of a sample that such a reason kept from being measured
@@ -56,25 +56,9 @@ def fingerprint(file: RecordFile, processor: Any) -> str:
 def measured(file: RecordFile, processor: Any, numbers: numpy.ndarray) -> numpy.ndarray:
     """Over all CPU cores, with a progress bar."""
     runs = [numbers[first : first + AT_ONCE] for first in range(0, len(numbers), AT_ONCE)]
-    if len(runs) == 1:
-        return lengths(file, processor, numbers)
-    cores = len(os.sched_getaffinity(0))
-    # spawned, not forked: the tokenizer and torch have threads by now
-    with ProcessPoolExecutor(cores, get_context("spawn"), prepare, (file, processor)) as pool:
-        found = track(pool.map(of_prepared, runs), f"lengths of {file.path.name}", len(runs))
-        return numpy.concatenate(list(found))
-
-
-prepared: tuple[RecordFile, Any]  # in a process that measures
-
-
-def prepare(file: RecordFile, processor: Any) -> None:
-    global prepared
-    prepared = file, processor
-
-
-def of_prepared(numbers: numpy.ndarray) -> numpy.ndarray:
-    return lengths(*prepared, numbers)
+    found = mapped(partial(lengths, file, processor), runs, len(os.sched_getaffinity(0)))
+    told = f"lengths of {file.path.name}"
+    return numpy.concatenate(list(track(found, told, len(runs), disable=len(runs) == 1)))
 
 
 def lengths(file: RecordFile, processor: Any, numbers: numpy.ndarray) -> numpy.ndarray:

@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from nemo_vlm.batch import Batch, Sample, collate, empty_sample, pack, round_up
 from nemo_vlm.config import RunConfig, StepConfig
 from nemo_vlm.data import packing
+from nemo_vlm.data.dataset import Samples
 from nemo_vlm.data.orders import Blend, Grouped
 from nemo_vlm.data.records import RecordDataset
 from nemo_vlm.layout import Layout
+from nemo_vlm.options import least_multiple, row_length
 
 Groups = list[list[int]]  # record numbers, see Shares
 
@@ -38,6 +40,21 @@ class InTurn:
     def __call__(self, batch: Sequence[int], share: Share) -> Groups:
         each = len(batch) // share.of
         return [list(batch[share.rank * each : (share.rank + 1) * each])]
+
+
+class MicroBatches:
+    """A group for each micro-batch.
+
+    Args:
+        size: of one; it divides what a rank has of a batch.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, batch: Sequence[int], share: Share) -> Groups:
+        (mine,) = InTurn()(batch, share)
+        return [mine[first : first + self.size] for first in range(0, len(mine), self.size)]
 
 
 class Packs:
@@ -94,11 +111,12 @@ class StepSampler(Sampler[Groups]):
 class Steps(Dataset):
     """Micro-batches of the groups that a sampler gives, read in a worker."""
 
-    def __init__(self, dataset: Dataset, put_together: Callable[[Iterable[list[Sample]]], list[Batch]]) -> None:
+    def __init__(self, dataset: Samples, put_together: Callable[[Iterable[list[Sample]]], list[Batch]]) -> None:
         self.dataset, self.put_together = dataset, put_together
 
     def __getitem__(self, groups: Groups) -> list[Batch]:
-        return self.put_together([self.dataset[number] for number in group] for group in groups)
+        samples = self.dataset.samples
+        return self.put_together([sample for number in group for sample in samples(number)] for group in groups)
 
 
 def padded(groups: Iterable[list[Sample]], micro_batch_size: int, pad_multiple: int) -> list[Batch]:
@@ -112,6 +130,11 @@ def padded(groups: Iterable[list[Sample]], micro_batch_size: int, pad_multiple: 
         batches.append(collate(samples[:micro_batch_size], pad_multiple))
         del samples[:micro_batch_size]
     return batches
+
+
+def in_rows(groups: Iterable[list[Sample]], pad_multiple: int) -> list[Batch]:
+    """A row of each group, whose numbers stand for packed samples already."""
+    return [pack(group, pad_multiple) for group in groups]
 
 
 def packed(groups: Iterable[list[Sample]], pad_multiple: int, capacity: int, dataset: RecordDataset) -> list[Batch]:
@@ -133,15 +156,19 @@ def fitting(group: list[Sample], capacity: int, dataset: RecordDataset) -> list[
     return fits
 
 
-def pad_multiple(run: RunConfig, layout: Layout) -> int:
-    """Sequence parallelism splits the tokens over the tensor-parallel ranks; all else is padded to a given number."""
-    if run.data.pad_to != "batch":
-        return run.data.pad_to
-    return layout.tensor if layout.sequence_parallel else 1
+def pad_multiple(run: RunConfig, layout: Layout, packed: bool) -> int:
+    """What the layout and 8-bit products need, or a given number; buffers of one size take only what fills them.
+
+    Args:
+        packed: the rows of a micro-batch are joined into one.
+    """
+    if run.step.ub_tp_comm_overlap:
+        return row_length(run, layout) * (layout.micro_batch_size if packed else 1)
+    return least_multiple(run, layout) if run.data.pad_to == "batch" else run.data.pad_to
 
 
 def training_loader(
-    dataset: RecordDataset, layout: Layout, share: Share, run: RunConfig, num_steps: int, consumed_samples: int
+    dataset: Samples, layout: Layout, share: Share, run: RunConfig, num_steps: int, consumed_samples: int
 ) -> DataLoader:
     """One item for each of the steps that are left: this rank's micro-batches."""
     order = order_of(dataset, run)
@@ -149,7 +176,7 @@ def training_loader(
     return loader(dataset, StepSampler(order, num_steps, consumed_samples, run.step, share, shares), layout, run)
 
 
-def validation_loader(dataset: RecordDataset, layout: Layout, share: Share, run: RunConfig, limit: int) -> DataLoader:
+def validation_loader(dataset: Samples, layout: Layout, share: Share, run: RunConfig, limit: int) -> DataLoader:
     """One item for each of the first `limit` global batches: this rank's micro-batches, as many as every other rank's.
 
     Each sample is seen once; empty ones fill the last batch.
@@ -165,13 +192,16 @@ def validation_loader(dataset: RecordDataset, layout: Layout, share: Share, run:
     return loader(dataset, [shares(batch, share) for batch in batches], layout, run)
 
 
-def loader(dataset: RecordDataset, sampler: Sampler | list[Groups], layout: Layout, run: RunConfig) -> DataLoader:
-    if run.data.packing:
-        put_together = partial(
-            packed, pad_multiple=pad_multiple(run, layout), capacity=run.model.encoder_seq_length, dataset=dataset
-        )
+def loader(dataset: Samples, sampler: Sampler | list[Groups], layout: Layout, run: RunConfig) -> DataLoader:
+    multiple = pad_multiple(run, layout, dataset.packed)
+    if dataset.packed:
+        put_together = partial(in_rows, pad_multiple=multiple)
+    elif run.data.packing:
+        assert isinstance(dataset, RecordDataset)
+        capacity = run.model.encoder_seq_length
+        put_together = partial(packed, pad_multiple=multiple, capacity=capacity, dataset=dataset)
     else:
-        put_together = partial(padded, micro_batch_size=layout.micro_batch_size, pad_multiple=pad_multiple(run, layout))
+        put_together = partial(padded, micro_batch_size=layout.micro_batch_size, pad_multiple=multiple)
     return DataLoader(
         Steps(dataset, put_together),
         sampler=sampler,
@@ -183,7 +213,9 @@ def loader(dataset: RecordDataset, sampler: Sampler | list[Groups], layout: Layo
     )
 
 
-def shares_of(dataset: RecordDataset, layout: Layout, run: RunConfig) -> Shares:
+def shares_of(dataset: Samples, layout: Layout, run: RunConfig) -> Shares:
+    if dataset.packed:
+        return MicroBatches(layout.micro_batch_size)
     if not run.data.packing:
         return InTurn()
     together = layout.pipeline if layout.virtual > 1 else 1
@@ -191,11 +223,18 @@ def shares_of(dataset: RecordDataset, layout: Layout, run: RunConfig) -> Shares:
     return Packs(dataset.lengths[:, 0], run.model.encoder_seq_length, together)
 
 
-def order_of(dataset: RecordDataset, run: RunConfig) -> Blend | Grouped:
+def joined(parts: Sequence[numpy.ndarray | range]) -> numpy.ndarray | range:
+    """The numbers of all files; ranges, of which each goes on where the one before it ends, need no memory."""
+    if all(isinstance(part, range) for part in parts):
+        return range(parts[0][0], parts[-1][-1] + 1)
+    return parts[0] if len(parts) == 1 else numpy.concatenate(parts)
+
+
+def order_of(dataset: Samples, run: RunConfig) -> Blend | Grouped:
     """The order that dataloader_type asks for; without weights, all files are drawn from as one."""
     parts, weights, seed = dataset.parts, run.data.weights, run.step.seed
     if weights is None:
-        parts, weights = [numpy.concatenate(parts)], (1.0,)
+        parts, weights = [joined(parts)], (1.0,)
     if run.data.dataloader_type != "modality":
         return Blend(parts, weights, seed, shuffle=run.data.dataloader_type == "cyclic")
     assert dataset.lengths is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from nemo_vlm.config import DataConfig, RunConfig
 from nemo_vlm.data import lengths
 from nemo_vlm.data.cached import cached
+from nemo_vlm.data.dataset import Datasets
 from nemo_vlm.data.orders import FILES_APART, generator
 from nemo_vlm.data.records import RecordDataset, RecordFile
 from nemo_vlm.errors import ConfigError, SampleError
@@ -21,14 +21,6 @@ from nemo_vlm.errors import ConfigError, SampleError
 log = logging.getLogger(__name__)
 
 NOT_AN_EPOCH = 2**32  # where an epoch would stand among the seeds
-
-
-@dataclass(frozen=True)
-class Datasets:
-    """What a run trains on, and what it validates on, if anything."""
-
-    train: RecordDataset
-    validation: RecordDataset | None
 
 
 def open_datasets(run: RunConfig, processor: Any) -> Datasets:
@@ -40,7 +32,7 @@ def open_datasets(run: RunConfig, processor: Any) -> Datasets:
         ConfigError: a file cannot be read, is no list of conversations, or nothing of it is left to train on.
     """
     data = run.data
-    files = open_files(data, data.files, "data_path")
+    files = open_files(run, data.files, "data_path")
     kept = [not_excluded(file, data.datasets_exclude) for file in files]
     seeds = [run.step.seed + FILES_APART * number for number in range(len(files))]
     halves = [split(part, data.validation_split, seed) for part, seed in zip(kept, seeds, strict=True)]
@@ -51,22 +43,36 @@ def open_datasets(run: RunConfig, processor: Any) -> Datasets:
     table = lengths_of(files, data, processor)
     train = RecordDataset(files, [trained for trained, _ in halves], processor, table)
     if data.validation_path is not None:
-        return Datasets(train, validation_apart(data, processor))
+        return Datasets(train, validation_apart(run, processor))
     held_out = RecordDataset(files, [validating for _, validating in halves], processor, table)
     return Datasets(train, held_out if len(held_out) else None)
 
 
-def validation_apart(data: DataConfig, processor: Any) -> RecordDataset:
-    assert data.validation_path is not None
-    paths = (data.validation_path,) if isinstance(data.validation_path, str) else data.validation_path
-    files = open_files(data, paths, "validation_path")
+def open_tokenized(run: RunConfig, tokenizer: Any) -> Datasets:
+    """Open Megatron's .bin/.idx files; what reads them imports Megatron, which takes seconds.
+
+    Raises:
+        ConfigError: as indexed.open_indexed.
+    """
+    from nemo_vlm.data.idxmap import PackedDocuments
+    from nemo_vlm.data.indexed import open_indexed
+    from nemo_vlm.data.mmap import open_text
+
+    if run.data.data_impl == "mmap":
+        return open_text(run, tokenizer)
+    return open_indexed(run, PackedDocuments)
+
+
+def validation_apart(run: RunConfig, processor: Any) -> RecordDataset:
+    data = run.data
+    files = open_files(run, data.validation_files, "validation_path")
     parts = [not_excluded(file, data.datasets_exclude) for file in files]
     return RecordDataset(files, parts, processor, lengths_of(files, data, processor))
 
 
-def open_files(data: DataConfig, paths: Sequence[str], setting: str) -> list[RecordFile]:
+def open_files(run: RunConfig, paths: Sequence[str], setting: str) -> list[RecordFile]:
     """Each with its own image and video folder, or all with one."""
-    folders = {}
+    data, folders = run.data, {}
     for name in ("image_folder", "video_folder"):
         given = getattr(data, name)
         folders[name] = list(given) if isinstance(given, tuple) else [given] * len(paths)
@@ -74,7 +80,7 @@ def open_files(data: DataConfig, paths: Sequence[str], setting: str) -> list[Rec
             raise ConfigError(f"model.data.{name}={list(given)}: model.data.{setting} has {len(paths)} files; give one")
     key = f"model.data.{setting}"
     return [
-        RecordFile(Path(path), images, videos, key)
+        RecordFile(Path(path), images, videos, key, run.model.reads_media)
         for path, images, videos in zip(paths, *folders.values(), strict=True)
     ]
 

@@ -74,7 +74,9 @@ class Blend:
         weights: how much of what is drawn comes from each, adding up to 1.
     """
 
-    def __init__(self, parts: Sequence[numpy.ndarray], weights: Sequence[float], seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, parts: Sequence[numpy.ndarray | range], weights: Sequence[float], seed: int, shuffle: bool
+    ) -> None:
         self.parts, self.weights = parts, tuple(weights)
         self.orders = [Order(len(part), seed + FILES_APART * i, shuffle) for i, part in enumerate(parts)]
 

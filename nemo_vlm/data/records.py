@@ -1,4 +1,4 @@
-"""Records: LLaVA JSON or JSONL, each a conversation and the images and videos that it speaks of.
+"""Records: JSON or JSONL, each a conversation in one of data.forms, and the images and videos that it speaks of.
 
 A file is indexed once, and a record is parsed when it is drawn, so that memory does not grow with the data.
 """
@@ -19,9 +19,11 @@ from typing import Any
 import numpy
 from torch.utils.data import Dataset
 
-from nemo_vlm.batch import HUMANS, IMAGE_TAG, Sample, empty_sample
+from nemo_vlm.batch import IMAGE_TAG, Sample, empty_sample
 from nemo_vlm.data import spans
 from nemo_vlm.data.cached import cached, of_kind
+from nemo_vlm.data.dataset import Origin
+from nemo_vlm.data.forms import as_llava, has_answer, is_llava
 from nemo_vlm.data.media import descriptor, open_folder
 from nemo_vlm.errors import ConfigError, SampleError
 
@@ -30,29 +32,23 @@ KEY = "model.data.data_path"
 LOOKED_AT = 100  # records, one of which must be whole when a file is opened
 
 
-class RecordFile:
-    """The records of a file, by number.
+class JsonFile:
+    """What a JSON list or JSONL holds, by number.
 
     Args:
-        image_folder, video_folder: where the files stand that they name; None: beside the file.
         key: the setting that named the file, for messages.
     Raises:
-        ConfigError: there is no such file, or it is no list of conversations.
+        ConfigError: there is no such file, or it is no list of anything.
     """
 
-    def __init__(
-        self, path: Path, image_folder: str | None = None, video_folder: str | None = None, key: str = KEY
-    ) -> None:
-        self.path, self.keeps_folders = path, image_folder is None
-        self.images = open_folder(image_folder or str(path.parent), "model.data.image_folder")
-        self.videos = open_folder(video_folder or str(path.parent), "model.data.video_folder")
+    def __init__(self, path: Path, key: str = KEY) -> None:
+        self.path = path
         try:
             self.index()
         except OSError as error:
             raise ConfigError(f"{key}={path}: cannot be read ({error.strerror})") from None
         except ValueError as error:
-            raise ConfigError(f"{key}={path}: must be a list of records with 'conversations'; {error}") from None
-        self._look(key)
+            raise ConfigError(f"{key}={path}: must be a list of conversations; {error}") from None
 
     def index(self) -> numpy.ndarray:
         """[records, 2] int64, mapped: where each begins and ends."""
@@ -65,16 +61,6 @@ class RecordFile:
     def __getstate__(self) -> dict[str, Any]:
         """For a worker: what is mapped here is mapped anew there."""
         return {name: value for name, value in vars(self).items() if name != "_spans"}
-
-    def _look(self, key: str) -> None:
-        faults = []
-        for number in range(min(len(self), LOOKED_AT)):
-            try:
-                self[number]
-                return
-            except SampleError as error:
-                faults.append(str(error))
-        raise ConfigError(f"{key}={self.path}: {faults[0]}")
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -107,19 +93,52 @@ class RecordFile:
             return None
         return record.get("id") if isinstance(record, dict) else None
 
+
+class RecordFile(JsonFile):
+    """The records of a file, by number.
+
+    Args:
+        image_folder, video_folder: where the files stand that they name; None: beside the file.
+        key: the setting that named the file, for messages.
+        media: the records are for a model that sees; to another, an <img> in a text is that text.
+    Raises:
+        ConfigError: there is no such file, or it is no list of conversations.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        image_folder: str | None = None,
+        video_folder: str | None = None,
+        key: str = KEY,
+        media: bool = True,
+    ) -> None:
+        self.media, self.keeps_folders = media, image_folder is None
+        self.images = open_folder(image_folder or str(path.parent), "model.data.image_folder")
+        self.videos = open_folder(video_folder or str(path.parent), "model.data.video_folder")
+        super().__init__(path, key)
+        self._look(key)
+
+    def _look(self, key: str) -> None:
+        faults = []
+        for number in range(min(len(self), LOOKED_AT)):
+            try:
+                self[number]
+                return
+            except SampleError as error:
+                faults.append(str(error))
+        raise ConfigError(f"{key}={self.path}: {faults[0]}")
+
     def __getitem__(self, number: int) -> dict[str, Any]:
         """A record whose `image` and `video` are lists of files, which need not exist.
 
         Raises:
             SampleError: broken_record, no_answer, or missing_image in a tar.
         """
-        record = self.raw(number)
-        if problem := fault(record):
-            raise SampleError("broken_record", f"{self.path}: record {name_of(record, number)}: {problem}")
-        if self.path.suffix == ".jsonl":
+        raw = self.raw(number)
+        record = conversation(raw, f"{self.path}: record", number)
+        if self.media and self.path.suffix == ".jsonl" and is_llava(raw):
             record = from_steerlm(record, self.keeps_folders)
-        if not any(turn["from"] not in HUMANS for turn in record["conversations"]):
-            raise SampleError("no_answer", f"{self.path}: record {name_of(record, number)}: has no answer")
         images = [self.images.file(name) for name in names(record.get("image"))]
         videos = [self.videos.file(name) for name in names(record.get("video"))]
         return {**record, "image": images, "video": videos}
@@ -130,25 +149,37 @@ def checked(path: Path) -> numpy.ndarray:
     ValueError: there is no record.
     """
     found = spans.find(path)
-    if not len(found) or (len(found) == 1 and found[0, 0] == found[0, 1]):
+    if not len(found):
         raise ValueError("it is empty")
     return found
 
 
-def fault(record: Any) -> str | None:
-    """What is wrong with a record's form."""
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return "must have 'conversations', a list of turns"
-    if not all(isinstance(turn.get(part), str) for turn in turns for part in ("from", "value")):
-        return "each turn needs 'from' and 'value', both text"
-    if not isinstance(record.get("system"), str | None):
-        return "'system' must be a text"
+def conversation(record: Any, called: str, number: int) -> dict[str, Any]:
+    """A record in LLaVA's form, with an answer.
+
+    Args:
+        called: what messages call it, before its name.
+    Raises:
+        SampleError: broken_record or no_answer.
+    """
+    try:
+        found = as_llava(record)
+        check_files(found)
+    except ValueError as error:
+        raise SampleError("broken_record", f"{called} {name_of(record, number)}: {error}") from None
+    if not has_answer(found["conversations"]):
+        raise SampleError("no_answer", f"{called} {name_of(record, number)}: has no answer")
+    return found
+
+
+def check_files(record: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: it names its images or videos in no known way.
+    """
     for kind in ("image", "video"):
         entry = record.get(kind)
         if not isinstance(entry, str | list | None) or not all(map(is_name, entry or "")):
-            return f"'{kind}' must be a file's name or a list of them"
-    return None
+            raise ValueError(f"'{kind}' must be a file's name or a list of them")
 
 
 def is_name(name: Any) -> bool:
@@ -201,6 +232,8 @@ class RecordDataset(Dataset):
         lengths: [records, 2] as lengths.of_file, where an order or packing needs it.
     """
 
+    packed = False  # a number is one sample, see data.dataset.Samples
+
     def __init__(
         self,
         files: Sequence[RecordFile],
@@ -215,6 +248,14 @@ class RecordDataset(Dataset):
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
+
+    def samples(self, number: int) -> list[Sample]:
+        """One, see data.dataset.Samples."""
+        return [self[number]]
+
+    def origin(self, number: int) -> Origin:
+        file, inside = self.where(number)
+        return Origin(self.files[file].path, inside, self.files[file].name(inside))
 
     def where(self, number: int) -> tuple[int, int]:
         """The place of a record's file among the files, and its number there."""

@@ -19,7 +19,7 @@ DEPTH[list(b"[{")] = 1
 DEPTH[list(b"]}")] = -1
 MARKS = DEPTH != 0
 MARKS[COMMA] = True
-MAX_BLANK = 2**16  # bytes in front of the list
+MAX_BLANK = 2**16  # bytes in front of the list, or in one that is empty
 
 
 def find(path: Path) -> numpy.ndarray:
@@ -29,8 +29,15 @@ def find(path: Path) -> numpy.ndarray:
         ValueError: the file as a whole is no list; the message says why.
     """
     with open(path, "rb") as file:
-        found = lines(file) if path.suffix == ".jsonl" else elements(file)
-        return numpy.concatenate([numpy.empty((0, 2), numpy.int64), *found])
+        of_each = lines(file) if path.suffix == ".jsonl" else elements(file)
+        found = numpy.concatenate([numpy.empty((0, 2), numpy.int64), *of_each])
+        return found[:0] if len(found) == 1 and is_blank(file, *found[0].tolist()) else found
+
+
+def is_blank(file: BinaryIO, start: int, end: int) -> bool:
+    """Whether a span is what stands between the brackets of an empty list."""
+    file.seek(start)
+    return end - start <= MAX_BLANK and not file.read(end - start).strip()
 
 
 def lines(file: BinaryIO) -> Iterator[numpy.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,16 @@ from nemo_vlm.config import TokenizerConfig
 from nemo_vlm.errors import ConfigError
 
 SENTENCEPIECE, SETTINGS = "tokenizer.model", "tokenizer_config.json"
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+QWEN2 = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+    "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 
 
@@ -141,24 +151,11 @@ def is_ours(folder: Path) -> bool:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """A byte-level BPE tokenizer with Llama's special tokens and <image>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = list(SPECIAL_TOKENS)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=alphabet,
-        special_tokens=special,
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
     unknown, start, end, pad, image = SPECIAL_TOKENS
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=trained(texts, vocab_size, SPECIAL_TOKENS),
         unk_token=unknown,
         bos_token=start,
         eos_token=end,
@@ -166,3 +163,36 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         additional_special_tokens=[image],
         clean_up_tokenization_spaces=False,
     )
+
+
+def train_chat_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer with the control tokens and the chat template of Qwen2's."""
+    from transformers import PreTrainedTokenizerFast
+
+    end_of_text, *of_turns = CONTROL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained(texts, vocab_size, CONTROL_TOKENS),
+        eos_token=end_of_text,
+        pad_token=end_of_text,
+        additional_special_tokens=of_turns,
+        clean_up_tokenization_spaces=False,
+        chat_template=QWEN2,
+    )
+
+
+def trained(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> Any:
+    """A tokenizers.Tokenizer: byte-level BPE, the special tokens first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=alphabet,
+        special_tokens=list(special),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
