@@ -6,13 +6,13 @@ import re
 import sys
 from collections.abc import Collection
 
-FREE_TEXT = "prompt"  # a setting whose value may be any text
+FREE_TEXT = ("prompt", "model.data.splits_string")  # settings whose value may be any text
 
 
 def quoted(argument: str) -> str:
     """An override whose value is any text, in the quotes without which Hydra reads its own grammar into it."""
     key, equals, text = argument.partition("=")
-    if key != FREE_TEXT or not equals or text[:1] in ("'", '"'):
+    if key not in FREE_TEXT or not equals or text[:1] in ("'", '"'):
         return argument
     text = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text)
     return f'{key}="{text}"'

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_vlm import typed
 from nemo_vlm.command_line import beside, is_override, quoted
-from nemo_vlm.config import ExpManagerConfig, TrainerConfig
+from nemo_vlm.config import ExpManagerConfig, SamplesConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError, Failure, Stopped, explain
 from nemo_vlm.experiment import BESIDE, Task, plan
 from nemo_vlm.inference.settings import EvaluateConfig, GenerateConfig, NevaInferenceConfig
@@ -188,6 +188,7 @@ def store_defaults() -> None:
     store = ConfigStore.instance()
     store.store(group="trainer", name="base", node=plain_defaults(TrainerConfig))
     store.store(group="exp_manager", name="base", node=plain_defaults(ExpManagerConfig))
+    store.store(group="samples", name="base", node=plain_defaults(SamplesConfig))
     store.store(name="generation", node=plain_defaults(GenerateConfig))
     store.store(name="neva_generation", node=plain_defaults(NevaInferenceConfig))
     store.store(name="evaluation", node=plain_defaults(EvaluateConfig))

@@ -5,6 +5,7 @@ Everything heavy is imported inside the tasks, so that the door answers --help a
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_vlm import layout as layouts
-from nemo_vlm import logs, typed
+from nemo_vlm import logs, options, typed
 from nemo_vlm.command_line import given_keys
 from nemo_vlm.config import RunConfig, TrainerConfig
 from nemo_vlm.config.peft import check_given
@@ -26,25 +27,37 @@ from nemo_vlm.training import log_file, schedules, versions
 from nemo_vlm.typed import model_tree, plain
 
 if TYPE_CHECKING:
-    from nemo_vlm.data.opening import Datasets
+    from nemo_vlm.data.dataset import Datasets
     from nemo_vlm.inference.answers import Generation
     from nemo_vlm.inference.evaluate import Evaluation
     from nemo_vlm.planning.show_data import ShowConfig
     from nemo_vlm.training.module import Plan
 
 Task = Callable[[dict[str, Any]], None]
+WANTED = {  # by model.data.data_impl
+    "json": "a JSON or JSONL of conversations, or choose data=digits_vqa or docstring_questions",
+    "mmap": "the prefix of a .bin and .idx, or choose data=docstrings",
+    "sft_idxmap": "the prefix of a .bin and .idx of scripts/prepare_sft_idxmap.py",
+}
+LAST = 20  # steps whose mean loss is told at the end
 log = logging.getLogger("nemo_vlm")
 
 
 def train(tree: dict[str, Any]) -> None:
     """Train a model and write its .nemo archive."""
     plan, tokenizer = prepare(read(tree))
-    run, layout = plan.run, plan.layout
+
+    from nemo_vlm.training.exp_manager import archive_version
+
+    run, layout, former = plan.run, plan.layout, archive_version(plan.run.exp_manager)
     if supervisor.needed(layout.world_size, os.environ):
         env = versions.told(run.exp_manager, os.environ)
-        return supervisor.supervise(layout.ranks_per_node, layout.num_nodes, run.trainer.hang_timeout, env)
-    with log_file.kept(run.exp_manager, os.environ):
-        fit(plan, tokenizer)
+        supervisor.supervise(layout.ranks_per_node, layout.num_nodes, run.trainer.hang_timeout, env)
+    else:
+        with log_file.kept(run.exp_manager, os.environ):
+            fit(plan, tokenizer)
+    if rank.first(os.environ):
+        conclude(plan, writes_archive=archive_version(run.exp_manager) not in (None, former))
 
 
 def fit(plan: Plan, tokenizer: Any) -> None:
@@ -78,6 +91,32 @@ def fit(plan: Plan, tokenizer: Any) -> None:
         trainer.fit(TrainingModule(plan, opened))
     if saving.stop.signalled:
         raise Stopped
+
+
+def conclude(plan: Plan, writes_archive: bool) -> None:
+    """What came of it: the loss beside what it is measured by, and samples.
+
+    Args:
+        writes_archive: the run did; one that it found is of other weights.
+    """
+    from nemo_vlm.checkpoints import run_folder
+    from nemo_vlm.training.exp_manager import read_rows
+
+    run, entropy = plan.run, plan.unigram_entropy
+    if entropy is not None:
+        losses = [float(row["reduced_train_loss"]) for row in read_rows(run_folder(run.exp_manager) / "metrics.csv")]
+        last = losses[-LAST:]
+        told = "loss of the last %d steps: %.3f nats a token; unigram entropy of the text: %.3f"
+        log.info(told, len(last), sum(last) / len(last), entropy)
+    if run.samples.prompts and not writes_archive:
+        log.info("no samples: the run wrote no archive")
+    elif run.samples.prompts:
+        from nemo_vlm.inference import samples
+
+        try:
+            samples.show(run)
+        except ConfigError as error:  # the run itself went well
+            log.warning("no samples: %s", error)
 
 
 def evaluate(tree: dict[str, Any]) -> None:
@@ -151,10 +190,13 @@ def plan(task: Task, plan_file: str | None, tree: dict[str, Any]) -> None:
         planned = lay_out(typed.read(ASKS[task], tree, ""), os.environ).planned
     else:
         from nemo_vlm.sources import starting
+        from nemo_vlm.training import durations
 
         model, absent = starting.without_absent(tree["model"])
-        planned = planning.training(read({**tree, "model": model}), os.environ)
-        planned = replace(planned, notes=[*absent, *planned.notes])
+        run = read({**tree, "model": model})
+        length = durations.in_words(run, 0) if run.trainer.max_epochs is None else []  # the data need not be here
+        planned = planning.training(run, os.environ)
+        planned = replace(planned, notes=[*length, *absent, *planned.notes])
     planning.show(planned, plan_file)
 
 
@@ -171,9 +213,9 @@ def read(tree: Mapping[str, Any]) -> RunConfig:
     if run.data.packing:  # packs take the place of micro-batches, and are as many as a step needs
         run = replace(run, step=replace(run.step, micro_batch_size=1))
     layouts.check(run)
+    options.check(run)
     check_given(run.peft, tree["model"], given_keys())
-    if run.trainer.max_epochs is None:  # else an epoch must be known, see training.durations
-        schedules.check(run.optim, run.trainer.max_steps)
+    run = schedules.settle_length(run, given_keys())
     if run.trainer.accelerator == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that every module and every rank agrees
     return run
@@ -193,37 +235,40 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
 
     check_interfaces(os.environ)
     adapters.check_base(run)
-    checkpoints.choose(run.exp_manager)
+    durations.check_past(run, checkpoints.choose(run.exp_manager))
     gpus = machine.num_gpus(run.trainer.accelerator)
     layout = layouts.resolve(run, gpus, os.environ)
     run = replace(run, exp_manager=versions.dated(run.exp_manager, layout, os.environ))
     exp_manager.check_copies(run.exp_manager)
     run, tokenizer, datasets = open_data(run)
     machine.check_machine(run, layout, gpus, os.environ)
-    run = durations.settle(run, len(datasets.train))
+    durations.check(run, len(datasets.train))
     accelerator: Any = "cuda" if gpus else "cpu"
-    plan = Plan(run, layout, accelerator, datasets.train, datasets.validation)
+    plan = Plan(run, layout, accelerator, datasets.train, datasets.validation, datasets.unigram_entropy)
     validation.check(run, plan.validation)
     return plan, tokenizer
 
 
 def open_data(run: RunConfig) -> tuple[RunConfig, Any, Datasets]:
     """The run with what its tokenizer decides, that tokenizer, and the data."""
-    from nemo_vlm.data import digits
-    from nemo_vlm.data.opening import open_datasets
+    from nemo_vlm.data.opening import open_datasets, open_tokenized
     from nemo_vlm.data.tokenizer import located
     from nemo_vlm.sources import starting
     from nemo_vlm.sources.tokenizers import load_tokenizer
 
     if not run.data.files:
-        raise ConfigError("model.data.data_path=null: give a LLaVA JSON, or choose data=digits_vqa")
-    if run.data.prepare == "digits" and Path(run.data.files[0]).name in digits.FILES:
-        digits.write(Path(run.data.files[0]).parent)
+        raise ConfigError(f"model.data.data_path=null: give {WANTED[run.data.data_impl]}")
+    if run.data.prepare is not None:
+        demo, path = importlib.import_module(f"nemo_vlm.data.{run.data.prepare}"), Path(run.data.files[0])
+        if path.name in demo.FILES:
+            demo.write(path.parent)
     tokenizer = load_tokenizer(run.tokenizer)
     run, grown = starting.with_tokenizer(run, tokenizer)
     if grown and not rank.supervised():
         log.info("%s", grown)
     run = replace(run, tokenizer=located(run.tokenizer))
+    if run.data.data_impl != "json":
+        return run, tokenizer, open_tokenized(run, tokenizer)
     processor = family(run.family, "processor").Processor(run.model, run.data, tokenizer)
     return run, tokenizer, open_datasets(run, processor)
 
@@ -231,16 +276,19 @@ def open_data(run: RunConfig) -> tuple[RunConfig, Any, Datasets]:
 def announce(plan: Plan) -> None:
     """What is going to run, in two lines."""
     from nemo_vlm.mcore.layers import kernels
+    from nemo_vlm.training import durations
 
     run, layout = plan.run, plan.layout
     log.info("%s: %s on %d %s ranks", run.exp_manager.name, run.family, layout.world_size, plan.accelerator)
-    if run.trainer.max_epochs is not None:
-        log.info("trainer.max_epochs=%d: trainer.max_steps=%d", run.trainer.max_epochs, run.trainer.max_steps)
+    for line in durations.in_words(run, len(plan.dataset)):  # type: ignore[arg-type]
+        log.info("%s", line)
     how = "Megatron's distributed optimizer" if run.optim.distributed else "AdamW"
     if run.peft.lora:
         log.info("model.peft.peft_scheme=lora: adapters train, and the projector unless it is frozen; nothing else")
     log.info("model.optim.name=%s: %s%s", run.optim.name, how, " on FSDP2's shards" if layout.fsdp else "")
-    log.info("%d samples, %s kernels, %s", len(plan.dataset), kernels(run.step.transformer_impl), layout)  # type: ignore[arg-type]
+    if plan.unigram_entropy is not None:
+        log.info("unigram entropy of the text: %.3f nats a token", plan.unigram_entropy)
+    log.info("%d samples, %s kernels, %s", len(plan.dataset), kernels(run.step.transformer_impl), layout)
 
 
 def settings(run: RunConfig) -> dict[str, Any]:

@@ -120,6 +120,15 @@ def test_fsdp_has_no_pipeline() -> None:
         experiment.read(tree_of("llava_7b_finetune", "model.fsdp=true", "model.pipeline_model_parallel_size=2"))
 
 
+def test_a_plan_of_72b_over_sixteen_nodes() -> None:
+    given = ("model=qwen2_5_72b", "parallel=tp8_pp4", "trainer.num_nodes=16", "trainer.devices=8")
+    plan = planned(tree_of("gpt_pretrain", *given), {})
+    layout = plan["layout"]
+    assert (plan["world_size"], layout["tensor"], layout["pipeline"], layout["data"]) == (128, 8, 4, 4)
+    assert plan["total_parameters"] == 72_706_203_648  # as its model card has it
+    assert [entry["stage"] for entry in plan["stages"]] == [stage for stage in range(4) for _ in range(8)]
+
+
 def test_every_key_of_nemos_engine_is_explained() -> None:
     explained = set()
     tables = (CONF.parent / "docs/from_nemo.md").read_text().partition("## Settings")[2]
@@ -135,7 +144,7 @@ def test_a_long_warm_up_is_said_once(caplog) -> None:
     """Where epochs end the run, when their steps are known."""
     run = experiment.read(tree_of("llava_7b_pretrain", "trainer.max_epochs=1", "trainer.max_steps=3"))
     assert "warmup_steps=65" not in caplog.text
-    durations.settle(run, 10_000)
+    durations.check(run, 10_000)
     assert caplog.text.count("warmup_steps=65: the run ends after 3 steps") == 1
 
 
@@ -148,6 +157,7 @@ def test_a_long_warm_up_is_said_once(caplog) -> None:
         "model.grad_allreduce_chunk_size_mb=125",
         "model.nsys_profile.start_step=20",
         "model.precision=bf16",
+        "model.cpu_offloading_weights=true",
         "model.mm_cfg.vision_encoder.crop_size=[336,336]",
         "model.mm_cfg.llm.model_type=nvgpt",
     ],
@@ -159,10 +169,9 @@ def test_keys_of_nemo_that_go_with_this_engine(given: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("model.fp8=true", "model.fp8=true: 8-bit floats are not built here; take trainer.precision=bf16"),
+        ("model.fp8_interval=2", "model.fp8_interval=2: Transformer Engine computes the scales anew"),
         ("model.hidden_dropout=0.1", "model.hidden_dropout=0.1: there is no dropout in these models"),
         ("model.transformer_engine=false", "model.transformer_engine=false: take model.transformer_impl=local"),
-        ("model.context_parallel_size=2", "model.context_parallel_size=2: there is no context parallelism yet"),
         ("model.nsys_profile.enabled=true", "model.nsys_profile.enabled=true: start the command itself under `nsys"),
         ("model.dist_ckpt_format=zarr", "model.dist_ckpt_format=zarr: zarr is not written"),
         ("model.precision=32", "model.precision=32: trainer.precision=bf16; give that alone"),
@@ -192,6 +201,13 @@ def test_what_another_engine_would_do_is_refused_in_one_line(given: str, message
         experiment.read(tree_of("llava_7b_pretrain", given))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_weights_are_not_offloaded() -> None:
+    """Recipes of NeMo speak of it beside cpu_offloading=false."""
+    given = tree_of("llava_7b_pretrain", "model.cpu_offloading=true", "model.cpu_offloading_weights=true")
+    with pytest.raises(ConfigError, match="^model.cpu_offloading_weights=true: weights stay on the GPU; give false"):
+        experiment.read(given)
 
 
 @pytest.fixture(scope="module")

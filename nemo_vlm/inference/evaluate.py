@@ -45,7 +45,7 @@ class Evaluation:
     def records(self) -> RecordFile:
         config, folder = self.config, self.config.inference.media_folder
         folders = config.image_folder or folder, config.video_folder or folder
-        return RecordFile(Path(str(config.data_path)), folders[0], folders[1], key="data_path")
+        return RecordFile(Path(str(config.data_path)), *folders, "data_path", self.model.run.model.reads_media)
 
     def run(self) -> None:
         """Write predictions.jsonl and predictions.png, and print the accuracy of every category of records."""

@@ -83,8 +83,10 @@ def lay_out(config: Asks, env: Mapping[str, str], data: Mapping[str, Any] | None
     trainer = TrainerConfig(
         settled.devices, settled.num_nodes, settled.accelerator, precision, hang_timeout=settled.hang_timeout
     )
-    # What serves training alone is left out.
-    parallel = replace(config.parallel, virtual_pipeline_model_parallel_size=None, sequence_parallel=False)
+    # What serves training alone is left out; context-parallel ranks become copies.
+    parallel = replace(
+        config.parallel, virtual_pipeline_model_parallel_size=None, sequence_parallel=False, context_parallel_size=1
+    )
     gpus, copy = machine.num_gpus(trainer.accelerator), layouts.replica_size(parallel)
     settings = source.settings | {"parallel": parallel, "step": one_each(gpus * trainer.num_nodes // copy)}
     run = RunConfig(trainer=trainer, exp_manager=ExpManagerConfig(name=Path(path).stem), **settings)

@@ -21,7 +21,7 @@ from nemo_vlm.mcore.config import DTYPES, context
 from nemo_vlm.mcore.engine import StageModule, materialize
 from nemo_vlm.mcore.inference import Forward
 from nemo_vlm.models.base import Processor, family
-from nemo_vlm.models.chat import chat_template
+from nemo_vlm.models.chat import chat_template, ends_of_answers
 from nemo_vlm.models.templates import EOS, TEMPLATES
 from nemo_vlm.sources.source import Source
 from nemo_vlm.sources.tokenizers import load_tokenizer
@@ -152,10 +152,11 @@ def tokenizer_of(source: Source) -> Any:
 
 
 def stop_ids(source: Source, tokenizer: Any) -> set[int]:
-    """The EOS of the checkpoint's generation_config.json, as transformers' generate, else the tokenizer's."""
+    """The EOS of the checkpoint's generation_config.json, as transformers' generate, else of tokenizer and template."""
     eos = read_json(source, GENERATION).get("eos_token_id") if GENERATION in source.files else None
     found = eos if isinstance(eos, list) else [eos]
-    return {token for token in found if token is not None} or {tokenizer.eos_token_id}
+    given = {token for token in found if token is not None}
+    return given or {tokenizer.eos_token_id, *ends_of_answers(source.tree, tokenizer)}
 
 
 def read_json(source: Source, name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -94,6 +94,12 @@ def poll_parent(parent: int) -> None:
 
 def supervised() -> bool:
     return _files is not None
+
+
+def first(env: Mapping[str, str]) -> bool:
+    """Whether this process speaks for the whole run: the one that the user started, or the first of a launcher's."""
+    numbers = [env.get(name) or "0" for name in ("RANK", "SLURM_PROCID", "NODE_RANK")]
+    return not supervised() and numbers == ["0"] * len(numbers)
 
 
 def fail(error: BaseException, world_size: int) -> None:
