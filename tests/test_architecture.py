@@ -27,6 +27,7 @@ LAYERS = (
         "config",
         "typed",
         "layout",
+        "options",
         "batch",
         "formats",
         "archive",
@@ -36,7 +37,7 @@ LAYERS = (
     ("mcore",),
     ("models", "data"),
     ("parallel", "sources"),
-    ("training", "inference", "planning", "conversion"),
+    ("training", "inference", "planning", "conversion", "porting"),
     ("experiment",),
     ("door",),
 )
