@@ -414,6 +414,11 @@ def test_what_names_no_file_is_said(name: str, lines: Path) -> None:
         tokenize([lines], Path(name), Tokenization(llama_tokenizer()), 1)
 
 
+def test_text_is_told_from_tokens() -> None:
+    with pytest.raises(ConfigError, match="a.jsonl: is not tokenized; see scripts/prepare_mmap.py"):
+        opened(make_run("a.jsonl"))
+
+
 @pytest.fixture
 def lines(tmp_path: Path) -> Path:
     """Records with text, and three without."""

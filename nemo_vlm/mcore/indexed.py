@@ -45,6 +45,9 @@ class IndexedFile:
         self.called = f"{key}={prefix}"
         if not Path(prefix).name:
             raise ConfigError(f"{self.called}: must be the beginning of the names of a .bin and an .idx")
+        if Path(prefix).suffix in (".json", ".jsonl"):
+            how = "scripts/prepare_mmap.py, or prepare_sft_idxmap.py for conversations"
+            raise ConfigError(f"{self.called}: is not tokenized; see {how}, or take model.data.data_impl=json")
         whole = located(prefix)
         self.path, self.index_path = suffixed(whole, ".bin"), suffixed(whole, ".idx")
         try:
