@@ -26,7 +26,7 @@ def main() -> None:
     flags.add_argument("--limit", type=int, help="examples of each task at most, for a trial")
     options = flags.parse_args()
 
-    from nemo_vlm.inference.harness import Evaluation, evaluate
+    from nemo_vlm.conversion.harness import Evaluation, evaluate
 
     asked = vars(options) | {"tasks": tuple(options.tasks.split(","))}
     print(evaluate(Evaluation(**asked)))

@@ -12,9 +12,9 @@ import torch
 import transformers
 from tiny_hf import make_qwen
 
+from nemo_vlm.conversion.harness import Evaluation, check_tasks, datasets_here, evaluate, load
 from nemo_vlm.conversion.jobs import Run, import_huggingface
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.inference.harness import Evaluation, check_tasks, datasets_here, evaluate, load
 from nemo_vlm.sources.opening import open_source
 
 TaskManager = pytest.importorskip("lm_eval.tasks", reason="needs requirements/eval.txt").TaskManager
