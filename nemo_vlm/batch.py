@@ -14,15 +14,18 @@ VIDEO_TAG = "<video>"  # a video
 HUMANS = ("human", "user")  # who asks in a LLaVA record
 IGNORE_INDEX = -100  # label of a position that is not trained on, as in PyTorch and Hugging Face
 
+NUM_COUNTS = 6  # of Batch.counts
+
 Skip = tuple[int, str]  # a record of which no sample could be made, and why
 
 
 @dataclass(frozen=True)
 class Images:
-    """Views of images, or frames of videos, as patches, in order of appearance.
+    """Views as patches, in order of appearance: an image or a part of it, a frame of a video, in Qwen2-VL all of it.
 
     Attributes:
-        pixel_values: [patches, channels * height * width of a patch] float32, row by row of each view.
+        pixel_values: [patches, channels * frames * height * width of a patch] float32, view by view; inside a view by
+            time, then row by row, or where a family merges blocks of patches, block by block.
         image_grid_thw: [views, 3] int64, on the CPU: patches of each view in time, height and width, as in Qwen2-VL.
     """
 
@@ -46,8 +49,8 @@ class Images:
 def join(parts: Iterable[Images]) -> Images:
     """All views, one after another."""
     found = [part for part in parts if len(part)]
-    if not found:
-        return Images()
+    if len(found) < 2:  # one is not copied
+        return found[0] if found else Images()
     return Images(torch.cat([part.pixel_values for part in found]), torch.cat([part.image_grid_thw for part in found]))
 
 
@@ -59,7 +62,7 @@ class Batch:
     the last; each sees only itself, and its positions begin at 0.
 
     Attributes:
-        tokens: [b, s] int64; an image stands as one placeholder token for each of its features.
+        tokens: [b, s] int64; an image or a video stands as one placeholder token for each of its features.
         labels: [b, s] int64, already shifted: the token to be predicted at each position, or IGNORE_INDEX.
         lengths: [samples] int64, on the CPU: tokens of each sample.
         records: [samples] int64, the number of each sample's record in the data.
@@ -91,11 +94,14 @@ class Batch:
         return replace(self, tokens=tokens, labels=labels, images=self.images.to(device))
 
     def counts(self) -> Tensor:
-        """[5] float64: tokens, positions with padding, sum of squared lengths, images, skipped records."""
-        lengths = self.lengths.double()
-        rest = (self.tokens.numel(), len(self.images), len(self.skipped))
-        positions, images, skipped = torch.tensor(rest, dtype=torch.float64)
-        return torch.stack([lengths.sum(), positions, lengths.square().sum(), images, skipped])
+        """[6] float64: tokens, positions with padding, sum of squared lengths; patches, sum of their squared numbers in
+        each frame, inside which the tower attends; skipped records.
+        """
+        lengths, grids = self.lengths.double(), self.images.image_grid_thw.double()
+        frames = grids[:, 1] * grids[:, 2]
+        patches, squares = (grids[:, 0] * frames).sum(), (grids[:, 0] * frames.square()).sum()
+        positions, skipped = torch.tensor([self.tokens.numel(), len(self.skipped)], dtype=torch.float64)
+        return torch.stack([lengths.sum(), positions, lengths.square().sum(), patches, squares, skipped])
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when it pins."""

@@ -19,6 +19,38 @@ from torch import Tensor
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import Reader, Shape, Slices, check_names, whole
 
+# For Variant.names: norms as modules of their own, as in Megatron's layers without Transformer Engine.
+SEPARATE_NORMS = {
+    ".self_attention.linear_qkv.layer_norm_": ".input_layernorm.",
+    ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm.",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a derivative of Megatron-LM writes a family's checkpoints.
+
+    Attributes:
+        names: beginnings of our names, or parts that begin with a dot, and what they are there.
+        pads: whether it pads the vocabulary, as Megatron-LM, or keeps the rows that Hugging Face's file has.
+        args_tell: whether the arguments in its checkpoints are the model's; else they are Megatron's defaults.
+        embeds_first: whether the first pipeline stage has the embedding even where it has no layer; else it stands on
+            the first one with layers.
+    """
+
+    names: Mapping[str, str]
+    pads: bool = False
+    args_tell: bool = True
+    embeds_first: bool = True
+
+    def name_of(self, ours: str) -> str:
+        """What it calls a tensor of ours."""
+        for part in self.names:
+            if part.startswith("."):
+                ours = ours.replace(part, self.names[part])
+        front = max((old for old in self.names if ours.startswith(old)), key=len, default=None)
+        return ours if front is None else self.names[front] + ours.removeprefix(front)
+
 
 class Rule(Protocol):
     """One tensor of ours and its counterparts."""
@@ -140,6 +172,13 @@ def fuse_qkv(ours: str, names: Sequence[str], num_heads: int, num_groups: int, h
         for name, count in zip(names, rows, strict=True)
     ]
     return Rows(ours, tuple(runs), rest)
+
+
+def regroup_qkv(ours: str, theirs: str, num_heads: int, head_size: int, rest: Shape) -> Rows:
+    """Query, key and value that are fused there already, one above the other, as Megatron's linear_qkv."""
+    part = num_heads * head_size
+    starts = [part * kind + head_size * head for head in range(num_heads) for kind in range(3)]
+    return Rows(ours, tuple(Run(theirs, start, start + head_size) for start in starts), rest)
 
 
 def fuse_gate_up(ours: str, gate: str, up: str, ffn_size: int, rest: Shape) -> Rows:

@@ -109,19 +109,19 @@ def train_all(cases: list[tuple[RunConfig, Layout]]):
 
 def test_more_layouts_train_as_one_process() -> None:
     """Beside those of the families' contract: more ranks, a pipeline, FSDP, another optimizer, another reduction."""
-    of_gpt, of_llava = (run_of(name, TINY[name]) for name in ("gpt", "llava"))
+    of_gpt, of_llava, of_qwen = (run_of(name, TINY[name]) for name in ("gpt", "llava", "qwen2_vl"))
     by_sample = replace(of_llava, step=replace(of_llava.step, loss_reduction="sample"))
     distributed = replace(of_gpt, optim=replace(of_gpt.optim, name="distributed_fused_adam"))
     cases = [
         (distributed, ParallelConfig(context_parallel_size=4)),
-        (of_llava, replace(TWICE, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
+        (of_qwen, replace(TWICE, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
         (by_sample, replace(TWICE, fsdp=True)),
     ]
     laid_out = []
     for run, parallel in cases:
         run = replace(run, parallel=parallel, step=replace(run.step, micro_batch_size=1))
         laid_out.append((run, make_layout(run, 4)))
-    expected = run_ranks(train_all, 1, [(run, make_layout(run, 1)) for run in (of_gpt, of_llava, by_sample)])[0]
+    expected = run_ranks(train_all, 1, [(run, make_layout(run, 1)) for run in (of_gpt, of_qwen, by_sample)])[0]
     for found in run_ranks(train_all, 4, laid_out):  # every rank reports the same
         for got, wanted in zip(found, expected, strict=True):
             assert_same_run(got, wanted)

@@ -36,11 +36,12 @@ from nemo_vlm.mcore.engine import Engine, materialize
 from nemo_vlm.models.base import FAMILIES, family
 from nemo_vlm.models.build import build_chunks
 from nemo_vlm.models.llava.config import Config as LlavaConfig
+from nemo_vlm.models.qwen2_vl.config import Config as QwenConfig
 from nemo_vlm.sources import starting
 from nemo_vlm.training.build import make_engine
 from nemo_vlm.typed import model_tree, read_model
 
-NUM_STEPS, GLOBAL_BATCH = 3, 8
+NUM_STEPS = 3
 
 
 def siglip(config: LlavaConfig) -> LlavaConfig:
@@ -65,6 +66,12 @@ def odd(config: LlavaConfig) -> LlavaConfig:
     """Five vision heads and three layers: neither divides by two."""
     vision = replace(config.mm_cfg.vision_encoder, num_attention_heads=5)
     return replace(config, num_layers=3, mm_cfg=replace(config.mm_cfg, vision_encoder=vision))
+
+
+def three_heads(config: QwenConfig) -> QwenConfig:
+    """Of the tower: they do not divide by two. Tied embeddings, as Qwen2-VL 2B."""
+    vision = replace(config.mm_cfg.vision_encoder, num_attention_heads=3)
+    return replace(tied(config), mm_cfg=replace(config.mm_cfg, vision_encoder=vision))
 
 
 def tied(config: LanguageConfig) -> LanguageConfig:
@@ -107,6 +114,7 @@ VARIANTS = {name: (name, config) for name, config in TINY.items()} | {
     "gpt_qwen3": ("gpt", qwen3(TINY["gpt"])),
     "llava_qwen2": ("llava", replace(TINY["llava"], qkv_bias=True)),
     "llava_qwen3": ("llava", qwen3(TINY["llava"])),
+    "qwen2_vl_odd": ("qwen2_vl", three_heads(TINY["qwen2_vl"])),
     "gpt_linear_rope": ("gpt", interpolated(TINY["gpt"])),
     "gpt_llama3_rope": ("gpt", llama3_scaled(TINY["gpt"])),
 }
@@ -198,7 +206,7 @@ def test_logits_gradients_and_weights_equal_hugging_face(variant: str, tmp_path:
         theirs = to_hugging_face(name, config, ours, tmp_path)
 
         logits = model(batch)[..., : config.vocab_size]
-        expected = theirs(**tiny.hf_inputs(batch)).logits
+        expected = theirs(**tiny.hf_inputs(config, batch)).logits
         visible = torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
         assert (logits - expected)[visible].abs().max() <= 1e-4
         assert torch.equal(logits.argmax(-1)[visible], expected.argmax(-1)[visible])
@@ -219,9 +227,9 @@ def test_logits_gradients_and_weights_equal_hugging_face(variant: str, tmp_path:
         for parameter in model.parameters():
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for key, gradient in whole(weights.parts(model, config.vocab_size)).items():
-            torch.testing.assert_close(
-                gradient, gradients.read(key), rtol=1e-3, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
-            )
+            wanted = gradients.read(key)
+            assert (gradient - wanted).norm() <= 1e-4 * wanted.norm(), key
+            torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
 
 
 LAYOUTS = {
@@ -282,13 +290,27 @@ def micro_batches(layout: Layout, samples: list[Sample]):
     return [collate(mine[i : i + size], pad) for i in range(0, len(mine), size)]
 
 
+def samples_of_step(run: RunConfig, number: int) -> list[Sample]:
+    """A global batch; of the second, half are text alone, the others have a view, in Qwen2-VL a video: ranks and
+    micro-batches see none, or videos alone.
+    """
+    size, make = run.step.global_batch_size, family(run.family, "tiny").samples
+    if number != 1:
+        return make(run.model, size, torch.Generator().manual_seed(number))
+    found = sorted(
+        make(run.model, 2 * size, torch.Generator().manual_seed(number)), key=lambda sample: len(sample.images)
+    )[:size]
+    views = [len(sample.images) for sample in found]
+    assert not run.model.reads_media or views == [0] * (size // 2) + [1] * (size // 2)
+    assert run.family != "qwen2_vl" or all(time > 1 for sample in found for time, _, _ in sample.images.grids)
+    return found
+
+
 def steps_of(engine: Engine, run: RunConfig, layout: Layout, first: int = 0, count: int = NUM_STEPS):
     """Loss, gradient norm and tokens of steps on fixed batches."""
-    samples = family(run.family, "tiny").samples
     results = []
     for number in range(first, first + count):
-        batch = samples(run.model, run.step.global_batch_size, torch.Generator().manual_seed(number))
-        results.append(engine.step(micro_batches(layout, batch), lr=run.optim.lr))
+        results.append(engine.step(micro_batches(layout, samples_of_step(run, number)), lr=run.optim.lr))
     return [(result.loss, result.grad_norm, result.counts[0]) for result in results]
 
 
@@ -335,8 +357,9 @@ def reference():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layout_trains_as_one_process(name: str, layout: str, reference) -> None:
-    size = 1 if layout == "hsdp" else 2  # so that each rank has several micro-batches to add up
-    run, where = sharded(run_of(name, TINY[name]), layout, micro_batch_size=size)
+    run, where = sharded(run_of(name, TINY[name]), layout)
+    size = 2 if where.pipeline > 1 else where.samples_per_rank // 2  # so that each rank has micro-batches to add up
+    run, where = sharded(run, layout, size)
     results = run_ranks(train, where.world_size, run, where)
     expected, expected_weights = reference(name)
     for steps, _ in results:  # every rank reports the same
@@ -345,41 +368,19 @@ def test_every_layout_trains_as_one_process(name: str, layout: str, reference) -
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2_sp", "fsdp", "fsdp_tp2"])
-@pytest.mark.parametrize("variant", ["llava_odd", "gpt_tied", "gpt_biased"])
+@pytest.mark.parametrize("variant", ["llava_odd", "qwen2_vl_odd", "gpt_tied", "gpt_biased"])
 def test_odd_shapes_train_as_one_process(variant: str, layout: str, reference) -> None:
     run, where = sharded(run_of(*VARIANTS[variant]), layout, micro_batch_size=2)
     results = run_ranks(train, where.world_size, run, where)
     assert_same_run(results[0][0], reference(variant)[0])
 
 
-def train_on(run: RunConfig, layout: Layout, samples: list[Sample]):
-    """One step on the given samples."""
-    groups.initialize(layout, seed=1)
-    engine = make_engine(run, layout, build_all(run, layout)[0])
-    result = engine.step(micro_batches(layout, samples), lr=1e-3)
-    groups.shut_down()
-    return [(result.loss, result.grad_norm, result.counts[3])]
-
-
-@pytest.mark.parametrize("layout", ["ddp", "fsdp", "hsdp", "tp2", "pp2", "tp2_dp2", "pp2_dp2"])
-def test_text_only_ranks_and_batches_do_not_hang(layout: str) -> None:
-    run = run_of("llava", TINY["llava"])
-    samples = family("llava", "tiny").samples(run.model, 16, torch.Generator().manual_seed(0))
-    samples.sort(key=lambda sample: len(sample.images))  # the first data-parallel rank sees fewer, or none
-    samples = samples[:4] + samples[-4:]
-    expected = run_ranks(train_on, 1, run, make_layout(run, 1), samples)[0]
-    run, where = sharded(run, layout, micro_batch_size=2)
-    results = run_ranks(train_on, where.world_size, run, where, samples)
-    assert expected[0][2] == sum(len(sample.images) for sample in samples) > 0 == len(samples[3].images)
-    for steps in results:
-        assert_same_run(steps, expected)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_steps_equal_torch_adamw(name: str) -> None:
     """One process against torch's own parts: cross entropy over the global batch, clipping, AdamW with weight decay."""
     config, optim = TINY[name], OptimConfig(lr=1e-2, weight_decay=0.3, betas=(0.9, 0.95))
-    steps, trained = single(run_of(name, config, optim=optim))
+    run = run_of(name, config, optim=optim)
+    steps, trained = single(run)
     with one_rank(config):
         model, _ = build(name, config, one_process(config))
         kinds = [
@@ -388,8 +389,7 @@ def test_steps_equal_torch_adamw(name: str) -> None:
         groups_of_theirs = [{"params": kinds[0], "weight_decay": 0.3}, {"params": kinds[1], "weight_decay": 0.0}]
         theirs = torch.optim.AdamW(groups_of_theirs, lr=1e-2, betas=(0.9, 0.95), eps=optim.eps)
         for number, (loss, norm, _) in enumerate(steps):
-            samples = family(name, "tiny").samples(config, GLOBAL_BATCH, torch.Generator().manual_seed(number))
-            batch = collate(samples)
+            batch = collate(samples_of_step(run, number))
             logits = model(batch)[..., : config.vocab_size]
             expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
             theirs.zero_grad()
@@ -436,29 +436,35 @@ def test_reductions_do_not_depend_on_the_micro_batch(reduction: str) -> None:
     assert_same_run(run_ranks(train, 2, run, where)[0][0], single(whole_run)[0])
 
 
-@pytest.mark.parametrize("layout", ["tp2", "fsdp"])
-def test_bf16_follows_fp32(layout: str, reference) -> None:
-    run, where = sharded(run_of("llava", TINY["llava"], precision="bf16-mixed"), layout, micro_batch_size=2)
-    assert_same_run(run_ranks(train, 2, run, where)[0][0], reference("llava")[0], loss=2e-2, norm=2e-1)
+@pytest.mark.parametrize(("name", "layout"), [("llava", "tp2"), ("llava", "fsdp"), ("qwen2_vl", "fsdp")])
+def test_bf16_follows_fp32(name: str, layout: str, reference) -> None:
+    run, where = sharded(run_of(name, TINY[name], precision="bf16-mixed"), layout, micro_batch_size=2)
+    assert_same_run(run_ranks(train, 2, run, where)[0][0], reference(name)[0], loss=2e-2, norm=2e-1)
 
 
 def angles_of(run: RunConfig, layout: Layout):
-    """Dtypes of the rotary angles that reach a layer's attention, and of its input."""
+    """Dtypes of the input of a layer's attention, and of the rotary angles that reach it."""
     groups.initialize(layout, seed=1)
     (model,), _ = build_all(run, layout)
     seen = set()
-    layer = model.language_model.decoder.layers[0]
+    layers = [model.language_model.decoder.layers[0], model.vision_model.layers[0]]
     engine = make_engine(run, layout, [model])
-    layer.self_attention.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.add((args[0].dtype, kwargs["rotary_pos_emb"].dtype)), with_kwargs=True
-    )
+
+    def look(module, args, kwargs) -> None:
+        angles = kwargs["rotary_pos_emb"]
+        seen.add((args[0].dtype, None if angles is None else angles.dtype))
+
+    for layer in layers:
+        layer.self_attention.register_forward_pre_hook(look, with_kwargs=True)
     steps_of(engine, run, layout, 0, 1)
     groups.shut_down()
     return seen
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_rotary_angles_stay_exact_in_half_precision(layout: str) -> None:
-    """bf16 cannot tell position 257 from 256."""
-    run, where = sharded(run_of("llava", TINY["llava"], precision="bf16-mixed"), layout)
-    assert run_ranks(angles_of, 2, run, where)[0] == {(torch.bfloat16, torch.float32)}
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_rotary_angles_stay_exact_in_half_precision(name: str, layout: str) -> None:
+    """bf16 cannot tell position 257 from 256. LLaVA's tower has none."""
+    run, where = sharded(run_of(name, TINY[name], precision="bf16-mixed"), layout)
+    angles = {torch.float32} | ({None} if name == "llava" else set())
+    assert run_ranks(angles_of, 2, run, where)[0] == {(torch.bfloat16, dtype) for dtype in angles}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -106,9 +107,15 @@ def train(run: RunConfig, layout: Layout, packed: bool):
     return results, final
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "pp2_vpp2", "fsdp", "ddp", "tp2_sp_cp2"])
-def test_packs_train_as_batches_in_one_process(layout: str) -> None:
-    run = run_of("llava", TINY["llava"])
+PACKED = [
+    *(("llava", layout) for layout in ("tp2_sp", "pp2", "pp2_vpp2", "fsdp", "ddp", "tp2_sp_cp2")),
+    *(("qwen2_vl", layout) for layout in ("pp2_vpp2", "tp2_sp_cp2")),
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), PACKED)
+def test_packs_train_as_batches_in_one_process(name: str, layout: str) -> None:
+    run = run_of(name, TINY[name])
     expected, weights = run_ranks(train, 1, run, make_layout(run, 1), False)[0]
     run, where = sharded(run, layout)
     results, final = run_ranks(train, where.world_size, run, where, True)[0]
@@ -144,6 +151,24 @@ def test_views_of_any_size_equal_hugging_face(name: str) -> None:
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
+def test_frames_of_any_size_equal_one_by_one() -> None:
+    """Images and a video in one packed pass, as a batch where all are of one size, and frame by frame."""
+    config = TINY["qwen2_vl"]
+    vision, generator = config.mm_cfg.vision_encoder, torch.Generator().manual_seed(0)
+    with one_rank(config):
+        model, _ = build("qwen2_vl", config, one_process(config))
+        for grids in ([(1, 4, 6), (3, 2, 4), (1, 2, 2)], [(2, 4, 2), (1, 4, 2)]):
+            pixels = torch.randn(sum(map(math.prod, grids)), vision.patch_values, generator=generator)
+            frames = [(1, height, width) for time, height, width in grids for _ in range(time)]
+            parts = pixels.split([math.prod(frame) for frame in frames])
+            expected = [
+                model.encode(Images(part, torch.tensor([frame]))) for part, frame in zip(parts, frames, strict=True)
+            ]
+            found = model.encode(Images(pixels, torch.tensor(grids)))
+            torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+            assert (found[0] - found[1]).abs().max() > 1e-3
+
+
 def tower_of(name: str, vision) -> torch.nn.Module:
     prefix = {"clip": "CLIP", "siglip": "Siglip"}[name]
     config = getattr(transformers, f"{prefix}VisionConfig")(
@@ -173,16 +198,17 @@ def test_neighbours_are_fused_as_in_vila(rows: int, columns: int) -> None:
             number += 1
 
 
-def test_no_image_runs_the_tower_on_a_single_patch() -> None:
-    config = TINY["llava"]
+@pytest.mark.parametrize(("name", "block"), [("llava", (1, 1, 1)), ("qwen2_vl", (1, 2, 2))])
+def test_no_image_runs_the_tower_on_a_single_patch_or_block(name: str, block: tuple[int, int, int]) -> None:
+    config = TINY[name]
     with one_rank(config):
-        model, _ = build("llava", config, one_process(config))
+        model, _ = build(name, config, one_process(config))
         seen: list[Images] = []
         model.vision_model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         batch = collate([empty_sample()])
         model(batch, batch.labels)
         model(batch)
-    assert [images.grids for images in seen] == [[(1, 1, 1)]]
+    assert [images.grids for images in seen] == [[block]]
 
 
 def test_downsampling_trains_split_as_whole() -> None:

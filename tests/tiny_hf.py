@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def make_llama(folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def qwen_tokenizer(folder: Path) -> Any:
+def qwen_tokenizer(folder: Path, special: Sequence[str] = ("<|im_start|>",)) -> Any:
     """As Qwen's, saved with the vocab.json and merges.txt that the hub has beside it; the EOS ends a turn."""
     bpe = json.loads(train_tokenizer(TEXTS, 300).backend_tokenizer.to_str())["model"]
     vocabulary = {token: number for token, number in bpe["vocab"].items() if number >= 5}  # no special tokens of ours
@@ -73,13 +74,55 @@ def qwen_tokenizer(folder: Path) -> Any:
         [tuple(pair) for pair in bpe["merges"]],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
+        additional_special_tokens=list(special),
     )
     made.chat_template = QWEN_TEMPLATE
     made.save_pretrained(folder)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in bpe["merges"]))
     return made
+
+
+VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+QWEN_VL_TEMPLATE = (  # Qwen2-VL's, without its numbering of images
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a "
+    "helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}<|im_end|>\n{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen2_vl_tokenizer(folder: Path) -> Any:
+    """Qwen's with the tokens that stand for images and videos and around them."""
+    made = qwen_tokenizer(folder, ["<|im_start|>", *VISION_TOKENS])
+    made.chat_template = QWEN_VL_TEMPLATE
+    made.save_pretrained(folder)
+    return made
+
+
+def make_qwen2_vl(folder: Path, tied: bool = False, **settings: Any) -> Path:
+    """A Qwen2-VL that sees 4 to 16 tokens of an image or of two frames; HF's processor of videos needs torchvision."""
+    made = qwen2_vl_tokenizer(folder)
+    names = ("vision_start", "vision_end", "image", "video")
+    text = LLAMA | dict(
+        rms_norm_eps=1e-6, vocab_size=len(made) + 17, eos_token_id=made.eos_token_id, num_hidden_layers=4
+    )
+    del text["head_dim"]
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 3])
+    config = transformers.Qwen2VLConfig(
+        text_config=text | dict(hidden_size=64, rope_parameters=rope) | settings,
+        vision_config=dict(depth=2, embed_dim=48, num_heads=4, mlp_ratio=2, hidden_size=64),
+        tie_word_embeddings=tied,
+        **{f"{name}_token_id": made.convert_tokens_to_ids(t) for name, t in zip(names, VISION_TOKENS, strict=True)},
+    )
+    random_weights(transformers.Qwen2VLForConditionalGeneration(config)).save_pretrained(folder)
+    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 16 * 28 * 28}
+    transformers.Qwen2VLImageProcessorPil(size=size).save_pretrained(folder)
+    (folder / "video_preprocessor_config.json").write_text(json.dumps({"size": size}))
+    return folder
 
 
 def make_qwen(folder: Path, kind: str = "qwen2", **settings: Any) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from nemo_vlm.config.checks import demand, fill, seconds
 from nemo_vlm.config.data import DataConfig, TokenizerConfig
 from nemo_vlm.config.exp_manager import CheckpointConfig, EarlyStoppingConfig, ExpManagerConfig
-from nemo_vlm.config.model import LanguageConfig, PartConfig, StartConfig
+from nemo_vlm.config.model import LanguageConfig, PartConfig, StartConfig, tower_flops
 from nemo_vlm.config.nemo import NemoConfig
 from nemo_vlm.config.optim import OptimConfig, SchedConfig, Unit
 from nemo_vlm.config.peft import LoraConfig, PeftConfig
@@ -46,6 +46,7 @@ __all__ = [
     "demand",
     "fill",
     "seconds",
+    "tower_flops",
 ]
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from nemo_vlm.config.checks import demand, fill
+from nemo_vlm.config.data import DataConfig
+from nemo_vlm.config.multimodal import MediaConfig
 from nemo_vlm.errors import ConfigError
 
 
@@ -24,6 +28,12 @@ class PartConfig:
     lr_ratio: float = 1.0  # of model.optim.lr
 
 
+def tower_flops(layers: int, hidden: int, ffn_hidden: int, patches: float, squared_frames: float) -> float:
+    """FLOPs of a vision transformer's forward pass; the FFN has two matrices, and attention has no mask."""
+    layer = 4 * hidden**2 + 2 * hidden * ffn_hidden
+    return layers * (2 * patches * layer + 4 * squared_frames * hidden)
+
+
 @dataclass(frozen=True)
 class LanguageConfig:
     """`model.*`, a decoder-only language model (Llama's architecture and its neighbours)."""
@@ -41,6 +51,7 @@ class LanguageConfig:
     rotary_base: float = 10000.0
     seq_len_interpolation_factor: float | None = None  # rotary positions are divided by it
     rope_scaling_factor: float | None = None  # Llama 3.1's scaling of rotary frequencies
+    mrope_section: tuple[int, ...] | None = None  # frequencies of each axis of M-RoPE, time, height, width; null: RoPE
     layernorm_epsilon: float = 1e-5
     bias: bool = False
     qkv_bias: bool = False  # of queries, keys and values, beside those of `bias`
@@ -57,21 +68,53 @@ class LanguageConfig:
                 "must divide by it, or model.kv_channels be given"
             )
         fill(self, kv_channels=self.hidden_size // max(self.num_attention_heads, 1))
+        if self.position_axes == 1:
+            right = "null: this family's positions have one axis"
+            demand(self.mrope_section is None, "model.mrope_section", list(self.mrope_section or ()), right)
+
+    @property
+    def media(self) -> MediaConfig | None:
+        """A family that sees images and videos returns its `mm_cfg`."""
+        return None
 
     @property
     def parts(self) -> dict[str, PartConfig]:
         """How the model's top-level modules train, by name; those not named train as usual."""
-        return {}
+        if (mm := self.media) is None:
+            return {}
+        return {
+            "language_model": PartConfig(mm.llm.freeze, mm.llm.lr_ratio),
+            "vision_model": PartConfig(mm.vision_encoder.freeze, mm.vision_encoder.vision_encoder_lr_ratio),
+            "vision_projection": PartConfig(mm.freeze_mm_mlp_adapter, mm.mm_mlp_adapter_lr_ratio),
+        }
+
+    @property
+    def position_axes(self) -> int:
+        """Numbers that make a position: 3 in M-RoPE."""
+        return 1
+
+    @property
+    def divided_heads(self) -> dict[str, int]:
+        """What a file for each tensor-parallel rank divides head by head, by the settings that number them."""
+        decoder = {"num_query_groups": self.num_query_groups or self.num_attention_heads}
+        if self.media is None:
+            return decoder
+        return decoder | {"mm_cfg.vision_encoder.num_attention_heads": self.media.vision_encoder.num_attention_heads}
 
     @property
     def reads_media(self) -> bool:
         """Whether it is shown images and videos."""
-        return False
+        return self.media is not None
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """The tokens that stand for features; settled before a model is built."""
+        return () if self.media is None else (self.media.image_token_index,)
 
     @property
     def image_placeholder(self) -> str:
         """What stands in a text where an image goes."""
-        return "<image>"
+        return "<image>" if self.media is None else self.media.image_token
 
     @property
     def image_text(self) -> str:
@@ -79,16 +122,48 @@ class LanguageConfig:
         return self.image_placeholder
 
     @property
+    def video_placeholder(self) -> str:
+        """What stands in a text where a video goes; an image's, where the model does not tell them apart."""
+        return self.image_placeholder
+
+    @property
+    def video_text(self) -> str:
+        """The placeholder with what stands around it."""
+        return self.image_text
+
+    @property
+    def media_break(self) -> str:
+        """What its chat template puts between an image or a video that is given apart and the texts beside it."""
+        return "\n"
+
+    @property
     def image_facts(self) -> dict[str, int]:
         """What settings of the data may repeat of the model's images, by their keys: they must say the same."""
         return {}
+
+    @property
+    def media_settings(self) -> dict[str, Any]:
+        """The settings of the data about images and videos that it follows, by their keys, and what null means."""
+        return {}
+
+    def media_choices(self, data: DataConfig) -> dict[str, Any]:
+        """Those settings as they are given, or else their defaults."""
+        given = {key: getattr(data, key) for key in self.media_settings}
+        return {key: default if given[key] is None else given[key] for key, default in self.media_settings.items()}
 
     @property
     def tiles_images(self) -> bool:
         """Whether images are seen in tiles too, which are cut from squares."""
         return False
 
-    @property
-    def image_flops(self) -> float:
-        """FLOPs of one image's forward pass; a family with a vision tower counts it."""
+    def visual_tokens(self, grids: Iterable[tuple[int, int, int]]) -> int:
+        """What views of these patches in time, height and width are in the text; a family that sees counts them."""
+        return 0
+
+    def vision_flops(self, patches: float, squared_frames: float) -> float:
+        """FLOPs of the vision tower's forward pass and of what makes tokens of its features.
+
+        Args:
+            squared_frames: the sum of the squared numbers of patches of images and frames.
+        """
         return 0.0

@@ -14,3 +14,8 @@ for message in (
     warnings.filterwarnings("ignore", message)
 
 cpu.import_megatron()
+
+from megatron.core.msc_utils import MultiStorageClientFeature  # noqa: E402
+
+# Energon brings it along; it would then stand between Megatron and files, and leave what was broken off lying about.
+MultiStorageClientFeature.disable()

@@ -2,7 +2,7 @@
 
 Rows are padded on the right: the next token of a row stands behind its last one, over the padding, and at the position
 that it would have without other rows. (Megatron's static context gives all rows one position, its dynamic one is for
-CUDA.)
+CUDA.) That position is its place in the row, but behind images or videos whose tokens share positions, as with M-RoPE.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Cache:
     def __init__(self, lengths: Tensor, capacity: int, device: torch.device) -> None:
         self.lengths, self.capacity, self.device = lengths, capacity, device
         self.filled = False  # whether the prompts have passed
+        self.offsets = torch.zeros_like(lengths, device=device)  # [b]: from a new token's place to its position
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._settle()
 
@@ -32,8 +33,13 @@ class Cache:
         self.visible = (torch.arange(self.width, device=self.device) <= self.ends[:, None])[:, None, None]
 
     def positions(self, width: int) -> Tensor:
-        """[s, b or 1]: where the tokens of this pass stand in their rows."""
-        return self.ends[None] if self.filled else torch.arange(width, device=self.device)[:, None]
+        """[s, b or 1]: of the tokens of this pass; of prompts without images and videos."""
+        return (self.ends + self.offsets)[None] if self.filled else torch.arange(width, device=self.device)[:, None]
+
+    def count_on(self, positions: Tensor) -> None:
+        """Let answers begin behind the highest of their prompts' M-RoPE positions [3, b, s] (rope_deltas in HF)."""
+        padding = torch.arange(positions.shape[-1], device=self.device) >= self.ends[:, None]
+        self.offsets = positions.amax(0).masked_fill(padding, -1).amax(1) + 1 - self.ends
 
     def last(self, hidden: Tensor) -> Tensor:
         """[1, b, h] of the last token of each row, from the hidden states [s, b, h] of this pass."""
@@ -53,7 +59,7 @@ class Cache:
         """Row i as often as counts[i] says, each copy to be continued on its own."""
         repeats = torch.tensor(counts)
         made = Cache(self.lengths.repeat_interleave(repeats), self.capacity, self.device)
-        made.filled = self.filled
+        made.filled, made.offsets = self.filled, self.offsets.repeat_interleave(repeats.to(self.device))
         for layer, parts in self.layers.items():
             keys, values = (part.repeat_interleave(repeats.to(self.device), 0) for part in parts)
             made.layers[layer] = keys, values

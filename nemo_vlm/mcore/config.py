@@ -78,6 +78,7 @@ def language_config(model: LanguageConfig, build: BuildContext) -> TransformerCo
         add_bias_linear=model.bias,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_layernorm,
+        mrope_section=list(model.mrope_section) if model.mrope_section else None,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,

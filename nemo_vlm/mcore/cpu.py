@@ -1,7 +1,8 @@
 """Megatron-Core on a machine without CUDA.
 
 Megatron-Core 0.16 assumes CUDA in a few places: the current device, streams, literal device="cuda", type names of
-CUDA tensors, RNG state. `enable()` redirects these to the CPU. It does nothing where CUDA exists.
+CUDA tensors, RNG state. `enable()` redirects these to the CPU. It does nothing where CUDA exists, or an NPU stands for
+it.
 """
 
 from __future__ import annotations
@@ -9,17 +10,23 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from nemo_vlm.mcore.npu import started
+
+DeviceType = Literal["cpu", "cuda", "npu"]
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}  # of torch.distributed
 CPU = torch.device("cpu")
 _mode: list[TorchFunctionMode] = []  # holds the active mode for the life of the process
 
 
 def device() -> torch.device:
     """The device that this rank computes on."""
+    if started():
+        return torch.device("npu", torch.cuda.current_device())
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
 
 

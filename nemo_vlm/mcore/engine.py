@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from nemo_vlm import heartbeat
-from nemo_vlm.batch import Batch
+from nemo_vlm.batch import NUM_COUNTS, Batch
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import cpu, groups, weights
 from nemo_vlm.mcore.cache import Cache
@@ -144,7 +144,7 @@ class Engine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        total = sum(reports) if reports else torch.zeros(7, dtype=torch.float64)
+        total = sum(reports) if reports else torch.zeros(2 + NUM_COUNTS, dtype=torch.float64)
         return tuple(groups.sum_over_data(total.to(cpu.device())).tolist())
 
     def _forward(

@@ -65,8 +65,9 @@ class FullySharded:
         self.to_reduce = [parameter for name, parameter in trained.items() if name in partial]
         settings = optimizer_config(updates, dtype)
         groups = megatron_optimizer._get_param_groups(stages, settings, overrides(settings, updates.lr_ratios))
+        fused = cpu.device().type != "npu"  # torch has no such kernel there
         self.optimizer = torch.optim.AdamW(
-            groups, lr=settings.lr, betas=updates.optim.betas, eps=settings.adam_eps, fused=True
+            groups, lr=settings.lr, betas=updates.optim.betas, eps=settings.adam_eps, fused=fused
         )
         self.param_groups = self.optimizer.param_groups
         apply_weight_decay(self.param_groups, settings.weight_decay)

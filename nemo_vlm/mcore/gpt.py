@@ -17,13 +17,14 @@ from nemo_vlm.mcore.config import BuildContext, forget_attention_choice, languag
 from nemo_vlm.mcore.context import split_batch
 from nemo_vlm.mcore.groups import Stage
 from nemo_vlm.mcore.layers import layer_spec, norm_class
+from nemo_vlm.mcore.rotary import MultimodalRotary
 
 
 def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTModel:
     """This stage's part of the language model; initial values are left to mcore.weights."""
     assert model.vocab_size is not None, "the vocabulary size is settled before a model is built"
     config = language_config(model, build)
-    layer = layer_spec(config, build.kernels, causal=True)
+    layer = layer_spec(config, build.kernels, causal=True, own_positions=bool(model.mrope_section))
     forget_attention_choice()
     gpt = GPTModel(
         config,
@@ -32,7 +33,7 @@ def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTMo
         max_sequence_length=model.encoder_seq_length,
         pre_process=stage.first,
         post_process=stage.last,
-        position_embedding_type="rope",
+        position_embedding_type="mrope" if model.mrope_section else "rope",
         rotary_base=model.rotary_base,  # type: ignore[arg-type]
         seq_len_interpolation_factor=model.seq_len_interpolation_factor,
         rope_scaling=model.rope_scaling_factor is not None,
@@ -41,6 +42,8 @@ def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTMo
         scatter_embedding_sequence_parallel=False,  # vision features are merged into the whole sequence first
         vp_stage=stage.chunk,
     )
+    if model.mrope_section:
+        gpt.rotary_pos_emb = MultimodalRotary(model.rotary_base)
     if stage.last:
         gpt.output_layer.register_forward_hook(HidePadding(model.vocab_size))
     return gpt
@@ -76,52 +79,68 @@ def embed(gpt: GPTModel, tokens: Tensor) -> Tensor:
 
 
 def decode(
-    gpt: GPTModel, embeddings: Tensor | None, batch: Batch, labels: Tensor | None, cache: Cache | None = None
+    gpt: GPTModel,
+    embeddings: Tensor | None,
+    batch: Batch,
+    labels: Tensor | None,
+    cache: Cache | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Run this stage's layers.
 
     Args:
         embeddings: [s, b, h] on the first stage; elsewhere None, the schedule has set the input.
         cache: for generation, see decode_cached.
+        positions: [3, b, s], where the model has M-RoPE.
     Returns:
         The losses [b, s] on the last stage where labels are given, its logits [b, s, vocab / tp] where they are not,
         hidden states [s, b, h] on the other stages.
     """
     if cache is not None:
-        return decode_cached(gpt, embeddings, batch.tokens.shape[1], cache)
+        return decode_cached(gpt, embeddings, batch.tokens.shape[1], cache, positions)
     if gpt.config.context_parallel_size > 1:
-        return decode_split(gpt, embeddings, batch, labels)
-    return run_layers(gpt, embeddings, labels, packed_batch(batch))
+        return decode_split(gpt, embeddings, batch, labels, positions)
+    return run_layers(gpt, embeddings, labels, positions, packed_batch(batch))
 
 
-def decode_split(gpt: GPTModel, embeddings: Tensor | None, batch: Batch, labels: Tensor | None) -> Tensor:
+def decode_split(
+    gpt: GPTModel, embeddings: Tensor | None, batch: Batch, labels: Tensor | None, positions: Tensor | None
+) -> Tensor:
     """As decode, on this context-parallel rank's part of the samples; losses and logits are of all of them again."""
     split = split_batch(batch, gpt.config)
+    positions = None if positions is None else split.part(positions, 2)
     embeddings = None if embeddings is None else split.part(embeddings, 0)
     labels = None if labels is None else split.part(labels, 1)
-    output = run_layers(gpt, embeddings, labels, packed_batch(batch, split.lengths))
+    output = run_layers(gpt, embeddings, labels, positions, packed_batch(batch, split.lengths))
     return split.whole(output) if gpt.post_process else output
 
 
 def run_layers(
-    gpt: GPTModel, embeddings: Tensor | None, labels: Tensor | None, packed: PackedSeqParams | None
+    gpt: GPTModel,
+    embeddings: Tensor | None,
+    labels: Tensor | None,
+    positions: Tensor | None,
+    packed: PackedSeqParams | None,
 ) -> Tensor:
     """Megatron's forward pass, from embeddings that are whole on every tensor-parallel rank."""
     if embeddings is not None and gpt.config.sequence_parallel:
         embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
-    return gpt(None, None, None, decoder_input=embeddings, labels=labels, packed_seq_params=packed)
+    return gpt(None, positions, None, decoder_input=embeddings, labels=labels, packed_seq_params=packed)
 
 
-def decode_cached(gpt: GPTModel, embeddings: Tensor | None, width: int, cache: Cache) -> Tensor:
+def decode_cached(
+    gpt: GPTModel, embeddings: Tensor | None, width: int, cache: Cache, positions: Tensor | None = None
+) -> Tensor:
     """Run this stage's layers on tokens that follow those in the cache, which grows by them.
 
     Args:
         embeddings: [s, b, h] on the first stage; elsewhere None, the schedule has set the input.
         width: s.
+        positions: [3, b, s] of prompts, where the model has M-RoPE.
     Returns:
         On the last stage the logits [b, 1, vocab / tp] behind the last token of each row, elsewhere hidden states.
     """
-    frequencies = gpt.rotary_pos_emb(cache.capacity)[:, 0][cache.positions(width)]  # [s, b, 1, d]
+    frequencies = cached_frequencies(gpt, width, cache, positions)
     hidden = gpt.decoder(embeddings, attention_mask=cache, rotary_pos_emb=frequencies)
     if not gpt.post_process:
         return hidden
@@ -129,3 +148,14 @@ def decode_cached(gpt: GPTModel, embeddings: Tensor | None, width: int, cache: C
     weight = gpt.shared_embedding_or_output_weight() if tied else None
     logits, _ = gpt.output_layer(cache.last(hidden), weight=weight)
     return logits.transpose(0, 1)
+
+
+def cached_frequencies(gpt: GPTModel, width: int, cache: Cache, positions: Tensor | None) -> Tensor:
+    """Rotary angles [s, b or 1, 1, d] of this pass's tokens; M-RoPE's three axes are equal behind a prompt."""
+    if gpt.position_embedding_type != "mrope":
+        return gpt.rotary_pos_emb(cache.capacity)[:, 0][cache.positions(width)]
+    if positions is None:
+        positions = cache.positions(width).T.expand(3, -1, -1)
+    else:
+        cache.count_on(positions)
+    return gpt.rotary_pos_emb(positions, gpt.mrope_section)

@@ -78,8 +78,16 @@ def sum_over_data(values: torch.Tensor) -> torch.Tensor:
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     if not last or not first_of_context() or parallel_state.get_tensor_model_parallel_rank() > 0:
         values = torch.zeros_like(values)
-    torch.distributed.all_reduce(values)
-    return values
+    summed = values.float() if values.device.type == "npu" else values  # HCCL sums no float64
+    torch.distributed.all_reduce(summed)
+    return summed.to(values)
+
+
+def of_data_ranks(value: float) -> list[float]:
+    """The value of each data-parallel rank, on every rank."""
+    values = torch.zeros(data_parallel_size(), dtype=torch.float64, device=cpu.device())
+    values[data_parallel_rank()] = value
+    return list(sum_over_data(values).tolist())
 
 
 def from_last_stage(values: torch.Tensor) -> torch.Tensor:

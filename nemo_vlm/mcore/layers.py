@@ -24,17 +24,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.mcore import npu
 from nemo_vlm.mcore.attention import CoreAttention
 from nemo_vlm.mcore.context import ContextParallelAttention
+from nemo_vlm.mcore.rotary import RotatedAttention, TowerAttention
 
 Kernels = Literal["local", "transformer_engine"]
 
 
 def kernels(transformer_impl: str) -> Kernels:
     """What model.transformer_impl means here: `auto` takes Transformer Engine on CUDA where it is installed."""
-    available = torch.cuda.is_available() and HAVE_TE
+    on_cuda = torch.cuda.is_available() and not npu.started()
+    available = on_cuda and HAVE_TE
     if transformer_impl == "transformer_engine" and not available:
-        lacking = "it cannot be imported" if torch.cuda.is_available() else "it needs a CUDA device"
+        lacking = "it cannot be imported" if on_cuda else "it needs a CUDA device"
         raise ConfigError(f"model.transformer_impl=transformer_engine: {lacking}; auto or local runs here")
     return "transformer_engine" if available and transformer_impl != "local" else "local"
 
@@ -72,13 +75,20 @@ def takes_our_attention(config: TransformerConfig) -> bool:
     return config.attention_backend is AttnBackend.local or (automatic and config.params_dtype is torch.float32)
 
 
-def layer_spec(config: TransformerConfig, chosen: Kernels, causal: bool) -> ModuleSpec:
-    """A pre-norm transformer layer: norm, self-attention, norm, MLP."""
+def layer_spec(config: TransformerConfig, chosen: Kernels, causal: bool, own_positions: bool = False) -> ModuleSpec:
+    """A pre-norm transformer layer: norm, self-attention, norm, MLP.
+
+    Args:
+        own_positions: each token has a position of its own, see RotatedAttention; else its place in its sample.
+    """
+    rotated = RotatedAttention if causal else TowerAttention
     if chosen == "transformer_engine":
         gpt, vit = get_gpt_layer_with_transformer_engine_spec, get_vit_layer_with_transformer_engine_spec
         spec: Any = gpt(qk_layernorm=config.qk_layernorm) if causal else vit()
         if takes_our_attention(config):
             spec.submodules.self_attention.submodules.core_attention = core_attention(config)
+        if own_positions:
+            spec.submodules.self_attention.module = rotated
         return spec
     norm = norm_class(config, chosen)
     head_norm = norm if config.qk_layernorm else IdentityOp
@@ -95,7 +105,11 @@ def layer_spec(config: TransformerConfig, chosen: Kernels, causal: bool) -> Modu
         TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(SelfAttention, params={"attn_mask_type": mask}, submodules=attention),
+            self_attention=ModuleSpec(
+                rotated if own_positions else SelfAttention,
+                params={"attn_mask_type": mask},
+                submodules=attention,
+            ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=mlp,

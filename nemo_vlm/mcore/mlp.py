@@ -19,17 +19,20 @@ class LinearStack(MegatronModule):
 
     Args:
         sizes: widths from input to output, one more than there are layers.
-        input_norm: a LayerNorm in front, named "norm".
+        norm_size: width of a LayerNorm in front, named "norm"; None: there is none. Where it is below that of the
+            input, each input is joined from so many neighbours, which are normalised one by one.
     """
 
-    def __init__(self, sizes: list[int], build: BuildContext, input_norm: bool = False) -> None:
+    def __init__(
+        self, sizes: list[int], build: BuildContext, norm_size: int | None = None, norm_epsilon: float = 1e-5
+    ) -> None:
         tp = build.layout.tensor
         config = encoder_config(
             build, True, num_layers=1, hidden_size=sizes[-1], num_attention_heads=tp
         )  # heads: it has none
         super().__init__(config)
-        self.count = len(sizes) - 1
-        self.norm = torch.nn.LayerNorm(sizes[0]) if input_norm else torch.nn.Identity()
+        self.count, self.in_size = len(sizes) - 1, sizes[0]
+        self.norm = torch.nn.LayerNorm(norm_size, norm_epsilon) if norm_size else torch.nn.Identity()
         make = dict(config=config, init_method=config.init_method, bias=True, skip_bias_add=False)
         index = 0
         while index < self.count:
@@ -52,8 +55,8 @@ class LinearStack(MegatronModule):
                 index += 1
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., sizes[0]] -> [..., sizes[-1]]."""
-        hidden = self.norm(hidden)
+        """[n, norm_size or sizes[0]] -> [joined, sizes[-1]]."""
+        hidden = self.norm(hidden).view(-1, self.in_size)
         for index in range(self.count):
             hidden = self.get_submodule(str(index))(F.gelu(hidden) if index else hidden)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # Megatron's layers return their bias beside

@@ -1,4 +1,4 @@
-"""A vision transformer from Megatron layers: CLIP, SigLIP and what else differs from them by a few switches."""
+"""A vision transformer from Megatron layers: CLIP, SigLIP, Qwen2-VL's, and what differs from them by a few switches."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from nemo_vlm.mcore.attention import packed_sequences
 from nemo_vlm.mcore.config import ACTIVATIONS, BuildContext, encoder_config
 from nemo_vlm.mcore.groups import without_tensor_parallel
 from nemo_vlm.mcore.layers import layer_spec, norm_class
+from nemo_vlm.mcore.rotary import grid_angles
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 class VisionShape:
     """What distinguishes one vision transformer from another."""
 
-    image_size: int
     patch_size: int
     num_layers: int
     hidden_size: int
@@ -39,14 +39,14 @@ class VisionShape:
     num_attention_heads: int
     activation: str
     layernorm_epsilon: float
-    class_token: bool  # CLIP puts a class token in front
-    pre_norm: bool  # CLIP normalises the embeddings
-    patch_bias: bool  # SigLIP's patch convolution has a bias
-    pooling_head: bool  # SigLIP's, behind all that runs here
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+    temporal_patch_size: int | None = None  # Qwen's patches reach over so many frames
+    merge_size: int | None = None  # Qwen's patches come in blocks of so many along an edge, with rotary positions
+    table_size: int | None = None  # learned positions of a square view
+    class_token: bool = False  # CLIP puts a class token in front
+    pre_norm: bool = False  # CLIP normalises the embeddings
+    post_norm: bool = False  # CLIP and SigLIP have a norm behind the last layer
+    patch_bias: bool = False  # SigLIP's patch convolution has a bias
+    pooling_head: bool = False  # SigLIP's, behind all that runs here
 
 
 class VisionTransformer(MegatronModule):
@@ -62,19 +62,21 @@ class VisionTransformer(MegatronModule):
         config = vision_config(shape, build, split)
         super().__init__(config)
         self.depth, self.step = depth, build.step
+        self.shape = shape
         groups = ProcessGroupCollection.use_mpu_process_groups() if split else without_tensor_parallel()
         self.tp_group = groups.tp
         norm, hidden = norm_class(config, build.kernels), shape.hidden_size
-        self.conv1 = torch.nn.Conv2d(3, hidden, shape.patch_size, shape.patch_size, bias=shape.patch_bias)
-        self.position_embeddings = torch.nn.Embedding(shape.num_patches + shape.class_token, hidden)
+        self.conv1 = patch_convolution(shape)
+        if shape.table_size:
+            self.position_embeddings = torch.nn.Embedding(shape.table_size + shape.class_token, hidden)
         self.class_token = torch.nn.Parameter(torch.empty(1, 1, hidden)) if shape.class_token else None
         self.ln_pre = norm(config, hidden, shape.layernorm_epsilon) if shape.pre_norm else torch.nn.Identity()
-        spec = layer_spec(config, build.kernels, causal=False)
+        spec = layer_spec(config, build.kernels, causal=False, own_positions=shape.merge_size is not None)
         layers = [
             build_module(spec, config=config, layer_number=i + 1, pg_collection=groups) for i in range(shape.num_layers)
         ]
         self.layers = torch.nn.ModuleList(layers)
-        self.ln_post = norm(config, hidden, shape.layernorm_epsilon)
+        self.ln_post = norm(config, hidden, shape.layernorm_epsilon) if shape.post_norm else torch.nn.Identity()
         self.head = pooling_head(shape) if shape.pooling_head else torch.nn.Identity()
         for unused in (self.layers[depth:], self.ln_post, self.head):
             unused.requires_grad_(False)
@@ -91,46 +93,73 @@ class VisionTransformer(MegatronModule):
     def forward(self, images: Images) -> Tensor:
         """Hidden states [patches, h] of views after `depth` layers, without class tokens.
 
-        Views of one size run as a batch, others packed, each seeing only itself.
+        Frames of one size run as a batch, others packed, each seeing only itself.
         """
-        grids, sizes = images.grids, [math.prod(grid) for grid in images.grids]
+        frames = [(height, width) for time, height, width in images.grids for _ in range(time)]
         weight, bias = self.conv1.weight, self.conv1.bias
         patches = F.linear(images.pixel_values.to(weight.dtype), weight.flatten(1), bias)  # a convolution's stride
-        views = [self.with_positions(view, *grid) for view, grid in zip(patches.split(sizes), grids, strict=True)]
-        lengths = [len(view) for view in views]
-        if len(set(grids)) == 1:
-            hidden, packed = torch.stack(views, 1), None
+        hidden = self.with_positions(patches, frames)
+        lengths = [height * width + self.shape.class_token for height, width in frames]
+        packed, batched = None, len(set(frames)) == 1
+        if batched:
+            hidden = hidden.unflatten(0, (len(frames), -1)).transpose(0, 1).contiguous()
         else:
-            hidden = torch.cat(views)[:, None]
-            packed = packed_sequences(lengths, hidden.device)
+            hidden, packed = hidden[:, None], packed_sequences(lengths, hidden.device)
+        rotary = self.rotary_angles(frames[:1] if batched else frames)
         hidden = self.ln_pre(hidden)
         for start, stop, recompute in recompute_runs(self.depth, self.step):
             if recompute and torch.is_grad_enabled():
-                hidden = checkpoint(self.run_layers, start, stop, hidden, packed, use_reentrant=False)
+                hidden = checkpoint(self.run_layers, start, stop, hidden, rotary, packed, use_reentrant=False)
             else:
-                hidden = self.run_layers(start, stop, hidden, packed)
-        first = 0 if self.class_token is None else 1
-        return torch.cat([view[first:] for view in hidden.transpose(0, 1).flatten(0, 1).split(lengths)])
+                hidden = self.run_layers(start, stop, hidden, rotary, packed)
+        hidden = hidden.transpose(0, 1).flatten(0, 1)
+        if not self.shape.class_token:
+            return hidden
+        return torch.cat([frame[1:] for frame in hidden.split(lengths)])
 
-    def with_positions(self, patches: Tensor, time: int, height: int, width: int) -> Tensor:
-        """A view's patches [height * width, h] with the class token in front and the position table added.
+    def blank(self) -> Images:
+        """A view of the fewest patches, for a rank that has no image where others may have some."""
+        edge, weight = self.shape.merge_size or 1, self.conv1.weight
+        pixels = torch.zeros(edge**2, math.prod(weight.shape[1:]), device=weight.device)
+        return Images(pixels, torch.tensor([[1, edge, edge]]))
+
+    def rotary_angles(self, frames: list[tuple[int, int]]) -> Tensor | None:
+        """[patches, 1, 1, head size] of frames one behind the other; None of a tower with a table alone."""
+        merge_size, device = self.shape.merge_size, self.conv1.weight.device
+        if merge_size is None:
+            return None
+        head_size = self.shape.hidden_size // self.shape.num_attention_heads
+        known = {size: grid_angles(*size, merge_size, head_size, device) for size in set(frames)}
+        return torch.cat([known[size] for size in frames])[:, None, None]
+
+    def with_positions(self, patches: Tensor, frames: list[tuple[int, int]]) -> Tensor:
+        """Patches [n, h] of frames with what stands in front of each, and the position table added."""
+        if self.shape.table_size is None:
+            return patches
+        sizes = [height * width for height, width in frames]
+        return torch.cat([self.with_table(*each) for each in zip(patches.split(sizes), frames, strict=True)])
+
+    def with_table(self, patches: Tensor, size: tuple[int, int]) -> Tensor:
+        """A frame's patches [height * width, h] with the class token in front and the position table added.
 
         Of another size than the tower's own, the table is interpolated, as HF's interpolate_pos_encoding.
         """
         table = self.position_embeddings.weight
         first = 0 if self.class_token is None else 1
         edge = math.isqrt(len(table) - first)
-        if (height, width) != (edge, edge):
+        if size != (edge, edge):
             square = table[first:].unflatten(0, (edge, edge)).permute(2, 0, 1)[None].float()
-            resized = F.interpolate(square, size=(height, width), mode="bicubic", align_corners=False)
+            resized = F.interpolate(square, size=size, mode="bicubic", align_corners=False)
             table = torch.cat([table[:first], resized[0].flatten(1).T.to(table.dtype)])
         if self.class_token is not None:
             patches = torch.cat([self.class_token[0], patches])
         return patches + table
 
-    def run_layers(self, start: int, stop: int, hidden: Tensor, packed: PackedSeqParams | None) -> Tensor:
+    def run_layers(
+        self, start: int, stop: int, hidden: Tensor, rotary: Tensor | None, packed: PackedSeqParams | None
+    ) -> Tensor:
         for layer in self.layers[start:stop]:
-            hidden, _ = layer(hidden, attention_mask=None, packed_seq_params=packed)
+            hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed)
         return hidden
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
@@ -145,6 +174,15 @@ class VisionTransformer(MegatronModule):
                 layer, f"{prefix}layers.{i}.", sharded_offsets, metadata, self.tp_group
             )
         return shards
+
+
+def patch_convolution(shape: VisionShape) -> torch.nn.Conv2d | torch.nn.Conv3d:
+    """Over height and width, or over time too."""
+    hidden, edge, frames = shape.hidden_size, shape.patch_size, shape.temporal_patch_size
+    if frames is None:
+        return torch.nn.Conv2d(3, hidden, edge, edge, bias=shape.patch_bias)
+    kernel = (frames, edge, edge)
+    return torch.nn.Conv3d(3, hidden, kernel, kernel, bias=shape.patch_bias)
 
 
 def pooling_head(shape: VisionShape) -> torch.nn.Module:

@@ -2,14 +2,18 @@
 
     config.py     Config, a frozen dataclass on LanguageConfig; STARTS, the settings that name checkpoints with first
                   weights, and the module that each is for (None: all); where two bring the same, the later one wins
-    model.py      Model(config, build, stage), a torch module: forward(batch, labels) -> losses, logits, hidden states
+    model.py      Model(config, build, stage), a torch module: forward(batch, labels) -> losses, logits, hidden states;
+                  vision_language.py has what those that see have in common
     processor.py  settle(config, tokenizer); Processor(config, data, tokenizer): record -> Sample;
                   hf_processor(config, data), data_from_hf(files, config): Hugging Face's files of a processor that does
                   the same, written and read
     mapping.py    rules(config): its weights in Hugging Face's names; hf_config(config), from_hf(hf, names, path): the
                   config.json beside them, written and read; HF_TYPES, VISION_TYPES: model types that it reads;
-                  HF_VARIANTS, MEGATRON_VARIANTS: beginnings of names elsewhere
-    tiny.py       config(), samples(config, count, generator), hf_inputs(batch): a small one to prove the others on
+                  HF_VARIANTS: beginnings of names in other files, and what they are in rules; MEGATRON_VARIANTS: how
+                  each derivative of Megatron-LM writes it, by what that is called (mapping.Variant); the first is what
+                  is written
+    tiny.py       config(), samples(config, count, generator), hf_inputs(config, batch): a small one, to prove the
+                  others on
 
 All but model.py import neither Megatron nor a process group, so that conversion runs without them.
 tests/test_families.py proves every family that it finds here.
@@ -26,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nemo_vlm.errors import ConfigError
 
 if TYPE_CHECKING:  # torch is not imported to print a config
+    from PIL import Image
     from torch import Tensor
 
     from nemo_vlm.batch import Images, Sample
@@ -48,8 +53,8 @@ class Processor(Protocol):
         """
         ...
 
-    def length(self, record: Mapping[str, Any]) -> int:
-        """Tokens of that sample, without its pixels.
+    def length(self, record: Mapping[str, Any]) -> tuple[int, int]:
+        """Tokens of that sample, and how many of them stand for images and videos; no pixels are loaded.
 
         Raises:
             SampleError: as sample.
@@ -64,6 +69,10 @@ class Processor(Protocol):
         """
         ...
 
+    def seen(self, images: Images) -> list[list[Image.Image]]:
+        """The pictures that the patches of each view were cut from: an image's one, or a video's frames."""
+        ...
+
     def prompt(self, record: Mapping[str, Any]) -> Sample:
         """The record up to where the assistant's first answer would begin."""
         ...
@@ -72,12 +81,12 @@ class Processor(Protocol):
         """The tokens of that prompt, and what `pixels` is to be asked for it."""
         ...
 
-    def tokens(self, text: str, media: Sequence[Path], add_special_tokens: bool = True) -> Tensor:
+    def tokens(self, text: str, media: Sequence[Any], add_special_tokens: bool = True) -> Tensor:
         """Ids [s] of a text that is not put into a template, <image> standing for as many tokens as the model sees."""
         ...
 
-    def pixels(self, paths: Sequence[Path]) -> Images:
-        """What Sample.images is for these image files."""
+    def pixels(self, media: Sequence[Any]) -> Images:
+        """What Sample.images is for these images and videos."""
         ...
 
 

@@ -22,8 +22,14 @@ def build_projector(kind: str, in_size: int, out_size: int, build: BuildContext)
             raise ConfigError(f"model.mm_cfg.mm_mlp_adapter_type=identity: widths differ, {in_size} and {out_size}")
         return nn.Identity()
     if kind == DOWNSAMPLE:
-        return LinearStack([4 * in_size] + [out_size] * count, build, input_norm=True)
+        return LinearStack([4 * in_size] + [out_size] * count, build, norm_size=4 * in_size)
     return LinearStack([in_size] + [out_size] * count, build)
+
+
+def build_merger(in_size: int, merge_size: int, out_size: int, epsilon: float, build: BuildContext) -> nn.Module:
+    """HF's PatchMerger: patches are normalised, the merge_size x merge_size of a block joined, and projected."""
+    joined = in_size * merge_size**2
+    return LinearStack([joined, joined, out_size], build, in_size, epsilon)
 
 
 def fuse_neighbours(features: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:

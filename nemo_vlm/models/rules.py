@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nemo_vlm.config import LanguageConfig
-from nemo_vlm.mapping import Rows, Rule, fuse_gate_up, fuse_qkv, rename
+from nemo_vlm.mapping import Rows, Rule, fuse_gate_up, fuse_qkv, regroup_qkv, rename
 
 
 def decoder_rules(config: LanguageConfig, ours: str, theirs: str, their_head: str) -> list[Rule]:
@@ -89,4 +89,26 @@ def vision_layer_rules(ours: str, theirs: str, num_heads: int, width: int, ffn_s
             rename(f"{ours}self_attention.linear_qkv.layer_norm_{kind}", f"{theirs}layer_norm1.{kind}", (width,)),
             rename(f"{ours}mlp.linear_fc1.layer_norm_{kind}", f"{theirs}layer_norm2.{kind}", (width,)),
         ]
+    return rules
+
+
+def fused_vision_layer_rules(ours: str, theirs: str, num_heads: int, width: int, ffn_size: int) -> list[Rule]:
+    """HF Qwen2VLVisionBlock."""
+    qkv, head_size = "self_attention.linear_qkv", width // num_heads
+    shapes = {
+        "self_attention.linear_proj": ("attn.proj", width, width),
+        "mlp.linear_fc1": ("mlp.fc1", ffn_size, width),
+        "mlp.linear_fc2": ("mlp.fc2", width, ffn_size),
+    }
+    rules: list[Rule] = []
+    for kind in ("weight", "bias"):
+        rest = (width,) if kind == "weight" else ()
+        rules += [
+            regroup_qkv(f"{ours}{qkv}.{kind}", f"{theirs}attn.qkv.{kind}", num_heads, head_size, rest),
+            rename(f"{ours}{qkv}.layer_norm_{kind}", f"{theirs}norm1.{kind}", (width,)),
+            rename(f"{ours}mlp.linear_fc1.layer_norm_{kind}", f"{theirs}norm2.{kind}", (width,)),
+        ]
+        for name, (their_name, rows, columns) in shapes.items():
+            shape = (rows, columns) if kind == "weight" else (rows,)
+            rules.append(rename(f"{ours}{name}.{kind}", f"{theirs}{their_name}.{kind}", shape))
     return rules

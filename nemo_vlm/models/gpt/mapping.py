@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_vlm.mapping import Rule
+from nemo_vlm.mapping import Rule, Variant
 from nemo_vlm.models.gpt.config import Config
 from nemo_vlm.models.hf_decoder import CLASSES, decoder_config, decoder_fields
 from nemo_vlm.models.rules import decoder_rules
@@ -13,7 +13,7 @@ from nemo_vlm.models.rules import decoder_rules
 HF_TYPES = tuple(CLASSES)  # model_type in config.json
 VISION_TYPES = ()
 HF_VARIANTS: dict[str, str] = {}
-MEGATRON_VARIANTS = {"language_model.": ""}  # our names' beginnings, and what they are in Megatron-Core's GPTModel
+MEGATRON_VARIANTS = {"megatron": Variant({"language_model.": ""}, pads=True)}  # in Megatron-Core's GPTModel
 
 
 def rules(config: Config) -> list[Rule]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,16 +41,20 @@ class Processor:
         """
         return Sample(*self._encode(record).shifted())
 
-    def length(self, record: Mapping[str, Any]) -> int:
-        """Tokens of the record's sample.
+    def length(self, record: Mapping[str, Any]) -> tuple[int, int]:
+        """Tokens of the record's sample, of which none stand for images.
 
         Raises:
             SampleError: as sample.
         """
-        return len(self._encode(record)) - 1
+        return len(self._encode(record)) - 1, 0
 
     def media(self, record: Mapping[str, Any]) -> list[Any]:
         """None, whatever the record has."""
+        return []
+
+    def seen(self, images: Images) -> list[Any]:
+        """Nothing."""
         return []
 
     @property
@@ -72,7 +75,7 @@ class Processor:
         """The first question alone.
 
         Raises:
-            ConfigError: it is too long.
+            SampleError: it is too long.
         """
         tokens, _ = self.asked(record)
         return Sample(tokens, torch.empty(0, dtype=torch.int64))
@@ -81,21 +84,22 @@ class Processor:
         """Tokens [s] of the first question, and no files.
 
         Raises:
-            ConfigError: it is too long.
+            SampleError: it is too long.
         """
         return self.text.prompt(record, self.text.turns(record)[0], []), []
 
-    def tokens(self, text: str, media: Sequence[Path], add_special_tokens: bool = True) -> Tensor:
+    def tokens(self, text: str, media: Sequence[Any], add_special_tokens: bool = True) -> Tensor:
         """Ids [s] of a raw text.
 
         Raises:
-            ConfigError: there are images, or it is too long for the model.
+            ConfigError: there are images.
+            SampleError: it is too long for the model.
         """
         if media:
             raise ConfigError(f"the gpt family reads text only, there are {len(media)} images")
         return self.text.raw(text, [], add_special_tokens)
 
-    def pixels(self, paths: Sequence[Path]) -> Images:
+    def pixels(self, media: Sequence[Any]) -> Images:
         """None of no image files."""
         return Images()
 

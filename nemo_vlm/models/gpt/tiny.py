@@ -32,6 +32,6 @@ def samples(config: Config, count: int, generator: torch.Generator) -> list[Samp
     return [Sample(row[:-1], row[1:], Images()) for row in rows]
 
 
-def hf_inputs(batch: Batch) -> dict[str, Any]:
+def hf_inputs(config: Config, batch: Batch) -> dict[str, Any]:
     """The arguments of the Hugging Face class's forward."""
     return {"input_ids": batch.tokens}

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from nemo_vlm.config import LanguageConfig, PartConfig, fill
+from nemo_vlm.config import LanguageConfig, fill, tower_flops
 from nemo_vlm.config.checks import only, refuse_others
+from nemo_vlm.config.multimodal import STARTS as STARTS
+from nemo_vlm.config.multimodal import LlmConfig as CommonLlmConfig
+from nemo_vlm.config.multimodal import MediaConfig, TowerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.models.adapter import DOWNSAMPLE, num_linear_layers
 
-STARTS: dict[str, str | None] = {
-    "mm_cfg.llm.from_pretrained": "language_model",
-    "mm_cfg.vision_encoder.from_pretrained": "vision_model",
-    "restore_from_path": None,
-    "mm_cfg.pretrain_mm_mlp_adapter": "vision_projection",
-}
-
 
 @dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(TowerConfig):
     """`model.mm_cfg.vision_encoder.*`; the defaults are CLIP ViT-L/14 at 336 pixels."""
 
     model_type: Literal["clip", "siglip"] = "clip"
@@ -28,16 +25,12 @@ class VisionConfig:
     num_layers: int = 24
     hidden_size: int = 1024
     ffn_hidden_size: int = 4096
-    num_attention_heads: int = 16
     activation: Literal["quick_gelu", "gelu", "gelu_pytorch_tanh"] | None = None  # null: the model type's own
     layernorm_epsilon: float | None = None  # null: the model type's own
     vision_select_layer: int = -2  # index into the hidden states, the embeddings counted as the first
     class_token_length: int | None = None  # tokens in front of the patches: 1 in CLIP, 0 in SigLIP
     use_head: bool = False  # carry SigLIP's pooling head along, which LLaVA does not use
     hf_prefix: str = "vision_model."  # of the tower's names in Hugging Face's files; "" where transformers 5 made them
-    from_pretrained: str | None = None  # a checkpoint with a tower; see sources/
-    freeze: bool = False
-    vision_encoder_lr_ratio: float = 1.0  # of model.optim.lr
     crop_size: tuple[int, int] | None = None  # NeMo's words for image_size, which it must be twice
     vision_select_feature: str = only("patch", "class tokens are always dropped; leave it out")
     from_hf: bool = only(True, "towers of NeMo's own are not read; give from_pretrained a CLIP or SigLIP")
@@ -89,29 +82,21 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class LlmConfig:
+class LlmConfig(CommonLlmConfig):
     """`model.mm_cfg.llm.*`."""
 
-    from_pretrained: str | None = None  # a checkpoint with a language model; see sources/
-    freeze: bool = False
-    lr_ratio: float = 1.0  # of model.optim.lr
     # Of no effect: mm_cfg.image_token stands for an image, whatever the language model
     model_type: Literal["llama_2", "llama_3", "v1", "nvgpt", "mistral"] = "llama_2"
 
 
 @dataclass(frozen=True)
-class MultimodalConfig:
+class MultimodalConfig(MediaConfig):
     """`model.mm_cfg.*`."""
 
     llm: LlmConfig = field(default_factory=LlmConfig)
     vision_encoder: VisionConfig = field(default_factory=VisionConfig)
     mm_mlp_adapter_type: str = "mlp2x_gelu"  # linear, identity, mlpNx_gelu, mlp_downsample
     use_image_tile: bool = False  # see an image as a whole and in 2 x 2 tiles of twice the resolution
-    pretrain_mm_mlp_adapter: str | None = None  # a checkpoint with a projector, or a projector alone; see sources/
-    freeze_mm_mlp_adapter: bool = False
-    mm_mlp_adapter_lr_ratio: float = 1.0  # of model.optim.lr
-    image_token: str = "<image>"  # placeholder in the text, one token for each feature
-    image_token_index: int | None = None  # null: as the tokenizer says
     use_im_start_end: bool = False  # the next two stand around an image's placeholders
     image_start_token: str = "<extra_id_4>"
     image_end_token: str = "<extra_id_5>"
@@ -129,6 +114,11 @@ class MultimodalConfig:
         return rows * columns
 
     @property
+    def projector_input_size(self) -> int:
+        """Width of what the projector makes one token of."""
+        return (4 if self.mm_mlp_adapter_type == DOWNSAMPLE else 1) * self.vision_encoder.hidden_size
+
+    @property
     def num_image_tokens(self) -> int:
         """Of an image that is seen in the tower's own size, its tiles included."""
         edge = self.vision_encoder.image_size // self.vision_encoder.patch_dim
@@ -142,21 +132,8 @@ class Config(LanguageConfig):
     mm_cfg: MultimodalConfig = field(default_factory=MultimodalConfig)
 
     @property
-    def parts(self) -> dict[str, PartConfig]:
-        llm, vision, mm = self.mm_cfg.llm, self.mm_cfg.vision_encoder, self.mm_cfg
-        return {
-            "language_model": PartConfig(llm.freeze, llm.lr_ratio),
-            "vision_model": PartConfig(vision.freeze, vision.vision_encoder_lr_ratio),
-            "vision_projection": PartConfig(mm.freeze_mm_mlp_adapter, mm.mm_mlp_adapter_lr_ratio),
-        }
-
-    @property
-    def reads_media(self) -> bool:
-        return True
-
-    @property
-    def image_placeholder(self) -> str:
-        return self.mm_cfg.image_token
+    def media(self) -> MultimodalConfig:
+        return self.mm_cfg
 
     @property
     def image_text(self) -> str:
@@ -169,14 +146,22 @@ class Config(LanguageConfig):
         return {"image_token_len": self.mm_cfg.num_image_tokens, "crop_size": edge, "image_size": edge}
 
     @property
+    def media_settings(self) -> dict[str, Any]:
+        keys = ("image_aspect_ratio", "splice_single_frame", "max_visual_tokens")
+        return {"num_frames": 8} | dict.fromkeys(keys)
+
+    @property
     def tiles_images(self) -> bool:
         return self.mm_cfg.use_image_tile
 
-    @property
-    def image_flops(self) -> float:
-        """The layers of the tower that run, and a two-layer projector; patches and norms are too small to count."""
+    def visual_tokens(self, grids: Iterable[tuple[int, int, int]]) -> int:
+        return sum(time * self.mm_cfg.features_of_grid(rows, columns) for time, rows, columns in grids)
+
+    def vision_flops(self, patches: float, squared_frames: float) -> float:
+        """The layers of the tower that run, and a two-layer projector.
+
+        Class tokens, the patches' embedding and norms are too small to count.
+        """
         vision = self.mm_cfg.vision_encoder
-        tokens = vision.num_patches + vision.class_token_length  # type: ignore[operator]
-        layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
-        tower = vision.depth * (2 * tokens * layer + 4 * tokens**2 * vision.hidden_size)
-        return tower + 2 * vision.num_patches * self.hidden_size * (vision.hidden_size + self.hidden_size)
+        tower = tower_flops(vision.depth, vision.hidden_size, vision.ffn_hidden_size, patches, squared_frames)
+        return tower + 2 * patches * self.hidden_size * (vision.hidden_size + self.hidden_size)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.mapping import Reshape, Rule, rename
+from nemo_vlm.mapping import Reshape, Rule, Variant, rename
 from nemo_vlm.models.adapter import DOWNSAMPLE, num_linear_layers
 from nemo_vlm.models.hf_decoder import CLASSES, decoder_config, decoder_fields
 from nemo_vlm.models.llava.config import Config, MultimodalConfig, VisionConfig
@@ -25,11 +25,16 @@ HF_VARIANTS = {
     "model.multi_modal_projector.": "multi_modal_projector.",
     "lm_head.": "language_model.lm_head.",
 }
-# Beginnings of our names, and what they are in Megatron-Core's LLaVAModel.
+# In Megatron-Core's LLaVAModel.
 MEGATRON_VARIANTS = {
-    "vision_model.layers.": "vision_model.decoder.layers.",
-    "vision_projection.0.": "vision_projection.encoder.linear_fc1.",
-    "vision_projection.1.": "vision_projection.encoder.linear_fc2.",
+    "megatron": Variant(
+        {
+            "vision_model.layers.": "vision_model.decoder.layers.",
+            "vision_projection.0.": "vision_projection.encoder.linear_fc1.",
+            "vision_projection.1.": "vision_projection.encoder.linear_fc2.",
+        },
+        pads=True,
+    )
 }
 PROJECTOR = "multi_modal_projector.linear_"
 
@@ -43,10 +48,9 @@ def rules(config: Config) -> list[Rule]:
 
 def projector_rules(config: Config, theirs: str) -> list[Rule]:
     """The projector's linear layers, which HF counts from 1. Of kinds that HF's LLaVA has not, only our side counts."""
-    width, inner = config.hidden_size, config.mm_cfg.vision_encoder.hidden_size
+    width, inner = config.hidden_size, config.mm_cfg.projector_input_size
     rules: list[Rule] = []
     if config.mm_cfg.mm_mlp_adapter_type == DOWNSAMPLE:
-        inner *= 4
         rules += [rename(f"vision_projection.norm.{k}", f"{theirs}norm.{k}", (inner,)) for k in ("weight", "bias")]
     for index in range(num_linear_layers(config.mm_cfg.mm_mlp_adapter_type)):
         ours, their_layer = f"vision_projection.{index}", f"{theirs}{index + 1}"

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy
-import torch
-from torch import Tensor
 
-from nemo_vlm.batch import IMAGE_TAG, Images, Sample
 from nemo_vlm.config import DataConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.models.images import ImageTransform
 from nemo_vlm.models.llava.config import Config
-from nemo_vlm.models.llava.views import Media, Views, image_transform, media_of
-from nemo_vlm.models.templates import PLACEHOLDERS, spoken
-from nemo_vlm.models.text import ConversationText
-from nemo_vlm.models.tokens import Encoded, MediaTokens
+from nemo_vlm.models.llava.views import Views, image_transform
+from nemo_vlm.models.multimodal import MultimodalProcessor
+from nemo_vlm.models.tokens import MediaTokens
 from nemo_vlm.models.vocabulary import settle_vocabulary, token_id
 
 
@@ -33,85 +29,11 @@ def settle(config: Config, tokenizer: Any) -> Config:
     return settle_vocabulary(replace(config, mm_cfg=replace(config.mm_cfg, image_token_index=image)), tokenizer)
 
 
-class Processor:
+class Processor(MultimodalProcessor):
     """Makes samples of a settled config's model."""
 
     def __init__(self, config: Config, data: DataConfig, tokenizer: Any) -> None:
-        self.config, self.data, self.tokenizer = config, data, tokenizer
-        self.vision = config.mm_cfg.vision_encoder
-        self.views = Views(config, data)
-        self.text = ConversationText(data, tokenizer, config.encoder_seq_length, media_tokens(config, tokenizer))
-
-    def sample(self, record: Mapping[str, Any]) -> Sample:
-        """Tokens, labels and pixels of a LLaVA record whose `image` and `video` list files.
-
-        Raises:
-            SampleError: there is no sample to be made of it.
-        """
-        encoded, media = self._encode(record)
-        return Sample(*encoded.shifted(), self.pixels(media[: self.text.num_media(encoded)]))
-
-    def media(self, record: Mapping[str, Any]) -> list[Media]:
-        """The images and videos that its sample sees, in the order of its text.
-
-        Raises:
-            SampleError: as length.
-        """
-        encoded, media = self._encode(record)
-        return media[: self.text.num_media(encoded)]
-
-    def length(self, record: Mapping[str, Any]) -> int:
-        """Tokens of the record's sample; no pixels are loaded.
-
-        Raises:
-            SampleError: as sample, but for pixels that cannot be read.
-        """
-        return len(self._encode(record)[0]) - 1
-
-    @property
-    def length_settings(self) -> tuple[Any, ...]:
-        """All that `length` depends on, beside the tokenizer and the files."""
-        text, views, data = self.text, self.views, self.data
-        said = text.limit, text.media, text.template, data.system_message, data.sep_image_conv_front, data.too_long
-        return said, views.transform, views.patch_size, views.sampling, self.config.mm_cfg.mm_mlp_adapter_type
-
-    def _encode(self, record: Mapping[str, Any]) -> tuple[Encoded, list[Media]]:
-        turns = self.text.turns(record)
-        media = media_of(record, spoken(turns))
-        return self.text.train(record, turns, [self.views.num_features(one) for one in media]), media
-
-    def prompt(self, record: Mapping[str, Any]) -> Sample:
-        """The first question alone, with the whole of it as tokens.
-
-        Raises:
-            ConfigError: it is too long, or a file cannot be read.
-        """
-        tokens, media = self.asked(record)
-        return Sample(tokens, torch.empty(0, dtype=torch.int64), self.pixels(media))
-
-    def asked(self, record: Mapping[str, Any]) -> tuple[Tensor, list[Media]]:
-        """Tokens [s] of the first question, and what it speaks of; no pixels are loaded.
-
-        Raises:
-            ConfigError: it is too long, or a file that must be opened cannot be read.
-        """
-        turns = self.text.turns(record)
-        media = media_of(record, spoken(turns))[: len(PLACEHOLDERS.findall(turns[0].question))]
-        return self.text.prompt(record, turns[0], [self.views.num_features(one) for one in media]), media
-
-    def tokens(self, text: str, media: Sequence[Media], add_special_tokens: bool = True) -> Tensor:
-        """Ids [s] of a raw text, an image token for each feature.
-
-        Raises:
-            ConfigError: it is too long, or images and placeholders differ in number.
-        """
-        placeholder = self.config.image_placeholder
-        text = text.replace(self.config.image_text, placeholder).replace(IMAGE_TAG, placeholder)
-        return self.text.raw(text, [self.views.num_features(one) for one in media], add_special_tokens)
-
-    def pixels(self, paths: Sequence[Media]) -> Images:
-        """The views of images and videos as patches."""
-        return self.views.pixels(paths)
+        super().__init__(config, data, tokenizer, Views(config, data), media_tokens(config, tokenizer))
 
 
 def media_tokens(config: Config, tokenizer: Any) -> MediaTokens:

@@ -50,7 +50,7 @@ def samples(config: Config, count: int, generator: torch.Generator) -> list[Samp
     return made
 
 
-def hf_inputs(batch: Batch) -> dict[str, Any]:
+def hf_inputs(config: Config, batch: Batch) -> dict[str, Any]:
     """The arguments of the Hugging Face class's forward."""
     views = unpatchify(batch.images)
     return {"input_ids": batch.tokens} | ({"pixel_values": torch.stack(views)} if views else {})

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
-from nemo_vlm.batch import IMAGE_TAG, VIDEO_TAG, Images, join
+from nemo_vlm.batch import Images, join
 from nemo_vlm.config import DataConfig
-from nemo_vlm.errors import SampleError
-from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform, Source, image_size, load_image, patchify
+from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform, image_size, load_image, named, patchify, unpatchify
 from nemo_vlm.models.llava.config import Config, MultimodalConfig
+from nemo_vlm.models.multimodal import Media
 from nemo_vlm.models.video import FrameSampling, Video, frame_size
-
-Media = Source | Video
 
 
 class Views:
@@ -24,7 +21,12 @@ class Views:
     def __init__(self, config: Config, data: DataConfig) -> None:
         self.mm_cfg, self.patch_size = config.mm_cfg, config.mm_cfg.vision_encoder.patch_dim
         self.transform = image_transform(config.mm_cfg, data.image_aspect_ratio)
-        self.sampling = FrameSampling(data.num_frames, data.splice_single_frame)
+        self.sampling = FrameSampling(config.media_choices(data)["num_frames"], data.splice_single_frame)
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """All that `num_features` depends on, beside the files."""
+        return self.transform, self.patch_size, self.sampling, self.mm_cfg.mm_mlp_adapter_type
 
     def num_features(self, media: Media) -> int:
         """Tokens of an image or a video; where all images take the same, the file is not opened.
@@ -49,28 +51,14 @@ class Views:
         """
         return join(self.of_one(one) for one in media)
 
+    def frames(self, images: Images) -> list[list[Image.Image]]:
+        """Each view for itself, frames of videos and tiles too."""
+        return [[self.transform.picture(view)] for view in unpatchify(images)]
+
     def of_one(self, media: Media) -> Images:
         seen: list[Image.Image] = self.sampling.frames(media) if isinstance(media, Video) else [load_image(media)]
-        try:
+        with named(media):
             return patchify([view for image in seen for view in self.transform.views(image)], self.patch_size)
-        except SampleError as error:
-            raise SampleError(error.reason, f"{media}: {error}") from None
-
-
-def media_of(record: Mapping[str, Any], text: str) -> list[Media]:
-    """A record's images and videos in the order in which the text speaks of them.
-
-    Raises:
-        SampleError: the text speaks of more or fewer than there are.
-    """
-    found = {tag: list(record.get(kind) or []) for tag, kind in ((IMAGE_TAG, "image"), (VIDEO_TAG, "video"))}
-    for tag, media in found.items():
-        if (count := text.count(tag)) != len(media):
-            kind = "images" if tag == IMAGE_TAG else "videos"
-            message = f"record {record.get('id')}: {count} {tag} in the text, {len(media)} {kind}"
-            raise SampleError("broken_record", message)
-    places = [(place.start(), tag) for tag in found for place in re.finditer(tag, text)]
-    return [Video(found[tag].pop(0)) if tag == VIDEO_TAG else found[tag].pop(0) for _, tag in sorted(places)]
 
 
 def image_transform(mm_cfg: MultimodalConfig, aspect_ratio: str) -> ImageTransform:

@@ -1,0 +1,63 @@
+"""A vision-language model as one forward: embed, encode, merge, decode. A family builds the parts."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nemo_vlm.batch import Batch, Images
+from nemo_vlm.config import LanguageConfig
+from nemo_vlm.mcore.cache import Cache
+from nemo_vlm.mcore.config import BuildContext
+from nemo_vlm.mcore.gpt import build_gpt, decode, embed
+from nemo_vlm.mcore.groups import Stage
+from nemo_vlm.mcore.vit import VisionTransformer
+from nemo_vlm.models.merge import merge
+
+
+class VisionLanguageModel(nn.Module):
+    """A pipeline stage; on the first, a family adds `vision_model` and `vision_projection`.
+
+    Args:
+        config: settled (see the family's processor.settle).
+    """
+
+    vision_model: VisionTransformer
+    vision_projection: nn.Module
+
+    def __init__(self, config: LanguageConfig, build: BuildContext, stage: Stage) -> None:
+        super().__init__()
+        self.config, self.stage = config, stage
+        self.language_model = build_gpt(config, build, stage)
+
+    def forward(self, batch: Batch, labels: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Losses [b, s] where labels are given, else logits; hidden states on all but the last stage."""
+        embeddings = self.embed(batch, together=labels is not None) if self.stage.first else None
+        return decode(self.language_model, embeddings, batch, labels, cache, self.positions(batch, cache))
+
+    def embed(self, batch: Batch, together: bool) -> Tensor:
+        """Word embeddings [s, b, h] with vision features at the placeholders.
+
+        Args:
+            together: other ranks may have images where this one has none, as in training and validation.
+        """
+        embeddings = embed(self.language_model, batch.tokens)
+        features = self.encode(batch.images) if len(batch.images) or together else embeddings[0, :0]
+        return merge(embeddings, batch.tokens, features, self.config.placeholder_ids)
+
+    def encode(self, images: Images) -> Tensor:
+        """Features [tokens, h] of all views, in order.
+
+        No image is still a smallest one to compute: ranks gather and reduce the tower's weights together, so all must
+        run it.
+        """
+        seen = images if len(images) else self.vision_model.blank()
+        features = self.vision_projection(self.joined(self.vision_model(seen), seen))
+        return features if len(images) else features[:0]
+
+    def joined(self, features: Tensor, images: Images) -> Tensor:
+        """The tower's features [patches, h] as the projector takes them."""
+        return features
+
+    def positions(self, batch: Batch, cache: Cache | None) -> Tensor | None:
+        """[3, b, s] of M-RoPE; None: each token's place in its sample."""
+        return None
