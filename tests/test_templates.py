@@ -311,7 +311,8 @@ def test_a_processor_cuts_images_with_their_text(
     processor = pickle.loads(pickle.dumps(parts.Processor(config, DataConfig(system_message=""), tokenizers["bytes"])))
     given = record("<image>\na?", "It is", "and <image>?", "It is a cat " * 5, image=[path, path])
     made = processor.sample(given)
-    assert len(made.tokens) == processor.length(given) <= limit
+    assert (len(made.tokens), num_images * mm_cfg.num_image_tokens) == processor.length(given)
+    assert len(made.tokens) <= limit
     assert len(made.images) == num_images
     assert (made.tokens == config.mm_cfg.image_token_index).sum() == num_images * mm_cfg.num_image_tokens
 

@@ -8,16 +8,39 @@ from typing import Literal
 from nemo_vlm.config.checks import demand, only, refuse_others, show
 from nemo_vlm.errors import ConfigError
 
-# What a run on .bin/.idx files would not look at; the template and its system message are for asking the model later
-OF_RECORDS = ("packing", "validation_split", "datasets_exclude", "too_long", "image_folder", "video_folder")
+# What a run on .bin/.idx files would not look at; the template, its system message and how images and videos are seen
+# are for asking the model later
+OF_RECORDS = (
+    *("packing", "validation_split", "too_long"),
+    *("max_visual_tokens", "max_visual_tokens_per_micro_batch", "balance_visual_tokens"),
+)
+OF_JSON = ("datasets_exclude", "image_folder", "video_folder")  # of records that are not in tars, with their images
+
+# Of images and videos; which of them a family follows, its LanguageConfig.media_settings says
+RATES = ("video_fps", "video_min_frames", "video_max_frames")  # which num_frames takes the place of
+LIMITS = (
+    *("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels", "video_total_pixels"),
+    *RATES,
+    "max_visual_tokens",
+)
+OF_MEDIA = (
+    *LIMITS,
+    *("num_frames", "splice_single_frame", "image_aspect_ratio", "image_token_len", "crop_size", "image_size"),
+)
+PAIRS = (
+    ("min_pixels", "max_pixels"),
+    ("video_min_pixels", "video_max_pixels"),
+    ("video_min_frames", "video_max_frames"),
+)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """`model.data.*`."""
 
-    # json: records; of Megatron's .bin/.idx files, mmap: tokenized text, sft_idxmap: conversations packed beforehand
-    data_impl: Literal["json", "mmap", "sft_idxmap"] = "json"
+    # json, energon: records, in folders of tars that Megatron-Energon has prepared; of Megatron's .bin/.idx files,
+    # mmap: tokenized text, sft_idxmap: conversations packed beforehand
+    data_impl: Literal["json", "energon", "mmap", "sft_idxmap"] = "json"
     # LLaVA JSON, or JSONL; a list of files, with weights in between as Megatron has it: [0.7, a.json, 0.3, b.json]
     data_path: str | tuple[str | float, ...] | None = None
     concat_sampling_probabilities: tuple[float, ...] | None = None  # weights of the files; null: by their sizes
@@ -35,10 +58,10 @@ class DataConfig:
     reset_position_ids: bool = False
     eod_mask_loss: bool = False  # data_impl=mmap: what follows the end of a document is not to be predicted
     # of what is drawn, records of which no sample can be made, before the run gives up: at its end; before that, from
-    # the 100th on, it may be as many more as chance makes of it
+    # the 100th on (the 8th, while none could be used), it may be as many more as chance makes of it
     max_skip_fraction: float = 0.01
     # a demo data set that is written on first use
-    prepare: Literal["digits", "docstrings", "docstring_questions"] | None = None
+    prepare: Literal["digits", "digit_pairs", "docstrings", "docstring_questions"] | None = None
     # how conversations are written; v1_fork is the guide's fork's v1
     conv_template: Literal[
         "plain",
@@ -59,7 +82,17 @@ class DataConfig:
     too_long: Literal["truncate", "drop"] = "truncate"  # a sample beyond encoder_seq_length; never within an image
     # square: the tower's own way; pad: a square canvas in the mean colour; keep: the whole image in its proportions
     image_aspect_ratio: Literal["square", "pad", "keep"] = "square"
-    num_frames: int = 8  # of a video, equally spaced; -1: all
+    # Of an image, between which it is resized, for families that see images in their own sizes; null: the family's
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    video_min_pixels: int | None = None  # of each frame of a video
+    video_max_pixels: int | None = None
+    video_total_pixels: int | None = None  # of a video's temporal patches together, which lowers video_max_pixels
+    video_fps: float | None = None  # frames that are seen of each second; null: the family's
+    video_min_frames: int | None = None
+    video_max_frames: int | None = None
+    num_frames: int | None = None  # of a video, equally spaced; -1: all; null: 8 in LLaVA, by video_fps in Qwen2-VL
+    max_visual_tokens: int | None = None  # of a sample, for its images and videos; one of more is left out
     splice_single_frame: Literal["first", "middle", "last"] | None = None  # only this one of them
     # cyclic: shuffled by epoch; single: in file order; modality: shuffled, like lengths together, and no global batch
     # with and without images
@@ -67,6 +100,9 @@ class DataConfig:
     # whole samples one behind the other, up to model.encoder_seq_length; the global batch stays the same samples, and
     # model.micro_batch_size says nothing
     packing: bool = False
+    # visual tokens (image and video features in the text) of one pack at most; a sample of more is left out
+    max_visual_tokens_per_micro_batch: int | None = None
+    balance_visual_tokens: bool = False  # which rank reads which sample of a global batch is chosen to even them out
     pad_to: int | Literal["batch"] = "batch"  # tokens of every batch or pack; batch: of its longest sample
     num_workers: int = 2
 
@@ -87,8 +123,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         refuse_others(self, "model.data")
         demand(self.num_workers >= 0, "model.data.num_workers", self.num_workers, "0 or more")
-        count = self.num_frames
-        demand(count == -1 or count > 0, "model.data.num_frames", count, "1 or more, or -1 for all")
+        self._check_media()
         pad_to = self.pad_to
         demand(pad_to == "batch" or pad_to > 0, "model.data.pad_to", pad_to, "batch, or a number of tokens")
         for key in ("train_samples", "train_tokens"):
@@ -102,8 +137,20 @@ class DataConfig:
         )
         if self.validation_split and self.validation_path:
             raise ConfigError("model.data.validation_split: model.data.validation_path is given too; give one of them")
+        self._check_visual()
         self._check_files()
         self._check_impl()
+
+    @property
+    def most_visual_tokens(self) -> int | None:
+        """Of a sample, which must fit into a pack too."""
+        limits = (self.max_visual_tokens, self.max_visual_tokens_per_micro_batch)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def has_records(self) -> bool:
+        """Whether the data are conversations, not tokens."""
+        return self.data_impl in ("json", "energon")
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -130,6 +177,24 @@ class DataConfig:
         shares = tuple(float(share) for share in given.split(","))
         return shares + (0.0,) * (3 - len(shares))
 
+    def _check_media(self) -> None:
+        for name in LIMITS:
+            given = getattr(self, name)
+            demand(given is None or given > 0, f"model.data.{name}", given, "more than 0, or null")
+        count = self.num_frames
+        right = "1 or more, -1 for all, or null"
+        demand(count is None or count == -1 or count > 0, "model.data.num_frames", count, right)
+        for name in RATES if count is not None else ():
+            if getattr(self, name) is not None:
+                raise ConfigError(f"model.data.num_frames={count}: model.data.{name} is given too; give one of them")
+
+    def _check_visual(self) -> None:
+        key, most = "model.data.max_visual_tokens_per_micro_batch", self.max_visual_tokens_per_micro_batch
+        demand(most is None or most > 0, key, most, "1 or more, or null")
+        if most is not None and not self.packing:
+            limit = "model.data.max_visual_tokens limits a sample's, and model.micro_batch_size their number"
+            raise ConfigError(f"{key}={most}: goes with model.data.packing=true; without packs, {limit}")
+
     def _check_impl(self) -> None:
         """What belongs to records, to .bin/.idx files, or to one kind of these."""
         key, impl = "model.data", self.data_impl
@@ -139,11 +204,12 @@ class DataConfig:
         if self.reset_attention_mask != self.reset_position_ids:
             raise ConfigError(f"{key}.reset_attention_mask, {key}.reset_position_ids: give both or none of them")
         foreign = {"reset_attention_mask": "mmap", "eod_mask_loss": "mmap"}
-        if impl == "json":
+        if self.has_records:
             foreign["splits_string"] = "mmap or sft_idxmap; records have validation_split"
         else:
-            foreign |= dict.fromkeys(OF_RECORDS, "json")
+            foreign |= dict.fromkeys(OF_RECORDS, "json or energon")
             demand(self.dataloader_type != "modality", f"{key}.dataloader_type", "modality", "cyclic or single")
+        foreign |= dict.fromkeys(OF_JSON, "json")
         defaults = {setting.name: setting.default for setting in fields(self)}
         for name, goes_with in foreign.items():
             given = getattr(self, name)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from nemo_vlm.batch import IMAGE_TAG
+from nemo_vlm.batch import IMAGE_TAG, VIDEO_TAG
 from nemo_vlm.config import DataConfig, LanguageConfig
 from nemo_vlm.data.codec import special_tokens
 from nemo_vlm.models.templates import BOS, EOS, TEMPLATES, Template
@@ -16,21 +16,29 @@ TOKENS = {BOS: "(bos_token or '')", EOS: "eos_token"}
 MARKS = re.compile(f"({BOS}|{EOS})")
 SIDES = ("BEFORE", "AFTER")
 
-# What a message says: text, or a list of texts and images. An image stands on a line of its own.
+# What a message says: text with tags, or a list of texts, images and videos, which BREAK parts from the others.
 CONTENT = (
+    "{%- macro tagged(text) -%}{{ text | replace(IMAGE_TAG, IMAGE) | replace(VIDEO_TAG, VIDEO) }}{%- endmacro -%}"
     "{%- macro say(content) -%}"
-    "{%- if content is string -%}{{ content | replace(TAG, IMAGE) }}"
+    "{%- if content is string -%}{{ tagged(content) }}"
     "{%- else -%}{%- for part in content -%}"
-    "{%- if part['type'] == 'image' -%}"
-    "{{ (IMAGE + '\\n') if not loop.last else (('\\n' if not loop.first else '') + IMAGE) }}"
-    "{%- else -%}{{ part['text'] | replace(TAG, IMAGE) }}{%- endif -%}"
+    "{%- if part['type'] in ('image', 'video') -%}"
+    "{%- set one = IMAGE if part['type'] == 'image' else VIDEO -%}"
+    "{{ (one + BREAK) if not loop.last else ((BREAK if not loop.first else '') + one) }}"
+    "{%- else -%}{{ tagged(part['text']) }}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
     "{%- endmacro -%}"
 )
-# Images in front of the first question, where model.data.sep_image_conv_front puts them.
+# Images and videos, in their order, in front of the first question, where model.data.sep_image_conv_front puts them.
 IN_FRONT = (
+    "{%- macro media(text, behind) -%}"
+    "{%- for piece in text.split(IMAGE) -%}"
+    "{{ (VIDEO + behind) * piece.count(VIDEO) + (IMAGE + behind if not loop.last else '') }}"
+    "{%- endfor -%}"
+    "{%- endmacro -%}"
     "{%- macro in_front(text) -%}"
-    "{{ ((IMAGE + '\\n') * text.count(IMAGE) + (text | replace(IMAGE, '') | trim)) | trim if IMAGE in text else text }}"
+    "{%- set rest = text | replace(IMAGE, '') | replace(VIDEO, '') | trim -%}"
+    "{{ (media(text, '\\n') + rest) | trim if media(text, '') else text }}"
     "{%- endmacro -%}"
 )
 LABELLED = (
@@ -64,7 +72,8 @@ def chat_template(model: LanguageConfig, data: DataConfig, with_bos: bool) -> st
     """
     template = TEMPLATES[data.conv_template]
     system = template.system if data.system_message is None else data.system_message
-    given = {"TAG": IMAGE_TAG, "IMAGE": model.image_text, "SYSTEM": system}
+    given = {"IMAGE_TAG": IMAGE_TAG, "VIDEO_TAG": VIDEO_TAG, "IMAGE": model.image_text, "VIDEO": model.video_text}
+    given |= {"BREAK": model.media_break, "SYSTEM": system}
     texts = texts_of(template) | {"FRONT": BOS if with_bos else ""}
     values = {name: quoted(text) for name, text in given.items()}
     values |= {name: expression(text) for name, text in texts.items()}
@@ -96,7 +105,7 @@ def quoted(text: str) -> str:
 def question(template: Template, in_front: bool) -> str:
     """A question in Jinja, from what the user's message says."""
     if template.captions:
-        return "IMAGE * text.count(IMAGE)"
+        return "media(text, '')"
     said = "in_front(text)" if in_front else "text"
     return f"({said} | trim)" if template.trims else said
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-from nemo_vlm.batch import HUMANS, IMAGE_TAG
+from nemo_vlm.batch import HUMANS
+from nemo_vlm.data.forms import MEDIA
 from nemo_vlm.errors import ConfigError, SampleError
-from nemo_vlm.models.templates import Turn
+from nemo_vlm.models.templates import PLACEHOLDERS, Turn
 
 
 def turns(record: Mapping[str, Any]) -> list[Turn]:
@@ -37,11 +40,14 @@ def is_human(turn: Mapping[str, Any]) -> bool:
     return turn["from"].lower() in HUMANS
 
 
-def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
+def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any, media_break: str) -> str:
     """Messages as the tokenizer's chat template has them, up to where the answer begins.
 
-    A template takes a message as text, or as a list of its parts; one that loses a text is given the parts.
+    A template takes a message as text, or as a list of its parts, or both; one that refuses or loses what a message
+    says is given the other form.
 
+    Args:
+        media_break: what parts an image or a video from the text beside it.
     Raises:
         ConfigError: there is no template, or it refuses.
     """
@@ -49,27 +55,51 @@ def chat_text(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> str:
 
     if tokenizer.chat_template is None:
         raise ConfigError("the tokenizer has no chat template for 'messages'; give 'prompt', the whole text")
-    found = []
-    for form in (messages, [in_parts(message) for message in messages]):
+    parts, texts = [in_parts(message) for message in messages], [in_text(message, media_break) for message in messages]
+    found, refusals = [], []
+    for form in (messages, parts, texts):
         try:
             found.append(tokenizer.apply_chat_template(form, tokenize=False, add_generation_prompt=True))
         except (TemplateError, TypeError, ValueError) as error:
-            raise ConfigError(f"the chat template refuses the messages ({' '.join(str(error).split())})") from None
-        if all(piece in found[-1] for message in messages for piece in pieces(message)):
+            refusals.append(" ".join(str(error).split()))
+            continue
+        if not any(loses(found[-1], message) for message in messages):
             return found[-1]
+    if not found:
+        raise ConfigError(f"the chat template refuses the messages ({refusals[0]})")
     return found[0]
 
 
 def in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message whose content is a list of images and texts."""
+    """A message whose content is a list of images, videos and texts."""
     content = message["content"]
     if isinstance(content, str):
-        texts = [[{"type": "text", "text": text.strip("\n")}] if text else [] for text in content.split(IMAGE_TAG)]
-        content = texts[0] + [part for text in texts[1:] for part in ({"type": "image"}, *text)]
+        content = [part(piece) for piece in re.split(f"({PLACEHOLDERS.pattern})", content) if piece]
     return {**message, "content": content}
 
 
-def pieces(message: Mapping[str, Any]) -> list[str]:
-    """What of a message must be found in any rendering of it."""
+def part(piece: str) -> dict[str, str]:
+    """A tag, or the text between two."""
+    tag = PLACEHOLDERS.fullmatch(piece)
+    return {"type": piece.strip("<>")} if tag else {"type": "text", "text": piece.strip("\n")}
+
+
+def in_text(message: Mapping[str, Any], media_break: str) -> dict[str, Any]:
+    """A message whose content is a text with tags."""
     content = message["content"]
-    return [piece.strip() for piece in content.split(IMAGE_TAG)] if isinstance(content, str) else []
+    if not isinstance(content, str):
+        kinds = [next((kind for kind in MEDIA if part.get("type") == kind or kind in part), None) for part in content]
+        tags = [f"<{kind}>" if kind else "" for kind in kinds]
+        breaks = [media_break if before or after else "" for before, after in pairwise(tags)]
+        said = [tag or str(part.get("text", "")) for tag, part in zip(tags, content, strict=True)]
+        content = "".join(text + behind for text, behind in zip(said, [*breaks, ""], strict=True))
+    return {**message, "content": content}
+
+
+def loses(rendered: str, message: Mapping[str, Any]) -> bool:
+    """Whether what a message says is not found in a rendering of it, or its parts as Python writes a list."""
+    content = message["content"]
+    texts = [content] if isinstance(content, str) else [str(part.get("text", "")) for part in content]
+    pieces = [piece.strip() for text in texts for piece in PLACEHOLDERS.split(text)]
+    shown = not isinstance(content, str) and str(content) in rendered
+    return shown or any(piece not in rendered for piece in pieces)

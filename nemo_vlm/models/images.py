@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, Literal, Protocol
+from typing import BinaryIO, Literal
 
 import numpy
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from nemo_vlm.batch import Images
+from nemo_vlm.data.media import Source, opened, reraise_of_disk
 from nemo_vlm.errors import SampleError
 
 KEEP_EDGES = (224, 448)  # the largest shortest and longest edge of NeMo's image_aspect_ratio=keep
@@ -26,14 +25,17 @@ MAX_PADDED, MAX_SCALED = 2**30 // 12, 2**30 // 48  # the first is Pillow's own l
 # What Pillow's readers raise of damaged files, RuntimeError and TypeError in rarer formats
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, struct.error)
 
-
-class Openable(Protocol):
-    """A file inside something else, as a member of a tar; str() names it."""
-
-    def open(self) -> BinaryIO: ...
-
-
-Source = str | Path | Openable
+# By EXIF's orientation, as PIL.ImageOps.exif_transpose
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = [TURNS[turn] for turn in (5, 6, 7, 8)]
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,15 @@ class ImageTransform:
         pixels = numpy.asarray(image, dtype=numpy.float32) / 255
         pixels = (pixels - numpy.asarray(self.mean, numpy.float32)) / numpy.asarray(self.std, numpy.float32)
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+    def picture(self, view: Tensor) -> Image.Image:
+        """The image that a view [3, height, width] was."""
+        return denormalised(view.permute(1, 2, 0).numpy(), self.mean, self.std)
+
+
+def denormalised(pixels: numpy.ndarray, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """The image of normalised pixels [height, width, 3]."""
+    return Image.fromarray(((pixels * std + mean) * 255).round().clip(0, 255).astype(numpy.uint8))
 
 
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
@@ -156,25 +167,62 @@ def unpatchify(images: Images) -> list[Tensor]:
     ]
 
 
-def load_image(source: Source) -> Image.Image:
+def load_image(source: Source, upright: bool = False) -> Image.Image:
     """An image file as RGB.
 
+    Args:
+        upright: turned as its EXIF says, and on white where it is transparent, as transformers 5 opens images and
+            qwen_vl_utils; else neither, as NeMo opens LLaVA's.
     Raises:
         SampleError: it does not exist, is no image, is damaged, or so large that it may be an attack.
         OSError: the file system fails.
     """
     with decoding(source) as file:
-        return Image.open(file).convert("RGB")
+        image = Image.open(file)
+        if not upright:
+            return image.convert("RGB")
+        turn = TURNS.get(orientation(image))
+        opaque = on_white(image)
+        return opaque if turn is None else opaque.transpose(turn)
 
 
-def image_size(source: Source) -> tuple[int, int]:
-    """(width, height) from the file's header.
+def image_size(source: Source, upright: bool = False) -> tuple[int, int]:
+    """(width, height) from the file's header, as of load_image.
 
     Raises:
         SampleError, OSError: as load_image.
     """
     with decoding(source) as file:
-        return Image.open(file).size
+        image = Image.open(file)
+        return image.size[::-1] if upright and TURNS.get(orientation(image)) in SIDEWAYS else image.size
+
+
+def orientation(image: Image.Image) -> int | None:
+    """What the EXIF in front of an image's pixels says; a few PNGs have it behind them, where it is not looked for."""
+    if image.format == "TIFF":  # which Pillow turns itself
+        return None
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # a PNG's own would decode the pixels
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An image as RGB, what is transparent in it white."""
+    image.load()
+    if image.mode == "RGB" and image.info.get("transparency") is None:  # as most; to convert it would be to copy it
+        return image
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+@contextmanager
+def named(media: object) -> Iterator[None]:
+    """Puts the name of an image or a video in front of what a SampleError says, where it does not stand there yet."""
+    try:
+        yield
+    except SampleError as error:
+        text = str(error)
+        raise error if text.startswith(str(media)) else SampleError(error.reason, f"{media}: {text}") from None
 
 
 @contextmanager
@@ -186,37 +234,8 @@ def decoding(source: Source) -> Iterator[BinaryIO]:
             yield file
         except Image.DecompressionBombError as error:
             raise SampleError("huge_image", f"{source}: {error}") from None
+        except UnidentifiedImageError:  # which says so of the file object
+            raise SampleError("broken_image", f"{source}: not a readable image (of no known format)") from None
         except DAMAGED as error:
             reraise_of_disk(source, error)
             raise SampleError("broken_image", f"{source}: not a readable image ({error})") from None
-
-
-def opened(source: Source, kind: str = "image") -> BinaryIO:
-    """The file, open.
-
-    Raises:
-        SampleError: there is none, or none can have that name.
-        OSError: the file system fails. The ranks that share a batch must all leave a sample out, or none: one alone
-            may meet this.
-    """
-    try:
-        return Path(source).open("rb") if isinstance(source, str | Path) else source.open()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        message = f"{source}: the {kind} does not exist; model.data.{kind}_folder says where they stand"
-        raise SampleError(f"missing_{kind}", message) from None
-    except ValueError as error:
-        raise SampleError("broken_record", f"{str(source)!r}: cannot be a file's name ({error})") from None
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise SampleError("broken_record", f"{source}: cannot be a file's name ({error.strerror})") from None
-        reraise_of_disk(source, error)
-        raise
-
-
-def reraise_of_disk(source: Source, error: BaseException) -> None:
-    """Raises OSError, with the file's name, where the file system says so and not a decoder.
-
-    Pillow's errors have no number, and PyAV's are classes of its own.
-    """
-    if isinstance(error, OSError) and error.errno is not None and type(error).__module__ == "builtins":
-        raise OSError(error.errno, f"{source}: cannot be read ({error.strerror})") from None

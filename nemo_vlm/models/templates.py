@@ -145,7 +145,7 @@ TEMPLATES = {
     "mistral": Template(start=" [INST] ", around_system=("", "\n"), next=" [INST] ", prompt=" [/INST]"),
     "yi_34b": replace(CHATML, end="", trims=True),
     "chatml": CHATML,
-    # as the chat templates of Qwen2 and of Qwen2.5's base models
+    # as the chat templates of Qwen2, of Qwen2.5's base models and of Qwen2-VL
     "qwen2": replace(CHATML, system="You are a helpful assistant."),
 }
 

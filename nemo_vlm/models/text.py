@@ -75,7 +75,11 @@ class ConversationText:
 
     def num_media(self, encoded: Encoded) -> int:
         """Images and videos that a sample still has."""
-        return 0 if self.media is None else int((encoded.ids == self.media.placeholder).sum())
+        return 0 if self.media is None else int(self.media.among(encoded.ids).sum())
+
+    def num_media_tokens(self, encoded: Encoded) -> int:
+        """Tokens that stand for them."""
+        return 0 if self.media is None else int(encoded.repeats[self.media.among(encoded.ids)].sum())
 
     def prompt(self, record: Mapping[str, Any], turn: Turn, counts: Sequence[int]) -> Tensor:
         """Tokens [s] of one question, up to where its answer begins.
@@ -101,8 +105,8 @@ class ConversationText:
             SampleError: as prompt.
         """
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        if self.media is not None:
-            ids = [inner for one in ids for inner in (self.media.ids if one == self.media.placeholder else [one])]
+        if (media := self.media) is not None:
+            ids = [inner for one in ids for inner in (media.around(one) if one in media.placeholders else [one])]
         repeats = self._repeats(ids, counts, "the prompt")
         return self._roomy(torch.tensor(ids, dtype=torch.int64).repeat_interleave(repeats))
 

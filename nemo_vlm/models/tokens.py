@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_vlm.batch import IGNORE_INDEX
+from nemo_vlm.batch import IGNORE_INDEX, IMAGE_TAG
 from nemo_vlm.data.codec import Codec
 from nemo_vlm.models.templates import PLACEHOLDERS, Segment
 
@@ -24,16 +24,36 @@ Piece = str | int | None  # text, the id of a special token, or a place where te
 
 @dataclass(frozen=True)
 class MediaTokens:
-    """What an image or a video is in the text: a placeholder for each of its features, and what stands around them."""
+    """What an image or a video is in the text: a placeholder for each of its features, and what stands around them.
+
+    Attributes:
+        video: a video's placeholder; None: it has an image's.
+    """
 
     placeholder: int
     front: tuple[int, ...] = ()
     back: tuple[int, ...] = ()
+    video: int | None = None
 
     @property
-    def ids(self) -> list[int]:
-        """With one placeholder for all."""
-        return [*self.front, self.placeholder, *self.back]
+    def placeholders(self) -> tuple[int, ...]:
+        return (self.placeholder,) if self.video is None else (self.placeholder, self.video)
+
+    @property
+    def ids(self) -> set[int]:
+        """All that is no text."""
+        return {*self.front, *self.placeholders, *self.back}
+
+    def of_tag(self, tag: str) -> list[int]:
+        """What stands for a tag of a record, one placeholder for all features."""
+        return self.around(self.placeholder if tag == IMAGE_TAG or self.video is None else self.video)
+
+    def around(self, placeholder: int) -> list[int]:
+        return [*self.front, placeholder, *self.back]
+
+    def among(self, ids: Tensor) -> Tensor:
+        """[s] bool: which ids [s] are placeholders."""
+        return torch.isin(ids, torch.tensor(self.placeholders))
 
 
 @dataclass(frozen=True)
@@ -103,11 +123,11 @@ class SegmentEncoder:
         """
         text, start = segment.text, 0
         while match := self._pattern.search(text, start):
-            is_tag = self.media is not None and PLACEHOLDERS.fullmatch(match[0]) is not None
-            is_spelled = segment.said and not is_tag
+            media = self.media if PLACEHOLDERS.fullmatch(match[0]) else None
+            is_spelled = segment.said and media is None
             yield text[start : match.start() + is_spelled]
             start = match.start() + 1 if is_spelled else match.end()
-            yield from self.media.ids if is_tag else [None if is_spelled else self.codec.special[match[0]]]
+            yield from media.of_tag(match[0]) if media else [None if is_spelled else self.codec.special[match[0]]]
         yield text[start:]
 
     def _is_media(self, piece: str | int) -> bool:
@@ -123,7 +143,7 @@ class SegmentEncoder:
         """
         found = torch.ones(len(ids), dtype=torch.int64)
         if self.media is not None:
-            places = [number for number, one in enumerate(ids) if one == self.media.placeholder]
+            places = [number for number, one in enumerate(ids) if one in self.media.placeholders]
             if len(places) != len(counts):
                 raise ValueError(f"{len(places)} placeholders in the text, {len(counts)} images and videos")
             found[places] = torch.tensor(counts, dtype=torch.int64)

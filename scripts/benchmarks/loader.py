@@ -16,7 +16,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 import numpy
 from PIL import Image
 
-from nemo_vlm.config import RunConfig
+from nemo_vlm.config import DataConfig, RunConfig
 from nemo_vlm.data import packing
 from nemo_vlm.data.loader import Share, training_loader
 from nemo_vlm.data.opening import open_datasets
@@ -37,6 +37,7 @@ LENGTHS = Path(__file__).with_name("llava665k_lengths.json")
 WORDS = ["the", "bus", "in", "this", "image", "is", "white", "and", "red,", "a", "man", "irons", "on", "its", "back"]
 SEQ_LENGTH, BATCH, STEPS, READ = 4096, 128, 200, 40
 IMAGES, IMAGE_BATCH = 64, 16  # files, and samples that a rank reads a step
+WIDTH, HEIGHT, REPEATS = 640, 480, 100  # of an image, and how often it is read
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=665_000)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [*loading(options.records), *images(), *packed()]
+    rows = [*loading(options.records), *images(), image_path(), *packed()]
     result = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "rows": rows}
     for row in rows:
         sys.stdout.write(f"{row['name']}: {row['ours']:.4g} {row['unit']}, goal {row['goal']}\n")
@@ -80,8 +81,33 @@ def images() -> Iterator[dict[str, Any]]:
         yield row(f"memory of a worker, {IMAGE_BATCH} images of 336 pixels a step", memory, "MB", 1000.0)
 
 
+def image_path() -> dict[str, Any]:
+    """Pillow's decoding and resizing alone, by turns with the whole way from the file to patches; CPU time, the least.
+
+    The file is a JPEG, about as smooth as a photo.
+    """
+    views = family("qwen2_vl", "processor").views_of(family("qwen2_vl", "config").Config(), DataConfig())
+    noise = numpy.random.default_rng(0).integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), dtype=numpy.uint8)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "image.jpg")
+        Image.fromarray(noise).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(path, quality=90)
+        (picture,) = views.frames(views.pixels([path]))[0]
+        bare, ours = [], []
+        for _ in range(REPEATS):
+            bare.append(cpu_time(lambda: Image.open(path).resize(picture.size, Image.Resampling.BICUBIC)))
+            ours.append(cpu_time(lambda: views.pixels([path])))
+    return row("qwen2_vl image path", min(bare) / min(ours), "of bare Pillow's speed", 0.9, most=False)
+
+
+def cpu_time(work: Callable[[], Any]) -> float:
+    """Seconds of this thread."""
+    started = time.thread_time()
+    work()
+    return time.thread_time() - started
+
+
 def with_image(number: int, folder: Path) -> dict[str, Any]:
-    pixels = numpy.random.default_rng(number).integers(0, 256, (480, 640, 3), dtype=numpy.uint8)
+    pixels = numpy.random.default_rng(number).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=numpy.uint8)
     Image.fromarray(pixels).save(folder / f"{number}.jpg")
     turns = record(number)["conversations"]
     return {"image": f"{number}.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, *turns[1:]]}
@@ -136,7 +162,7 @@ def packed() -> Iterator[dict[str, Any]]:
         generator, tokens, positions = numpy.random.default_rng(0), 0, 0
         for _ in range(STEPS):
             sizes = drawn(generator)
-            packs = packing.plan(sizes, SEQ_LENGTH, ranks)
+            packs = packing.plan(numpy.array(sizes)[:, None], [SEQ_LENGTH], ranks)
             tokens += sum(sizes)
             positions += sum(-(-sum(sizes[place] for place in pack) // pad_to) * pad_to for pack in packs)
         yield row(f"tokens in packs, {ranks} ranks, padded to {pad_to}", tokens / positions, "of all", 0.95, most=False)

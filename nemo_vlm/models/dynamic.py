@@ -1,0 +1,194 @@
+"""Images and videos in their own resolution, as Qwen2-VL and its successors see them: resized to whole blocks of
+patches, within limits of pixels, and cut in the order of the blocks that become one token each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nemo_vlm.batch import Images, join
+from nemo_vlm.data.media import Source
+from nemo_vlm.errors import SampleError
+from nemo_vlm.models.images import denormalised, image_size, load_image, named, resize
+from nemo_vlm.models.video import RateSampling, Reader, Video, use
+
+MAX_RATIO = 200  # of an image's sides
+ROWS_AT_ONCE = 2  # of blocks, in which an image is normalised
+SLACK = 1.05  # a frame's largest size is so much above its smallest at least, whatever a video's budget
+
+Grid = tuple[int, int, int]
+
+
+def smart_resize(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(width, height), multiples of `factor` near an image's own proportions; smart_resize of Qwen2VLImageProcessor.
+
+    Raises:
+        SampleError: narrow_image: one side is more than 200 times the other.
+    """
+    if max(width, height) / min(width, height) > MAX_RATIO:
+        long = f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other"
+        raise SampleError("narrow_image", long)
+    near = [round(side / factor) * factor for side in (width, height)]
+    if near[0] * near[1] > max_pixels:
+        scale = math.sqrt(width * height / max_pixels)
+        near = [max(factor, math.floor(side / scale / factor) * factor) for side in (width, height)]
+    elif near[0] * near[1] < min_pixels:
+        scale = math.sqrt(min_pixels / (width * height))
+        near = [math.ceil(side * scale / factor) * factor for side in (width, height)]
+    return near[0], near[1]
+
+
+@dataclass(frozen=True)
+class PatchFormat:
+    """How pixels become patches.
+
+    Attributes:
+        patch_size: pixels along an edge of a patch.
+        temporal_patch_size: frames of a patch.
+        merge_size: patches along an edge of the block that becomes one token.
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def factor(self) -> int:
+        """Pixels along an edge of a block."""
+        return self.patch_size * self.merge_size
+
+    def grid(self, frames: int, width: int, height: int) -> Grid:
+        """Patches in time, height and width of so many resized frames."""
+        return -(-frames // self.temporal_patch_size), height // self.patch_size, width // self.patch_size
+
+    def patches(self, frames: Sequence[Image.Image]) -> Images:
+        """One view: resized frames of one size; an image is one frame, and stands in every frame of its patches.
+
+        A number that makes no whole patches is filled up with the last frame.
+        """
+        grid, depth, lines = self.grid(len(frames), *frames[0].size), self.temporal_patch_size, self.merge_size
+        shape = (grid[0], grid[1] // lines, grid[2] * lines, 3, depth, self.patch_size**2)
+        pixels = numpy.empty(shape, numpy.float32)
+        for number, frame in enumerate(frames):
+            time, place = divmod(number, depth)
+            end = depth if number == len(frames) - 1 else place + 1
+            self._fill(pixels[time, ..., place:end, :], frame)
+        return Images(torch.from_numpy(pixels).view(math.prod(grid), -1), torch.tensor([grid]))
+
+    def _fill(self, out: numpy.ndarray, frame: Image.Image) -> None:
+        """Writes a frame, normalised to the last bit as Hugging Face's, to [block rows, patches, 3, frames, pixels].
+
+        Few rows at a time: what is made on the way then fits the cache, and the system is not asked for its memory.
+        """
+        edge, block = self.patch_size, self.merge_size
+        blocks = numpy.asarray(frame).reshape(len(out), block, edge, -1, block, edge, 3)
+        mean, std = (numpy.array(given, numpy.float32)[:, None] for given in (self.mean, self.std))
+        for first in range(0, len(out), ROWS_AT_ONCE):
+            rows = blocks[first : first + ROWS_AT_ONCE]
+            values = rows.transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, -1).astype(numpy.float32)
+            values /= 255
+            values -= mean
+            values /= std
+            parted = values.reshape(3, len(rows), -1, 1, edge**2)
+            out[first : first + ROWS_AT_ONCE] = parted.transpose(1, 2, 0, 3, 4)
+
+    def frames(self, images: Images) -> list[list[Image.Image]]:
+        """The frames of each view again; those that only fill up its last patches are left out."""
+        views = images.pixel_values.split(images.image_grid_thw.prod(1).tolist())
+        return [self._frames(view, *grid) for view, grid in zip(views, images.grids, strict=True)]
+
+    def _frames(self, view: Tensor, time: int, rows: int, columns: int) -> list[Image.Image]:
+        depth, edge, block = self.temporal_patch_size, self.patch_size, self.merge_size
+        parted = view.view(time, rows // block, columns // block, block, block, 3, depth, edge, edge)
+        frames = parted.permute(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(time * depth, rows * edge, columns * edge, 3)
+        while len(frames) > (time - 1) * depth + 1 and torch.equal(frames[-1], frames[-2]):
+            frames = frames[:-1]
+        return [denormalised(frame.numpy(), self.mean, self.std) for frame in frames]
+
+
+@dataclass(frozen=True)
+class PixelLimits:
+    """Between what a view is resized, in pixels of an image or of each frame.
+
+    Attributes:
+        total_pixels: of a video, over all its temporal patches, whatever their frames; it lowers max_pixels.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    total_pixels: int | None = None
+
+    def most(self, frames: int, temporal_patch_size: int) -> int:
+        """Pixels of each of so many frames, as qwen_vl_utils (fetch_video) shares them out."""
+        if self.total_pixels is None:
+            return self.max_pixels
+        share = self.total_pixels * temporal_patch_size // frames
+        return max(min(self.max_pixels, share), int(self.min_pixels * SLACK))
+
+
+@dataclass(frozen=True)
+class DynamicViews:
+    """The image part of a processor: each image and each video is one view."""
+
+    format: PatchFormat
+    images: PixelLimits
+    videos: PixelLimits
+    sampling: RateSampling
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """All that `num_features` depends on, beside the files."""
+        return (self,)
+
+    def num_features(self, media: Source | Video) -> int:
+        """Tokens of an image or a video; of the file, only what it says of its size is read.
+
+        Raises:
+            SampleError: it cannot be read, or is too narrow.
+        """
+        with named(media):
+            grid = use(media, self._grid) if isinstance(media, Video) else self._image_grid(media)
+        return math.prod(grid) // self.format.merge_size**2
+
+    def pixels(self, media: Sequence[Source | Video]) -> Images:
+        """Raises:
+        SampleError: as num_features.
+        """
+        return join(self._view(one) for one in media)
+
+    def frames(self, images: Images) -> list[list[Image.Image]]:
+        """The pictures that the patches of each view were cut from: an image's one, or a video's frames."""
+        return self.format.frames(images)
+
+    def _view(self, media: Source | Video) -> Images:
+        with named(media):
+            return use(media, self._video) if isinstance(media, Video) else self._image(media)
+
+    def _image_grid(self, image: Source) -> Grid:
+        return self.format.grid(1, *self._size(image_size(image, upright=True), self.images, 1))
+
+    def _image(self, source: Source) -> Images:
+        image = load_image(source, upright=True)
+        return self.format.patches([resize(image, self._size(image.size, self.images, 1))])
+
+    def _grid(self, reader: Reader) -> Grid:
+        frames = self.sampling.count(reader)
+        return self.format.grid(frames, *self._size(reader.size, self.videos, frames))
+
+    def _video(self, reader: Reader) -> Images:
+        size = self._size(reader.size, self.videos, self.sampling.count(reader))
+        return self.format.patches([resize(frame, size) for frame in reader.read(self.sampling.indices(reader))])
+
+    def _size(self, size: tuple[int, int], limits: PixelLimits, frames: int) -> tuple[int, int]:
+        most = limits.most(frames, self.format.temporal_patch_size)
+        return smart_resize(*size, self.format.factor, limits.min_pixels, most)
