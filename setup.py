@@ -17,5 +17,5 @@ setup(
     packages=find_packages(include=["nemo_vlm", "nemo_vlm.*"]),
     python_requires=">=3.10",
     install_requires=requirements("base.txt"),
-    extras_require={name: requirements(f"{name}.txt") for name in ("gpu", "dev", "slurm")},
+    extras_require={name: requirements(f"{name}.txt") for name in ("gpu", "dev", "slurm", "energon")},
 )

@@ -96,9 +96,22 @@ class Behind:
 
 
 def remove_partial(path: Path) -> None:
-    """What a killed process left of such a file or folder."""
+    """What a killed process left of such a file or folder; what one writes that still runs on this machine stays."""
     for partial in path.parent.glob(PARTIAL.format(name=glob.escape(path.name), writer="*")):
+        host, _, process = partial.name.rpartition(".partial-")[2].rpartition("-")
+        if host == socket.gethostname() and int(process) != os.getpid() and is_alive(int(process)):
+            continue
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def sync(path: Path) -> None:

@@ -353,6 +353,7 @@ def test_show_data_shows_the_documents(text: tuple) -> None:
         ({"packing": True}, "model.data.packing=true: goes with model.data.data_impl=json"),
         ({"dataloader_type": "modality"}, "must be cyclic or single"),
         ({"too_long": "drop"}, "model.data.too_long=drop: goes with model.data.data_impl=json"),
+        ({"max_visual_tokens": 9}, "model.data.max_visual_tokens=9: goes with model.data.data_impl=json or energon"),
         ({"image_folder": "x", "data_impl": "sft_idxmap"}, "model.data.image_folder=x: goes with"),
         ({"data_impl": "json", "eod_mask_loss": True}, "eod_mask_loss=true: goes with model.data.data_impl=mmap"),
         ({"data_impl": "json", "splits_string": "1"}, "splits_string=1: goes with model.data.data_impl=mmap or sft"),

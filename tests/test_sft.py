@@ -102,7 +102,7 @@ BROKEN = [
     ({"messages": [BE_BRIEF, *MESSAGES], "system": "Be long."}, "broken_record", "two system messages"),
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "broken_record", "'role' and 'content'"),
     ({"prompt": "a?"}, "broken_record", "'conversations', 'messages' or 'instruction'"),
-    ([{"instruction": "a?", "output": "b."}], "broken_record", "not be a list"),
+    ([{"instruction": "a?", "output": "b."}], "broken_record", "; it is .{.instruction"),
 ]
 
 
@@ -110,6 +110,7 @@ BROKEN = [
 def test_every_form_is_known_record_by_record(suffix: str, tmp_path: Path) -> None:
     file = RecordFile(write(tmp_path / f"x.{suffix}", [record for record, _, _ in FORMS]))
     for number, (_, system, said) in enumerate(FORMS):
+        assert file[number]["id"] == number  # which names it in messages
         assert (file[number]["system"], [turn["value"] for turn in file[number]["conversations"]]) == (system, said)
 
 

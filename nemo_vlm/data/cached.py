@@ -22,7 +22,7 @@ from nemo_vlm.files import written_whole
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"(?P<version>[0-9a-f]{12})-(?P<kind>[a-z]+)-[0-9a-f]{12}\.npy")  # behind the name's beginning
+NAME = re.compile(r"(?P<version>[0-9a-f]{12})-(?P<kind>[a-z_]+)-[0-9a-f]{12}\.npy")  # behind the name's beginning
 
 
 def cached(path: Path, kind: str, settings: str, make: Callable[[], numpy.ndarray]) -> numpy.ndarray:
@@ -39,7 +39,7 @@ def cached(path: Path, kind: str, settings: str, make: Callable[[], numpy.ndarra
     with alone(path):
         with contextlib.suppress(FileNotFoundError):
             return opened(path, version)
-        log.info("%s: one pass over it for its %s, which is kept", path, kind)
+        log.info("%s: one pass over it, to keep its %s", path, kind.replace("_", " "))
         store(path, kind, settings, make())
         return opened(path, version)
 

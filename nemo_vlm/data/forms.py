@@ -1,33 +1,58 @@
 """The forms in which records hold a conversation, each turned into LLaVA's: `conversations`, and `system` beside them.
 
 Which one a record has is seen from its fields: `conversations` (from, value) as LLaVA and ShareGPT have it, `messages`
-(role, content) as chats have it, or Alpaca's `instruction` with `input` and `output`.
+(role, content) as chats have it, or Alpaca's `instruction` with `input` and `output`. Files are named under `image` and
+`video`, as LLaVA has it, or under `images` and `videos`, as ShareGPT and MindSpeed-MM's mllm do.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from nemo_vlm.batch import HUMANS
+from nemo_vlm.errors import SampleError
 
 ANSWERERS = ("gpt", "assistant", "chatgpt", "bard", "bing", "bot", "model")
 SYSTEM = "system"
 SPEAKERS = (*HUMANS, *ANSWERERS, SYSTEM)
 ASKED, ANSWERED = ("instruction", "query"), ("output", "content", "response")
+MEDIA = {"image": "images", "video": "videos"}  # LLaVA's field, and the other name of it
 FORMS = "must have 'conversations', 'messages' or 'instruction'"
 
 Turns = list[dict[str, Any]]
 
 
+def parsed(content: bytes | str, called: str) -> Any:
+    """What JSON says.
+
+    Args:
+        called: what messages call it.
+    Raises:
+        SampleError: broken_record: it is none, or its texts are not Unicode.
+    """
+    try:
+        found = json.loads(content)
+        json.dumps(found, ensure_ascii=False).encode()  # half of a surrogate pair is legal JSON, but no text
+        return found
+    except UnicodeEncodeError:
+        problem = "half of a surrogate pair in a text"
+    except ValueError as error:
+        problem = f"not JSON ({error})"
+    except RecursionError:
+        problem = "nested too deeply"
+    raise SampleError("broken_record", f"{called}: {problem}")
+
+
 def as_llava(record: Any) -> dict[str, Any]:
-    """A record in LLaVA's form; its other fields stay as they are.
+    """A record in LLaVA's form, the files of which are lists of names; its other fields stay as they are.
 
     Raises:
         ValueError: it has none of the forms; the message says why.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"{FORMS}, not be a {type(record).__name__}")
+        raise ValueError(f"{FORMS}; it is {json.dumps(record)[:40]}")
     turns, system = turns_of(record), record.get(SYSTEM)
     if not isinstance(system, str | None):
         raise ValueError("'system' must be a text")
@@ -37,7 +62,23 @@ def as_llava(record: Any) -> dict[str, Any]:
         system, turns = turns[0]["value"], turns[1:]
     if any(turn["from"].lower() == SYSTEM for turn in turns):
         raise ValueError("a system message must come first")
-    return {**record, "conversations": turns, SYSTEM: system}
+    files = {kind: files_of(record, kind) for kind in MEDIA}
+    rest = {name: value for name, value in record.items() if name not in MEDIA.values()}
+    return {**rest, **files, "conversations": turns, SYSTEM: system}
+
+
+def files_of(record: dict[str, Any], kind: str) -> list[str]:
+    """The names that a record gives under one of MEDIA, or its other name; empty ones are none."""
+    given = {name: record.get(name) or None for name in (kind, MEDIA[kind])}
+    field = only_one(given, tuple(given)) or kind
+    entry = given[field] or []
+    if not isinstance(entry, str | list) or not all(map(is_name, entry)):
+        raise ValueError(f"'{field}' must be a file's name or a list of them")
+    return [name for name in ([entry] if isinstance(entry, str) else entry) if name]
+
+
+def is_name(name: Any) -> bool:
+    return isinstance(name, str) and "\0" not in name
 
 
 def is_llava(record: dict[str, Any]) -> bool:

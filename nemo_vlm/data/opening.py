@@ -15,7 +15,8 @@ from nemo_vlm.data import lengths
 from nemo_vlm.data.cached import cached
 from nemo_vlm.data.dataset import Datasets
 from nemo_vlm.data.orders import FILES_APART, generator
-from nemo_vlm.data.records import RecordDataset, RecordFile
+from nemo_vlm.data.records import RecordDataset, RecordFile, Records
+from nemo_vlm.data.webdataset import WebDataset
 from nemo_vlm.errors import ConfigError, SampleError
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def open_datasets(run: RunConfig, processor: Any) -> Datasets:
     """
     data = run.data
     files = open_files(run, data.files, "data_path")
-    kept = [not_excluded(file, data.datasets_exclude) for file in files]
+    kept = [of_use(file, data.datasets_exclude) for file in files]
     seeds = [run.step.seed + FILES_APART * number for number in range(len(files))]
     halves = [split(part, data.validation_split, seed) for part, seed in zip(kept, seeds, strict=True)]
     for file, (trained, _) in zip(files, halves, strict=True):
@@ -42,7 +43,7 @@ def open_datasets(run: RunConfig, processor: Any) -> Datasets:
             raise ConfigError(f"model.data.{key}={getattr(data, key)}: leaves nothing of {file.path} to train on")
     table = lengths_of(files, data, processor)
     train = RecordDataset(files, [trained for trained, _ in halves], processor, table)
-    if data.validation_path is not None:
+    if data.validation_path is not None or (data.data_impl == "energon" and not data.validation_split):
         return Datasets(train, validation_apart(run, processor))
     held_out = RecordDataset(files, [validating for _, validating in halves], processor, table)
     return Datasets(train, held_out if len(held_out) else None)
@@ -63,26 +64,43 @@ def open_tokenized(run: RunConfig, tokenizer: Any) -> Datasets:
     return open_indexed(run, PackedDocuments)
 
 
-def validation_apart(run: RunConfig, processor: Any) -> RecordDataset:
-    data = run.data
-    files = open_files(run, data.validation_files, "validation_path")
-    parts = [not_excluded(file, data.datasets_exclude) for file in files]
-    return RecordDataset(files, parts, processor, lengths_of(files, data, processor))
+def validation_apart(run: RunConfig, processor: Any) -> RecordDataset | None:
+    """On the files of validation_path; of tars on their val part, where one has any."""
+    data, setting = run.data, "data_path" if run.data.validation_path is None else "validation_path"
+    paths = data.files if run.data.validation_path is None else data.validation_files
+    files = [file for file in open_files(run, paths, setting, "val") if len(file)]
+    if not files and setting == "validation_path":
+        raise ConfigError(f"model.data.validation_path={list(paths)}: no split.yaml there has a val part")
+    parts = [of_use(file, data.datasets_exclude) for file in files]
+    return RecordDataset(files, parts, processor, lengths_of(files, data, processor)) if files else None
 
 
-def open_files(run: RunConfig, paths: Sequence[str], setting: str) -> list[RecordFile]:
-    """Each with its own image and video folder, or all with one."""
-    data, folders = run.data, {}
+def open_files(
+    run: RunConfig, paths: Sequence[str], setting: str, part: str = "train"
+) -> list[RecordFile] | list[WebDataset]:
+    """Each with its own image and video folder, or all with one.
+
+    Args:
+        part: of tars.
+    """
+    data, key = run.data, f"model.data.{setting}"
+    if data.data_impl == "energon":
+        return [WebDataset(Path(path), key, part) for path in paths]
+    folders = {}
     for name in ("image_folder", "video_folder"):
         given = getattr(data, name)
         folders[name] = list(given) if isinstance(given, tuple) else [given] * len(paths)
         if len(folders[name]) != len(paths):
-            raise ConfigError(f"model.data.{name}={list(given)}: model.data.{setting} has {len(paths)} files; give one")
-    key = f"model.data.{setting}"
+            raise ConfigError(f"model.data.{name}={list(given)}: {key} has {len(paths)} files; give one")
     return [
         RecordFile(Path(path), images, videos, key, run.model.reads_media)
         for path, images, videos in zip(paths, *folders.values(), strict=True)
     ]
+
+
+def of_use(file: RecordFile | WebDataset, datasets_exclude: tuple[str, ...]) -> numpy.ndarray:
+    """Numbers of the records that are not left out, by that setting or by a split.yaml."""
+    return not_excluded(file, datasets_exclude) if isinstance(file, RecordFile) else file.kept
 
 
 def not_excluded(file: RecordFile, names: tuple[str, ...]) -> numpy.ndarray:
@@ -118,8 +136,8 @@ def split(records: numpy.ndarray, fraction: float, seed: int) -> tuple[numpy.nda
     return records[numpy.sort(order[:first])], records[numpy.sort(order[first:])]
 
 
-def lengths_of(files: Sequence[RecordFile], data: DataConfig, processor: Any) -> numpy.ndarray | None:
+def lengths_of(files: Sequence[Records], data: DataConfig, processor: Any) -> numpy.ndarray | None:
     """[records of all files, 2], see lengths.of_file; None where nothing needs it."""
-    if not data.packing and data.dataloader_type != "modality":
+    if not (data.packing or data.balance_visual_tokens or data.dataloader_type == "modality"):
         return None
     return numpy.concatenate([lengths.of_file(file, processor) for file in files])

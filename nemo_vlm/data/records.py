@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 from torch.utils.data import Dataset
@@ -23,13 +22,41 @@ from nemo_vlm.batch import IMAGE_TAG, Sample, empty_sample
 from nemo_vlm.data import spans
 from nemo_vlm.data.cached import cached, of_kind
 from nemo_vlm.data.dataset import Origin
-from nemo_vlm.data.forms import as_llava, has_answer, is_llava
+from nemo_vlm.data.forms import as_llava, has_answer, is_llava, parsed
 from nemo_vlm.data.media import descriptor, open_folder
 from nemo_vlm.errors import ConfigError, SampleError
 
 IMAGE_IN_TEXT = re.compile(r"""<img src=["']([^"'\0]+)["'][^>]*>""")  # how SteerLM's records speak of images
 KEY = "model.data.data_path"
 LOOKED_AT = 100  # records, one of which must be whole when a file is opened
+
+
+class Records(Protocol):
+    """What a run reads records from, by their numbers: a file, or a folder of tars (data.webdataset).
+
+    Attributes:
+        about: the file beside which their lengths are kept, see data.cached.
+        lengths_kind: the kind of these.
+    """
+
+    path: Path
+    about: Path
+    lengths_kind: str
+
+    @property
+    def media_version(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """A record in LLaVA's form, whose `image` and `video` list files.
+
+        Raises:
+            SampleError: it cannot be used.
+        """
+        ...
+
+    def name(self, number: int) -> Any: ...
 
 
 class JsonFile:
@@ -45,6 +72,10 @@ class JsonFile:
         self.path = path
         try:
             self.index()
+        except IsADirectoryError:
+            raise ConfigError(
+                f"{key}={path}: is a folder; one of tars goes with model.data.data_impl=energon"
+            ) from None
         except OSError as error:
             raise ConfigError(f"{key}={path}: cannot be read ({error.strerror})") from None
         except ValueError as error:
@@ -72,18 +103,7 @@ class JsonFile:
             SampleError: it is not JSON, or its texts are not Unicode.
         """
         start, end = map(int, self._spans[number])
-        try:
-            record = json.loads(os.pread(descriptor(self.path), end - start, start))
-            json.dumps(record, ensure_ascii=False).encode()  # a half of a surrogate pair cannot be
-        except UnicodeEncodeError:
-            problem = "half of a surrogate pair in a text"
-        except ValueError as error:
-            problem = f"not JSON ({error})"
-        except RecursionError:
-            problem = "nested too deeply"
-        else:
-            return record
-        raise SampleError("broken_record", f"{self.path}: record {number}: {problem}")
+        return parsed(os.pread(descriptor(self.path), end - start, start), f"{self.path}: record {number}")
 
     def name(self, number: int) -> Any:
         """A record's `id`, where it has one that can be read."""
@@ -105,6 +125,8 @@ class RecordFile(JsonFile):
         ConfigError: there is no such file, or it is no list of conversations.
     """
 
+    lengths_kind = "lengths"
+
     def __init__(
         self,
         path: Path,
@@ -113,35 +135,54 @@ class RecordFile(JsonFile):
         key: str = KEY,
         media: bool = True,
     ) -> None:
-        self.media, self.keeps_folders = media, image_folder is None
-        self.images = open_folder(image_folder or str(path.parent), "model.data.image_folder")
-        self.videos = open_folder(video_folder or str(path.parent), "model.data.video_folder")
+        self.about, self.media, self.keeps_folders = path, media, image_folder is None
+        self.images = open_folder(image_folder or str(path.parent), folder_key(key, "image"))
+        self.videos = open_folder(video_folder or str(path.parent), folder_key(key, "video"))
         super().__init__(path, key)
-        self._look(key)
+        look(self, key)
 
-    def _look(self, key: str) -> None:
-        faults = []
-        for number in range(min(len(self), LOOKED_AT)):
-            try:
-                self[number]
-                return
-            except SampleError as error:
-                faults.append(str(error))
-        raise ConfigError(f"{key}={self.path}: {faults[0]}")
+    @property
+    def media_version(self) -> str:
+        """Another one where the files that the records name may hold something else."""
+        return f"{self.images.version} {self.videos.version}"
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """A record whose `image` and `video` are lists of files, which need not exist.
 
         Raises:
-            SampleError: broken_record, no_answer, or missing_image in a tar.
+            SampleError: broken_record, no_answer; missing_image in a tar; missing_video or broken_video: frames are
+                missing, or their rate.
         """
         raw = self.raw(number)
         record = conversation(raw, f"{self.path}: record", number)
         if self.media and self.path.suffix == ".jsonl" and is_llava(raw):
             record = from_steerlm(record, self.keeps_folders)
-        images = [self.images.file(name) for name in names(record.get("image"))]
-        videos = [self.videos.file(name) for name in names(record.get("video"))]
+        images = [self.images.file(name) for name in record["image"]]
+        videos = [self.videos.video(name) for name in record["video"]]
         return {**record, "image": images, "video": videos}
+
+
+def folder_key(key: str, kind: str) -> str:
+    """The setting or flag that stands beside the one that names the file."""
+    if key.startswith("--"):
+        return f"--{kind}-folder"
+    group, dot, _ = key.rpartition(".")
+    return f"{group}{dot}{kind}_folder"
+
+
+def look(file: Records, key: str) -> dict[str, Any]:
+    """The first record that is whole.
+
+    Raises:
+        ConfigError: none of the first is.
+    """
+    faults = []
+    for number in range(min(len(file), LOOKED_AT)):
+        try:
+            return file[number]
+        except SampleError as error:
+            faults.append(str(error))
+    raise ConfigError(f"{key}={file.path}: {faults[0]}")
 
 
 def checked(path: Path) -> numpy.ndarray:
@@ -155,7 +196,7 @@ def checked(path: Path) -> numpy.ndarray:
 
 
 def conversation(record: Any, called: str, number: int) -> dict[str, Any]:
-    """A record in LLaVA's form, with an answer.
+    """A record in LLaVA's form, with an answer, and an `id`, which is its number where it has none.
 
     Args:
         called: what messages call it, before its name.
@@ -164,35 +205,17 @@ def conversation(record: Any, called: str, number: int) -> dict[str, Any]:
     """
     try:
         found = as_llava(record)
-        check_files(found)
     except ValueError as error:
         raise SampleError("broken_record", f"{called} {name_of(record, number)}: {error}") from None
     if not has_answer(found["conversations"]):
         raise SampleError("no_answer", f"{called} {name_of(record, number)}: has no answer")
-    return found
-
-
-def check_files(record: dict[str, Any]) -> None:
-    """Raises:
-    ValueError: it names its images or videos in no known way.
-    """
-    for kind in ("image", "video"):
-        entry = record.get(kind)
-        if not isinstance(entry, str | list | None) or not all(map(is_name, entry or "")):
-            raise ValueError(f"'{kind}' must be a file's name or a list of them")
-
-
-def is_name(name: Any) -> bool:
-    return isinstance(name, str) and "\0" not in name
-
-
-def names(entry: str | list[str] | None) -> list[str]:
-    return [name for name in ([entry] if isinstance(entry, str) else entry or []) if name]
+    return {**found, "id": name_of(record, number)}
 
 
 def name_of(record: Any, number: int) -> Any:
-    """What a message calls a record."""
-    return record.get("id", number) if isinstance(record, dict) else number
+    """What messages call a record."""
+    named = record.get("id") if isinstance(record, dict) else None
+    return number if named is None else named
 
 
 def from_steerlm(record: dict[str, Any], keep_folders: bool) -> dict[str, Any]:
@@ -203,7 +226,7 @@ def from_steerlm(record: dict[str, Any], keep_folders: bool) -> dict[str, Any]:
     Args:
         keep_folders: look for the images where the tags say, not by their last names below the image folder.
     """
-    images, turns = names(record.get("image")), []
+    images, turns = list(record["image"]), []
     for turn in record["conversations"]:
         sources = IMAGE_IN_TEXT.findall(turn["value"])
         images += sources if keep_folders else [os.path.basename(source) for source in sources]
@@ -236,7 +259,7 @@ class RecordDataset(Dataset):
 
     def __init__(
         self,
-        files: Sequence[RecordFile],
+        files: Sequence[Records],
         chosen: Sequence[numpy.ndarray] | None,
         processor: Any,
         lengths: numpy.ndarray | None = None,
@@ -267,8 +290,8 @@ class RecordDataset(Dataset):
         if sample.record < 0 or self.lengths is None or len(sample.tokens) <= self.lengths[sample.record, 0]:
             return None
         file, inside = self.where(sample.record)
-        path, planned = self.files[file].path, int(self.lengths[sample.record, 0])
-        tables = ", ".join(map(str, of_kind(path, "lengths")))
+        records, planned = self.files[file], int(self.lengths[sample.record, 0])
+        tables = ", ".join(map(str, of_kind(records.about, records.lengths_kind)))
         return f"record {inside}: {len(sample.tokens)} tokens, {planned} when it was measured; remove {tables}"
 
     def record(self, number: int) -> dict[str, Any]:

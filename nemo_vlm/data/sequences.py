@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 
 from nemo_vlm.batch import IGNORE_INDEX, Sample
-from nemo_vlm.data.records import JsonFile, conversation, names
+from nemo_vlm.data.records import JsonFile, conversation
 from nemo_vlm.errors import SampleError
 
 Shifted = tuple[numpy.ndarray, numpy.ndarray]  # tokens and labels, both [s]
@@ -87,7 +87,6 @@ def encoded(file: JsonFile, processor: Any, number: int) -> Iterator[Shifted | t
     for record in raw if isinstance(raw, list) else [raw]:
         try:
             said = conversation(record, f"{file.path}: record", number)
-            media = {kind: names(said.get(kind)) for kind in ("image", "video")}
-            yield sequence(processor.sample({**said, **media}))
+            yield sequence(processor.sample(said))
         except SampleError as error:
             yield error.reason, str(error)
