@@ -18,6 +18,7 @@ from nemo_vlm.data import digits
 from nemo_vlm.data.loader import Share, StepSampler
 from nemo_vlm.data.orders import Blend
 from nemo_vlm.data.records import RecordDataset, RecordFile, read_records
+from nemo_vlm.data.tokenizer import VISION_TOKENS
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout
 from nemo_vlm.models.base import FAMILIES, family
@@ -71,8 +72,10 @@ def test_digits_are_written_once(digits_folder: Path) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_makes_samples_of_any_data(name: str, digits_folder: Path, tokenizer) -> None:
     config = replace(family(name, "tiny").config(), vocab_size=None)
-    if name == "llava":
-        config = replace(config, mm_cfg=replace(config.mm_cfg, image_token_index=None))
+    if config.reads_media:
+        unsettled = {key: None for key in vars(config.mm_cfg) if key.endswith("token_index")}
+        config = replace(config, mm_cfg=replace(config.mm_cfg, **unsettled))
+    tokenizer.add_tokens(list(VISION_TOKENS), special_tokens=True)
     parts = family(name, "processor")
     processor = parts.Processor(parts.settle(config, tokenizer), DataConfig(system_message=""), tokenizer)
     dataset = RecordDataset([RecordFile(digits_folder / "heldout.json")], None, processor)
@@ -153,13 +156,13 @@ def test_collate_pads_on_the_right() -> None:
     assert batch.lengths.tolist() == [3, 5]
     assert batch.images.grids == [(1, 1, 2)]
     assert batch.images.pixel_values.shape == (2, 12)
-    assert batch.counts().tolist() == [8, 16, 34, 1, 0]
+    assert batch.counts().tolist() == [8, 16, 34, 2, 4, 0]
     packed = pack(samples, pad_multiple=4)
     assert (packed.packed, batch.packed) == (True, False)
     assert packed.tokens.tolist() == [[1, 2, 3, 1, 2, 3, 4, 5]]
     assert packed.labels.tolist() == [[2, 3, 4, 2, 3, 4, 5, 6]]
     assert packed.segments.tolist() == [[0] * 3 + [1] * 5]
-    assert packed.counts().tolist() == [8, 8, 34, 1, 0]
+    assert packed.counts().tolist() == [8, 8, 34, 2, 4, 0]
 
 
 def test_patches_are_what_the_convolution_reads() -> None:
@@ -178,10 +181,11 @@ def test_patches_are_what_the_convolution_reads() -> None:
 def test_merge_puts_features_in_order_and_counts_them() -> None:
     tokens = torch.tensor([[5, 9, 9, 1], [9, 2, 3, 9]])
     embeddings, features = torch.zeros(4, 2, 3), torch.arange(1.0, 5).unsqueeze(1).expand(4, 3)
-    merged = merge(embeddings, tokens, features, placeholder_id=9)
-    assert merged[:, :, 0].T.tolist() == [[0, 1, 2, 0], [3, 0, 0, 4]]
-    with pytest.raises(ValueError, match="4 image placeholders in the tokens, 3 vision features"):
-        merge(embeddings, tokens, features[:3], placeholder_id=9)
+    for tokens_of_one in (tokens, torch.where(tokens == 9, torch.tensor([[8, 8, 9, 8], [9, 8, 8, 9]]), tokens)):
+        merged = merge(embeddings, tokens_of_one, features, placeholder_ids=(8, 9))
+        assert merged[:, :, 0].T.tolist() == [[0, 1, 2, 0], [3, 0, 0, 4]]
+    with pytest.raises(ValueError, match="4 placeholders of images and videos in the tokens, 3 vision features"):
+        merge(embeddings, tokens, features[:3], placeholder_ids=(8, 9))
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "[1]", "not json", '[{"id": 1}]'])

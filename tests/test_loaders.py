@@ -330,7 +330,7 @@ def test_packs_of_llavas_lengths_hold_next_to_no_padding() -> None:
     tokens, positions = 0, {"batch": 0, "4096": 0}
     for _ in range(30):
         sizes = llava_lengths(128, generator)
-        packs = packing.plan(sizes, 4096, 1)
+        packs = packing.plan(numpy.array(sizes)[:, None], [4096], 1)
         filled = [sum(sizes[place] for place in pack) for pack in packs]
         assert sorted(place for pack in packs for place in pack) == list(range(128)) and max(filled) <= 4096
         assert filled == sorted(filled, reverse=True) and filled[-1] > 0.85 * filled[0]
@@ -344,10 +344,60 @@ def test_packs_of_llavas_lengths_hold_next_to_no_padding() -> None:
 @pytest.mark.parametrize(("count", "of", "together"), [(128, 4, 1), (16, 2, 2), (3, 4, 1), (1, 1, 1)])
 def test_every_rank_has_as_many_packs_and_together_they_are_the_batch(count: int, of: int, together: int) -> None:
     sizes = numpy.array(llava_lengths(count, numpy.random.default_rng(1)))
-    ranks = [Packs(sizes, 4096, together)(range(count), Share(rank, of)) for rank in range(of)]
+    sizes = numpy.stack([sizes, sizes // 2], axis=1)
+    ranks = [Packs(sizes, [4096], together)(range(count), Share(rank, of)) for rank in range(of)]
     assert len({len(packs) for packs in ranks}) == 1 and len(ranks[0]) % together == 0
     assert sorted(k for packs in ranks for pack in packs for k in pack if k >= 0) == list(range(count))
     assert all(packs and all(pack for pack in packs) for packs in ranks)
+
+
+def drawn_sizes(count: int, seed: int) -> numpy.ndarray:
+    """[count, 2]: tokens and visual tokens, of text, images of several sizes and videos."""
+    generator = numpy.random.default_rng(seed)
+    visual = generator.choice([0, 0, 64, 256, 300, 1024, 3000], count)
+    return numpy.stack([visual + generator.integers(1, 900, count), visual], axis=1)
+
+
+@pytest.mark.parametrize("count", [1, 7, 96, 300])
+def test_packs_hold_neither_too_many_tokens_nor_visual_ones(count: int) -> None:
+    sizes = drawn_sizes(count, seed=count)
+    packs = packing.plan(sizes, [4096, 3000], 2)
+    assert sorted(place for pack in packs for place in pack) == list(range(count)) and len(packs) % 2 == 0
+    loads = numpy.array([sizes[pack].sum(0) for pack in packs])
+    assert (loads.max(0) <= [4096, 3000]).all()
+    assert len(packs) <= 1.2 * (sizes.sum(0) / [4096, 3000]).max() + 2
+    assert loads[:, 1].max() == 3000 or count == 1  # a sample that fills one alone
+
+
+@pytest.mark.parametrize(("of", "each"), [(1, 5), (2, 1), (3, 4), (8, 16), (16, 64)])
+def test_evened_ranks_have_the_same_samples_and_never_more_at_most(of: int, each: int) -> None:
+    for seed in range(5):
+        sizes, share = drawn_sizes(of * each, seed), [Share(rank, of) for rank in range(of)]
+        lengths = numpy.concatenate([sizes[::-1], sizes])
+        batch = list(range(of * each, 2 * of * each))
+        plain = [loader.InTurn()(batch, one)[0] for one in share]
+        evened = [loader.Evened(lengths)(batch, one)[0] for one in share]
+        assert [len(mine) for mine in evened] == [each] * of
+        assert sorted(k for mine in evened for k in mine) == batch
+        before, after = ([lengths[mine, 1].sum() for mine in ranks] for ranks in (plain, evened))
+        assert max(after) <= max(before)
+        if each >= 16:
+            assert max(after) - min(after) <= 256 and max(before) - min(before) > 1000
+
+
+@pytest.mark.parametrize("of", [1, 2, 4])
+def test_evened_packs_are_as_many_and_the_same(of: int) -> None:
+    for seed in range(5):
+        sizes = drawn_sizes(64, seed)
+        ranks = [
+            [Packs(sizes, [8192, 6000], 1, evened)(range(64), Share(rank, of)) for rank in range(of)]
+            for evened in (False, True)
+        ]
+        assert len({len(packs) for half in ranks for packs in half}) == 1
+        plain, evened = (sorted(map(tuple, (pack for packs in half for pack in packs))) for half in ranks)
+        assert plain == evened
+        before, after = ([sum(sizes[pack, 1].sum() for pack in packs) for packs in half] for half in ranks)
+        assert max(after) <= max(before)
 
 
 # Loaders
@@ -385,6 +435,48 @@ def test_a_packed_step_has_the_samples_of_the_padded_one(make_run, tmp_path: Pat
                 assert len(steps[0]) < 16
                 assert all(batch.tokens.numel() == batch.lengths.sum() for step in steps for batch in step)
     assert found[False, 1] == found[False, 2] == found[True, 1] == found[True, 2]
+
+
+def trained(runs: list[RunConfig], tokenizer: object) -> list[list[tuple[float, ...]]]:
+    """Loss, gradient norm, and the visual tokens of each rank, of steps on what the loader of each run gives."""
+    found = []
+    for run in runs:
+        where = resolve(replace(run, trainer=replace(run.trainer, devices=2)), 0, {})
+        groups.initialize(where, seed=1)
+        processor = family(run.family, "processor").Processor(run.model, run.data, tokenizer)
+        dataset, share = open_datasets(run, processor).train, Share(groups.data_parallel_rank(), 2)
+        engine, steps = make_engine(run, where, build_all(run, where)[0]), []
+        for micro_batches in training_loader(dataset, where, share, run, 3, 0):
+            result = engine.step(micro_batches, 1e-2)
+            mine = sum(run.model.visual_tokens(batch.images.grids) for batch in micro_batches)
+            steps.append((result.loss, result.grad_norm, *groups.of_data_ranks(mine)))
+        found.append(steps)
+        groups.shut_down()
+    return found
+
+
+def test_evened_ranks_train_as_they_are_without(make_run, tokenizer, tmp_path: Path) -> None:
+    """Padded and packed, the second with a limit of its own."""
+    for width in (32, 64):
+        Image.new("RGB", (width, 32), (9 * width % 256, 0, 99)).save(tmp_path / f"{width}.png")
+    records = []
+    for number in range(24):
+        images = [["32.png"], [], ["64.png", "32.png"], ["64.png"]][number // 2 % 4]
+        records.append(text_record(number, 3 + number % 5, image=images))
+        records[-1]["conversations"][0]["value"] = "<image>" * len(images)
+    given = {"data_path": write(tmp_path / "x.json", records), "image_aspect_ratio": "keep", "conv_template": "plain"}
+    given["dataloader_type"] = "single"
+    packs = {"packing": True, "max_visual_tokens_per_micro_batch": 48}
+    variants = [{}, {"balance_visual_tokens": True}, packs, {**packs, "balance_visual_tokens": True}]
+    runs = [make_run(StepConfig(1 if "packing" in more else 2, 8), "llava", **given, **more)[0] for more in variants]
+    found = run_ranks(trained, 2, [replace(run, trainer=TrainerConfig(precision="32")) for run in runs], tokenizer)[0]
+    expected = found[0]
+    for steps in found[1:]:
+        for (loss, norm, *loads), (same_loss, same_norm, *before) in zip(steps, expected, strict=True):
+            assert (loss, norm) == (pytest.approx(same_loss, rel=1e-5), pytest.approx(same_norm, rel=1e-4))
+            assert sum(loads) == sum(before)
+    most = [[max(loads) for _, _, *loads in steps] for steps in found]
+    assert most[3] == most[1] and sum(most[1]) < sum(most[0])
 
 
 def test_lengths_are_those_of_the_samples_and_are_kept(make_run, tmp_path: Path, monkeypatch) -> None:
@@ -470,6 +562,35 @@ def test_no_pack_overflows_where_images_have_changed(make_run, tmp_path: Path) -
     table.unlink()
     sizes, step = read()
     assert len(set(sizes)) == 1 and not any(batch.skipped for batch in step)
+
+
+def test_a_pack_holds_no_more_visual_tokens_than_it_may(make_run, tmp_path: Path) -> None:
+    """Of images of 16 tokens; a sample of three is too much for a pack of 32, and so is one that has grown."""
+    records = [text_record(n, 1, image=[f"{n}.png"] * (n % 4)) for n in range(12)]
+    for number, record in enumerate(records):
+        record["conversations"][0]["value"] = "<image>" * (number % 4)
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{number}.png")
+    given = {"packing": True, "max_visual_tokens_per_micro_batch": 32, "conv_template": "plain"}
+    given |= {"data_path": write(tmp_path / "x.json", records), "image_aspect_ratio": "keep"}
+    run, processor = make_run(StepConfig(1, 12), "llava", **given)
+
+    def read() -> list[tuple[int, str]]:
+        dataset = open_datasets(run, processor).train
+        (step,) = training_loader(dataset, layout(1, 1, 1), Share(0, 1), run, 1, 0)
+        assert max(run.model.visual_tokens(batch.images.grids) for batch in step) <= 32
+        return sorted((number, why.split(":")[0]) for batch in step for number, why in batch.skipped)
+
+    too_many = [(number, "too_many_visual_tokens") for number in (3, 7, 11)]
+    assert read() == too_many
+    Image.new("RGB", (32, 64)).save(tmp_path / "5.png")
+    assert read() == sorted([*too_many, (5, "stale_length")])
+
+
+@pytest.mark.parametrize("key", ["balance_visual_tokens", "max_visual_tokens_per_micro_batch"])
+def test_visual_tokens_are_for_models_that_see(key: str, make_run) -> None:
+    run, _ = make_run(StepConfig(1, 4), packing=True, **{key: True if key.startswith("balance") else 9})
+    with pytest.raises(ConfigError, match=f"model.data.{key}=(true|9): the gpt family reads text only"):
+        options.check(run)
 
 
 @pytest.mark.parametrize("pad_to", ["batch", 64])
@@ -622,6 +743,7 @@ def test_validation_from_files_of_their_own_and_excluded_records(make_run, tmp_p
         ({"validation_split": 0.1, "validation_path": "b"}, "give one of them"),
         ({"packed_sequence": True}, "model.data.packed_sequence=true: take model.data.packing=true"),
         ({"eod_mask_loss": True}, "model.data.eod_mask_loss=true"),
+        ({"max_visual_tokens_per_micro_batch": 9}, "=9: goes with model.data.packing=true"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict, says: str) -> None:
@@ -658,8 +780,17 @@ def test_skips_are_counted_cut_back_and_stop_the_run(tmp_path: Path) -> None:
     skips.check(position, 0.01, finished=False)  # chance
     skips.check(position, 0.03, finished=True)
     position.skipped_samples["too_long"] += 2
-    with pytest.raises(RuntimeError, match="5 of 100"):
+    with pytest.raises(RuntimeError, match="5 of 100 .*; too_long: raise model.encoder_seq_length"):
         skips.check(position, 0.01, finished=False)
+
+
+def test_where_nothing_is_left_the_run_stops_at_once() -> None:
+    none_left = Position(consumed_samples=8, skipped_samples={"too_long": 8})
+    with pytest.raises(RuntimeError, match="8 of 8 samples"):
+        skips.check(none_left, 0.01, finished=False)
+    skips.check(none_left, 0.5, finished=False)  # chance
+    skips.check(Position(consumed_samples=8, skipped_samples={"too_long": 7}), 0.01, finished=False)
+    skips.check(Position(consumed_samples=4, skipped_samples={"too_long": 4}), 0.01, finished=False)
 
 
 def test_chance_stops_no_run_whose_share_is_half_of_the_limit() -> None:

@@ -274,6 +274,7 @@ def test_the_demos_vocabulary(tmp_path: Path) -> None:
     ("demo", "file", "tokenizer", "size"),
     [
         ("digits", "digits_vqa/train.json", "datasets/digits_vqa/tokenizer", digits.NUM_TOKENS),
+        ("digit_pairs", "digit_pairs/train.json", "datasets/digit_pairs/tokenizer", 320),
         ("docstring_questions", "docstring_questions/train.json", "datasets/docstrings/tokenizer", 2048),
         ("digits", "digits_vqa/train.json", "datasets/mine/tokenizer", None),
         ("docstring_questions", "docstring_questions/train.json", "datasets/docstring_questions/tokenizer", None),

@@ -23,7 +23,7 @@ from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import resolve
 from nemo_vlm.models.templates import TEMPLATES
 from nemo_vlm.models.text import ConversationText
-from nemo_vlm.planning.show_data import Shown
+from nemo_vlm.planning.show_data import Shown, patches
 
 
 def tree(*overrides: str):
@@ -86,9 +86,11 @@ def test_text_pictures_and_skipped_samples(folder: Path, capsys: pytest.CaptureF
     experiment.show(tree(*three, "picture=sheet/out.png"))
     text = capsys.readouterr().out
     assert f"ASSISTANT:« {records[0]['conversations'][1]['value']}</s>»" in text  # no colour where there is no terminal
+    assert "trained, 16 of images and videos; these: 32 x 32; seen in 4 x 4 patches" in text
     assert "SKIPPED, missing_image" in text
     assert "3 samples, 1 skipped" in text
     assert "[16 image tokens]" in text
+    assert patches(time=2, rows=20, columns=28) == "28 x 20 x 2"  # of a video
     with Image.open(folder / "sheet/out.png") as picture:
         assert picture.getextrema() != ((255, 255),) * 3  # not a white sheet
     found = lines(capsys, *three)
@@ -106,7 +108,7 @@ def test_trained_text_is_what_the_assistant_says_and_its_end(template: str) -> N
     encoder = ConversationText(DataConfig(conv_template=template), codec, 10_000)
     sample = Sample(*encoder.train({}, encoder.turns({"conversations": said}), []).shifted())
     before, after = TEMPLATES[template].around_answer
-    shown = Shown(0, "", None, {}, sample, Codec(codec), None, [], before)
+    shown = Shown(0, "", None, sample, Codec(codec), {}, [], before)
     assert shown.as_json()["trained_text"] == [turn["value"] + after.format(eos="</s>") for turn in said[1::2]]
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_vlm.batch import IGNORE_INDEX, Sample, collate, pack
+from nemo_vlm.batch import IGNORE_INDEX, Images, Sample, collate, pack
 from nemo_vlm.config import OptimConfig, SchedConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.models.base import family
@@ -103,6 +103,34 @@ def test_impossible_schedules(sched) -> None:
 def test_flops_of_llama_7b_are_six_per_parameter_and_token() -> None:
     llama = replace(family("gpt", "config").Config(), vocab_size=32000)
     parameters = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000
-    assert step_flops(llama, 1000, 0, 0) == pytest.approx(6 * parameters * 1000)
-    one_sample = step_flops(llama, 2048, 2048**2, 0) - step_flops(llama, 2048, 0, 0)
+    assert step_flops(llama, 1000, 0) == pytest.approx(6 * parameters * 1000)
+    one_sample = step_flops(llama, 2048, 2048**2) - step_flops(llama, 2048, 0)
     assert one_sample == pytest.approx(3 * 32 * 2 * (2 * 4096 * 2048**2) / 2)  # QK^T and AV, half of each masked
+
+
+def test_flops_of_a_tower_are_counted_by_patches_and_frames() -> None:
+    """LLaVA 1.5's, which runs 23 of its 24 layers: two images of 24 x 24 patches, and one of 12 x 48."""
+    llava = family("llava", "config").Config()
+    patches, squared = 3 * 576, 3 * 576**2
+    layers = 23 * (2 * patches * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * squared * 1024)
+    assert llava.vision_flops(patches, squared) == layers + 2 * patches * (1024 * 4096 + 4096**2)
+    assert step_flops(llava, 0, 0, patches, squared) == 3 * llava.vision_flops(patches, squared)
+    assert llava.visual_tokens([(1, 24, 24), (1, 12, 48), (2, 3, 4)]) == 2 * 576 + 24
+
+
+def test_flops_of_qwen2_vl_count_each_frame_for_itself() -> None:
+    """The 7B's: an image of 36 x 36 patches, and a video of 4 frame pairs of 10 x 18; 4 patches are a token."""
+    qwen = replace(family("qwen2_vl", "config").Config(), hidden_size=3584)
+    patches, squared = 1296 + 4 * 180, 1296**2 + 4 * 180**2
+    layers = 32 * (2 * patches * (4 * 1280**2 + 2 * 1280 * 5120) + 4 * squared * 1280)
+    merger = 2 * (patches // 4) * (5120**2 + 5120 * 3584)
+    expected = layers + 2 * patches * 1176 * 1280 + merger
+    assert qwen.vision_flops(patches, squared) == expected
+    assert qwen.visual_tokens([(1, 36, 36), (4, 10, 18)]) == 324 + 180
+
+
+def test_patches_and_frames_are_counted() -> None:
+    """An image of 2 x 3 patches, and a video of 4 frames of 4 x 5."""
+    images = Images(torch.zeros(6 + 80, 3), torch.tensor([[1, 2, 3], [4, 4, 5]]))
+    batch = collate([Sample(torch.zeros(7, dtype=torch.int64), torch.zeros(7, dtype=torch.int64), images)])
+    assert batch.counts().tolist() == [7, 7, 49, 6 + 80, 36 + 4 * 400, 0]

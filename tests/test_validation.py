@@ -46,7 +46,7 @@ def llava(**settings) -> RunConfig:
 class HeldOut:
     """Samples as data.records gives them."""
 
-    packed = False
+    packed, lengths = False, None
 
     def __init__(self, run: RunConfig) -> None:
         self.held = family("llava", "tiny").samples(run.model, HELD_OUT, torch.Generator().manual_seed(99))

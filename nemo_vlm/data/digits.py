@@ -39,27 +39,27 @@ def write(folder: Path) -> None:
 
 
 def _write(folder: Path) -> None:
-    digits = list(_digits())
+    found = list(digits(PIXELS))
     (folder / "images").mkdir()
     train: list[dict[str, Any]] = []
     heldout: list[dict[str, Any]] = []
-    for place, number in enumerate(shuffled(len(digits))):
-        image, target = digits[number]
+    for place, number in enumerate(shuffled(len(found))):
+        image, target = found[number]
         path = f"images/{number:04d}.png"
         image.save(folder / path)
         held_out = place >= NUM_TRAIN
         records = heldout if held_out else train
-        records.append(record(f"{number:04d}-open", path, OPEN_QUESTION, answer(target), "open"))
+        records.append(record(f"{number:04d}-open", {"image": path}, OPEN_QUESTION, answer(target), "open"))
         if held_out or place % CHOICE_EVERY == 0:
-            records.append(record(f"{number:04d}-choice", path, CHOICE_QUESTION, LETTERS[target], "choice"))
+            records.append(record(f"{number:04d}-choice", {"image": path}, CHOICE_QUESTION, LETTERS[target], "choice"))
     for name, records in zip(FILES, (train, heldout), strict=True):
         (folder / name).write_text(json.dumps(records, indent=1))
     texts = [turn["value"] for entry in train for turn in entry["conversations"]]
     train_tokenizer([*texts, "USER: ASSISTANT: "], vocab_size=512).save_pretrained(folder / TOKENIZER)
 
 
-def _digits() -> Iterator[tuple[Any, int]]:
-    """The digits as images of PIXELS x PIXELS with their values; 8 x 8 with 17 levels in the original."""
+def digits(size: int) -> Iterator[tuple[Any, int]]:
+    """The digits as images of size x size pixels with their values; 8 x 8 with 17 levels in the original."""
     import numpy
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -68,13 +68,17 @@ def _digits() -> Iterator[tuple[Any, int]]:
     for pixels, target in zip(data.images, data.target, strict=True):
         levels = (pixels * (255 / 16)).round().astype(numpy.uint8)
         yield (
-            Image.fromarray(levels).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC),
+            Image.fromarray(levels).resize((size, size), Image.Resampling.BICUBIC),
             int(target),
         )
 
 
 def answer(digit: int) -> str:
-    return f"It is {'an' if digit == 8 else 'a'} {NAMES[digit]}."
+    return f"It is {named(digit)}."
+
+
+def named(digit: int) -> str:
+    return f"{'an' if digit == 8 else 'a'} {NAMES[digit]}"
 
 
 def shuffled(count: int) -> list[int]:
@@ -84,6 +88,9 @@ def shuffled(count: int) -> list[int]:
     return order
 
 
-def record(name: str, image: str, question: str, reply: str, category: str) -> dict[str, Any]:
+def record(name: str, media: dict[str, Any], question: str, reply: str, category: str) -> dict[str, Any]:
+    """Args:
+    media: its images and videos, by the fields that name them.
+    """
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": reply}]
-    return {"id": name, "image": image, "category": category, "conversations": turns}
+    return {"id": name, **media, "category": category, "conversations": turns}

@@ -42,6 +42,23 @@ class InTurn:
         return [list(batch[share.rank * each : (share.rank + 1) * each])]
 
 
+class Evened:
+    """As InTurn, but for which rank reads which sample: all have about as many visual tokens.
+
+    Args:
+        lengths: [records, 2] as lengths.of_file.
+    """
+
+    def __init__(self, lengths: numpy.ndarray) -> None:
+        self.lengths = lengths
+
+    def __call__(self, batch: Sequence[int], share: Share) -> Groups:
+        each = len(batch) // share.of
+        plain = [range(rank * each, (rank + 1) * each) for rank in range(share.of)]
+        mine = packing.evened(sizes_of(self.lengths, batch), plain)[share.rank]
+        return [[batch[place] for place in sorted(mine)]]
+
+
 class MicroBatches:
     """A group for each micro-batch.
 
@@ -61,19 +78,31 @@ class Packs:
     """A group for each pack, as many as every other rank's.
 
     Args:
-        lengths: [records], tokens by record number.
-        capacity: tokens of a pack at most.
+        lengths: [records, 2] as lengths.of_file.
+        capacities: tokens of a pack at most, and visual tokens, where these are limited too.
         together: packs that each rank must take together, one or the pipeline's size.
+        evened: the ranks have about as many visual tokens.
     """
 
-    def __init__(self, lengths: numpy.ndarray, capacity: int, together: int) -> None:
-        self.lengths, self.capacity, self.together = lengths, capacity, together
+    def __init__(self, lengths: numpy.ndarray, capacities: Sequence[int], together: int, evened: bool = False) -> None:
+        self.lengths, self.capacities, self.together, self.evened = lengths, capacities, together, evened
 
     def __call__(self, batch: Sequence[int], share: Share) -> Groups:
-        lengths = [int(self.lengths[number]) if number >= 0 else 1 for number in batch]
-        packs = packing.plan(lengths, self.capacity, share.of * self.together)
-        mine = packing.share(packs, share.rank, share.of)
-        return [[batch[place] for place in places] or [-1] for places in mine]
+        sizes = sizes_of(self.lengths, batch)
+        packs = packing.plan(sizes[:, : len(self.capacities)], self.capacities, share.of * self.together)
+        dealt = [packing.share(range(len(packs)), rank, share.of) for rank in range(share.of)]
+        if self.evened:
+            dealt = packing.evened(numpy.stack([sizes[places].sum(0) for places in packs]), dealt)
+        return [[batch[place] for place in packs[number]] or [-1] for number in sorted(dealt[share.rank])]
+
+
+def sizes_of(lengths: numpy.ndarray, batch: Sequence[int]) -> numpy.ndarray:
+    """[samples, 2] int64: tokens and visual tokens of a batch's records; an empty sample is one token.
+
+    Args:
+        lengths: [records, 2] as lengths.of_file.
+    """
+    return numpy.array([lengths[number] if number >= 0 else (1, 0) for number in batch], numpy.int64)
 
 
 Shares = Callable[[Sequence[int], Share], Groups]  # what one rank reads of a global batch
@@ -145,6 +174,9 @@ def fitting(group: list[Sample], capacity: int, dataset: RecordDataset) -> list[
     """The samples of a pack; where they are too long for it, those that have outgrown their plan are left out.
 
     An image that has changed since it was measured can do that. Other ranks know nothing of it, and have as many packs.
+
+    Args:
+        capacity: 0: every sample that has outgrown its plan is left out.
     """
     excess = sum(len(sample.tokens) for sample in group) - capacity
     fits = []
@@ -198,7 +230,8 @@ def loader(dataset: Samples, sampler: Sampler | list[Groups], layout: Layout, ru
         put_together = partial(in_rows, pad_multiple=multiple)
     elif run.data.packing:
         assert isinstance(dataset, RecordDataset)
-        capacity = run.model.encoder_seq_length
+        visual = run.data.max_visual_tokens_per_micro_batch  # more of these may be too many too
+        capacity = run.model.encoder_seq_length if visual is None else 0
         put_together = partial(packed, pad_multiple=multiple, capacity=capacity, dataset=dataset)
     else:
         put_together = partial(padded, micro_batch_size=layout.micro_batch_size, pad_multiple=multiple)
@@ -216,11 +249,15 @@ def loader(dataset: Samples, sampler: Sampler | list[Groups], layout: Layout, ru
 def shares_of(dataset: Samples, layout: Layout, run: RunConfig) -> Shares:
     if dataset.packed:
         return MicroBatches(layout.micro_batch_size)
-    if not run.data.packing:
+    data, lengths = run.data, dataset.lengths
+    if not data.packing and not data.balance_visual_tokens:
         return InTurn()
-    together = layout.pipeline if layout.virtual > 1 else 1
-    assert dataset.lengths is not None
-    return Packs(dataset.lengths[:, 0], run.model.encoder_seq_length, together)
+    assert lengths is not None
+    if not data.packing:
+        return Evened(lengths)
+    together, visual = layout.pipeline if layout.virtual > 1 else 1, data.max_visual_tokens_per_micro_batch
+    capacities = (run.model.encoder_seq_length, *([] if visual is None else [visual]))
+    return Packs(lengths, capacities, together, data.balance_visual_tokens)
 
 
 def joined(parts: Sequence[numpy.ndarray | range]) -> numpy.ndarray | range:
@@ -240,7 +277,7 @@ def order_of(dataset: Samples, run: RunConfig) -> Blend | Grouped:
     assert dataset.lengths is not None
     kinds, shares = [], []
     for kind in (1, 0):  # with images or videos, without
-        some = [part[dataset.lengths[part, 1] == kind] for part in parts]
+        some = [part[(dataset.lengths[part, 1] > 0) == kind] for part in parts]
         held = [weight * len(few) / len(part) for weight, few, part in zip(weights, some, parts, strict=True)]
         present = [number for number, share in enumerate(held) if share]
         if present:

@@ -14,6 +14,8 @@ from nemo_vlm.errors import ConfigError
 
 SENTENCEPIECE, SETTINGS = "tokenizer.model", "tokenizer_config.json"
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Qwen2-VL's of images and videos
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 QWEN2 = (
     "{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}"
@@ -23,6 +25,17 @@ QWEN2 = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# Qwen2-VL's, which takes a list of images, videos and texts too
+QWEN2_VL = (
+    "{% macro said(content) %}"
+    "{% if content is string %}{{ content }}"
+    "{% else %}{% for part in content %}"
+    "{% if part['type'] == 'image' or 'image' in part %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'video' or 'video' in part %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% endmacro %}"
+) + QWEN2.replace("message['content']", "said(message['content'])")
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 
 
@@ -165,18 +178,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     )
 
 
-def train_chat_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer with the control tokens and the chat template of Qwen2's."""
+def train_chat_tokenizer(texts: Iterable[str], vocab_size: int, of_vision: Sequence[str] = ()) -> Any:
+    """A byte-level BPE tokenizer with the control tokens and the chat template of Qwen2's.
+
+    Args:
+        of_vision: special tokens; with them it is as Qwen2-VL's.
+    """
     from transformers import PreTrainedTokenizerFast
 
     end_of_text, *of_turns = CONTROL_TOKENS
     return PreTrainedTokenizerFast(
-        tokenizer_object=trained(texts, vocab_size, CONTROL_TOKENS),
+        tokenizer_object=trained(texts, vocab_size, (*CONTROL_TOKENS, *of_vision)),
         eos_token=end_of_text,
         pad_token=end_of_text,
-        additional_special_tokens=of_turns,
+        additional_special_tokens=[*of_turns, *of_vision],
         clean_up_tokenization_spaces=False,
-        chat_template=QWEN2,
+        chat_template=QWEN2_VL if of_vision else QWEN2,
     )
 
 

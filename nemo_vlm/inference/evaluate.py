@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections import defaultdict
+import textwrap
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nemo_vlm.batch import IGNORE_INDEX, Sample
@@ -24,9 +26,12 @@ from nemo_vlm.inference.restore import Restored, restore
 from nemo_vlm.inference.settings import EvaluateConfig
 from nemo_vlm.models.conversation import turns
 from nemo_vlm.models.images import load_image
+from nemo_vlm.models.templates import PLACEHOLDERS
+from nemo_vlm.models.video import FrameSampling, Video
 
 log = logging.getLogger(__name__)
 OPEN = "open"  # category of records that name none
+FRAMES, GAP, LINE = FrameSampling(4, None), 6, 28  # of a video in the picture; pixels between two; letters of a title
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,11 @@ class Evaluation:
             log.warning("%d of %d records are left out; the first: %s", len(left_out), len(made), left_out[0])
         write(list(rows.values()), folder / "predictions.jsonl", f"output_folder={folder}")
         draw(rows, records, folder / "predictions.png")
+        commonest = shares_of_commonest(rows.values())
         for category, accuracy in accuracies(rows.values()).items():
             kind = "" if category == OPEN else f" ({category})"
-            sys.stdout.write(f"held-out accuracy{kind}: {accuracy:.3f}\n")
+            beside = f" (the most frequent answer: {commonest[category]:.3f})" if category in commonest else ""
+            sys.stdout.write(f"held-out accuracy{kind}: {accuracy:.3f}{beside}\n")
 
 
 def prepare(config: EvaluateConfig, env: Mapping[str, str]) -> Evaluation:
@@ -111,6 +118,7 @@ def prediction(record: dict[str, Any], text: str) -> dict[str, Any]:
         "id": record.get("id"),
         "category": record.get("category", OPEN),
         "image": [str(file) for file in record["image"]],
+        "video": [str(file) for file in record["video"]],
         "prompt": first.question,
         "text": text,
         "expected": first.answer,
@@ -171,6 +179,14 @@ def accuracies(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def shares_of_commonest(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """What always giving the answer that most questions of a category have would score."""
+    expected: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        expected[row["category"]][(row["expected"] or "").strip()] += 1
+    return {name: max(answers.values()) / answers.total() for name, answers in expected.items()}
+
+
 def draw(
     rows: Mapping[int, dict[str, Any]],
     records: RecordFile,
@@ -178,23 +194,53 @@ def draw(
     columns: int = 6,
     lines: int = 4,
 ) -> None:
-    """Some open questions' images with their answers: up to a line of mistakes, in red, then right ones."""
+    """Some questions without options, with their images and answers: up to a line of mistakes, in red, then right ones.
+
+    Where they are not all the same question, it is told too.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    opened = [(row, number) for number, row in rows.items() if row["category"] == OPEN]
+    opened = [(row, number) for number, row in rows.items() if "likeliest" not in row]
+    several = len({asked_of(row) for row, _ in opened}) > 1
     wrong = [pair for pair in opened if not pair[0]["correct"]][:columns]
     shown = wrong + [pair for pair in opened if pair[0]["correct"]]
     figure, axes = pyplot.subplots(lines, columns, figsize=(2.1 * columns, 2.4 * lines), constrained_layout=True)
     for axis in axes.flat:
         axis.axis("off")
     for axis, (row, number) in zip(axes.flat[: len(shown)], shown[: axes.size], strict=True):
-        if images := records[number]["image"]:
-            with contextlib.suppress(SampleError):  # it may belong to a later question
-                axis.imshow(load_image(images[0]))
-        note = "" if row["correct"] else f"\n(expected: {row['expected']})"
-        axis.set_title(row["text"] + note, fontsize=9, color="black" if row["correct"] else "crimson")
+        with contextlib.suppress(SampleError):  # a file may belong to a later question
+            if (image := picture(records[number])) is not None:
+                axis.imshow(image)
+        told = [asked_of(row)] * several + [row["text"]] + [f"(expected: {row['expected']})"] * (not row["correct"])
+        title = "\n".join(textwrap.fill(textwrap.shorten(text, 3 * LINE), LINE) for text in told)
+        axis.set_title(title, fontsize=9, color="black" if row["correct"] else "crimson")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def asked_of(row: dict[str, Any]) -> str:
+    """A row's question, without the places of its images and videos."""
+    return PLACEHOLDERS.sub("", str(row["prompt"])).strip()
+
+
+def picture(record: dict[str, Any]) -> Image.Image | None:
+    """Images, and some frames of videos, side by side; None: there are none.
+
+    Raises:
+        SampleError: one cannot be read.
+    """
+    parts = [load_image(image) for image in record["image"]]
+    parts += [frame for video in record["video"] for frame in FRAMES.frames(Video(video))]
+    if not parts:
+        return None
+    whole = Image.new(
+        "RGB", (sum(part.width + GAP for part in parts) - GAP, max(part.height for part in parts)), "white"
+    )
+    left = 0
+    for part in parts:
+        whole.paste(part, (left, 0))
+        left += part.width + GAP
+    return whole

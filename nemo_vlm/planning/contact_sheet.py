@@ -1,22 +1,20 @@
-"""A picture of samples: their images, and beside them their text, the trained part in colour."""
+"""A picture of samples: what the model sees, and beside it the text, the trained part in colour."""
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from nemo_vlm.errors import SampleError
 from nemo_vlm.files import written_whole
-from nemo_vlm.models.images import load_image
-from nemo_vlm.models.video import FrameSampling, Video
 
 WIDTH, THUMBNAIL, MARGIN, LINE, SIZE = 1400, 160, 12, 20, 15  # pixels
 MAX_IMAGES, MAX_LINES = 3, 14  # of a sample
+MAX_FRAMES = 4  # of a video, one behind the other
 TRAINED, PLAIN, OF_IMAGES, HEAD = "#117733", "#222222", "#999999", "#004488"
 
 
@@ -28,7 +26,7 @@ class Run(Protocol):
     image: bool
 
 
-Row = tuple[str, Sequence[Any], dict[str, Any] | None]  # headline, Runs, record
+Row = tuple[str, Sequence[Any], list[list[Image.Image]]]  # headline, Runs, the frames of each view
 
 
 def contact_sheet(rows: Sequence[Row], path: str) -> None:
@@ -50,8 +48,8 @@ def contact_sheet(rows: Sequence[Row], path: str) -> None:
 
 
 def row_image(row: Row, font: Any) -> Image.Image:
-    headline, runs, record = row
-    thumbnails = list(pictures(record))[:MAX_IMAGES]
+    headline, runs, views = row
+    thumbnails = [thumbnail(frames) for frames in views[:MAX_IMAGES]]
     left = 2 * MARGIN + max(len(thumbnails), 1) * (THUMBNAIL + MARGIN)
     words = [(headline, HEAD), ("\n", HEAD)]
     words += [(word, colour_of(run)) for run in runs for word in re.findall(r"\n|[^\S\n]+|\S+", run.text)]
@@ -73,13 +71,16 @@ def colour_of(run: Run) -> str:
     return TRAINED if run.trained else OF_IMAGES if run.image else PLAIN
 
 
-def pictures(record: dict[str, Any] | None) -> Iterator[Image.Image]:
-    """Thumbnails of a record's images and of its videos' first frames, those that can be read."""
-    first_frame = FrameSampling(1, "first")
-    for kind, read in (("image", load_image), ("video", lambda video: first_frame.frames(Video(video))[0])):
-        for source in (record or {}).get(kind) or []:
-            with contextlib.suppress(SampleError):
-                yield ImageOps.contain(read(source), (THUMBNAIL, THUMBNAIL))
+def thumbnail(frames: Sequence[Image.Image]) -> Image.Image:
+    """An image; of a video some frames in its order, two in a row."""
+    chosen = [frames[round(at)] for at in numpy.linspace(0, len(frames) - 1, min(len(frames), MAX_FRAMES))]
+    if len(chosen) == 1:
+        return ImageOps.contain(chosen[0], (THUMBNAIL, THUMBNAIL))
+    half = THUMBNAIL // 2
+    tile = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
+    for number, frame in enumerate(chosen):
+        tile.paste(ImageOps.contain(frame, (half - 1, half - 1)), (half * (number % 2), half * (number // 2)))
+    return tile
 
 
 def wrapped(words: Sequence[tuple[str, str]], width: float, font: Any) -> list[list[tuple[str, str]]]:

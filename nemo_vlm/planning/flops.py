@@ -16,15 +16,22 @@ def peak_tflops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
 
 
-def step_flops(model: LanguageConfig, num_tokens: float, squared_lengths: float, num_images: float) -> float:
-    """FLOPs of forward and backward over a global batch.
+def step_flops(
+    model: LanguageConfig,
+    num_tokens: float,
+    squared_lengths: float,
+    num_patches: float = 0.0,
+    squared_frames: float = 0.0,
+) -> float:
+    """FLOPs of forward and backward over a global batch, as Batch.counts describes it.
 
     Args:
         squared_lengths: the sum of the samples' squared lengths, in tokens.
+        squared_frames: the sum of the squared numbers of patches of images and frames.
     """
     width = model.num_attention_heads * model.kv_channels  # type: ignore[operator]
     attention_weights = model.hidden_size * (2 * width + 2 * model.num_query_groups * model.kv_channels)  # type: ignore[operator]
     layer = attention_weights + 3 * model.hidden_size * model.ffn_hidden_size
     matmuls = 2 * num_tokens * (model.num_layers * layer + model.hidden_size * (model.vocab_size or 0))
     attention = 2 * model.num_layers * width * squared_lengths  # two matmuls over half of the square
-    return 3 * (matmuls + attention + num_images * model.image_flops)
+    return 3 * (matmuls + attention + model.vision_flops(num_patches, squared_frames))

@@ -11,6 +11,8 @@ import torch
 from nemo_vlm.config import RunConfig, StepConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout, under_slurm
+from nemo_vlm.mcore import npu
+from nemo_vlm.mcore.cpu import DeviceType
 from nemo_vlm.mcore.layers import kernels
 from nemo_vlm.options import of_transformer_engine
 from nemo_vlm.planning.memory import heaviest
@@ -21,15 +23,22 @@ FLASH = ("flash_attn", "flash_attn_3", "flash_attn_interface")  # packages that 
 
 
 def num_gpus(accelerator: str) -> int:
-    """GPUs that a run may use; 0 means the CPU.
+    """GPUs, or NPUs, that a run may use; 0 means the CPU.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none.
+        ConfigError: one is asked for and there is none.
     """
+    if accelerator == "npu":
+        return npu.start()
     found = torch.cuda.device_count() if accelerator != "cpu" else 0
     if accelerator == "gpu" and not found:
         raise ConfigError("trainer.accelerator=gpu: this machine has no visible CUDA device; auto or cpu runs here")
     return found
+
+
+def device_type(accelerator: str, gpus: int) -> DeviceType:
+    """What a run computes on that was asked for `accelerator` and found so many."""
+    return "npu" if accelerator == "npu" else "cuda" if gpus else "cpu"
 
 
 def check_machine(run: RunConfig, layout: Layout, gpus: int, env: Mapping[str, str], trains: bool = True) -> None:

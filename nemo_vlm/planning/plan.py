@@ -67,10 +67,11 @@ def training(run: RunConfig, env: Mapping[str, str]) -> Planned:
         ConfigError: sizes that do not divide, or a vocabulary whose size nothing here tells.
     """
     accelerator, notes = run.trainer.accelerator, []
-    gpus = machine.num_gpus("auto" if accelerator == "gpu" else accelerator)
+    gpus = machine.num_gpus("cpu" if accelerator == "cpu" else "auto")
     given = run.trainer.devices != "auto"
-    if accelerator == "gpu" and not gpus and not given:
-        notes.append("trainer.devices=auto: no GPU is here to be counted; planned with as many as the layout needs")
+    if accelerator in ("gpu", "npu") and not gpus and not given:
+        lacking = f"no {accelerator.upper()} is here to be counted"
+        notes.append(f"trainer.devices=auto: {lacking}; planned with as many as the layout needs")
     if run.optim.offload is not False:
         notes.append("model.optim.offload: the optimizer's bytes are counted where they are offloaded to as well")
     layout = layouts.resolve(run, gpus, {} if given else env)  # another job's WORLD_SIZE does not matter then
@@ -102,7 +103,7 @@ def demo_vocabulary(run: RunConfig) -> int | None:
 
 
 def absent_data(run: RunConfig) -> list[str]:
-    halves = ("",) if run.data.data_impl == "json" else ("", ".idx", "_text_document.idx")
+    halves = ("", "/.nv-meta/dataset.yaml") if run.data.has_records else ("", ".idx", "_text_document.idx")
     files = {path: [Path(path + half) for half in halves] for path in run.data.files or ("null",)}
     absent = [path for path, names in files.items() if not any(name.is_file() for name in names)]
     return [f"model.data.data_path={path}: not here; the plan does not need it" for path in absent]

@@ -14,6 +14,7 @@ from itertools import groupby, islice
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
@@ -51,7 +52,7 @@ class Piece:
     """A run of a sample's tokens.
 
     Attributes:
-        text: what they say; of an image how many there are.
+        text: what they say; of an image or a video how many there are.
     """
 
     text: str
@@ -65,7 +66,7 @@ class Shown:
 
     Attributes:
         place: where in the run it is drawn.
-        record: None: it cannot be read.
+        placeholders: what the tokens are called that stand for images and videos, by their ids.
         media: the images and videos that the model sees of it.
         before_answer: the template's own text in front of an answer, which is trained on with it.
     """
@@ -73,16 +74,15 @@ class Shown:
     number: int
     place: str
     id: Any
-    record: dict[str, Any] | None
     sample: Sample
     codec: Codec
-    placeholder_id: int | None
+    placeholders: dict[int, str]
     media: list[Any]
     before_answer: str
 
     @property
     def num_image_tokens(self) -> int:
-        return int((self.sample.tokens == self.placeholder_id).sum()) if self.placeholder_id is not None else 0
+        return sum(token in self.placeholders for token in self.sample.tokens.tolist())
 
     @cached_property
     def image_sizes(self) -> list[tuple[int, int]]:
@@ -103,12 +103,12 @@ class Shown:
         tokens, labels = self.sample.tokens, self.sample.labels
         ids = torch.cat([tokens, labels[-1:].clamp(min=0)[labels[-1:] != IGNORE_INDEX]])
         trained = torch.cat([torch.tensor([False]), labels != IGNORE_INDEX])[: len(ids)]
-        images = torch.zeros_like(trained) if self.placeholder_id is None else ids == self.placeholder_id
-        runs = groupby(zip(ids.tolist(), trained.tolist(), images.tolist(), strict=True), lambda token: token[1:])
-        for (is_trained, is_image), run in runs:
+        kinds = [self.placeholders.get(token) for token in ids.tolist()]
+        runs = groupby(zip(ids.tolist(), trained.tolist(), kinds, strict=True), lambda token: token[1:])
+        for (is_trained, kind), run in runs:
             found = [token for token, _, _ in run]
-            text = f"[{len(found)} image tokens]" if is_image else self.codec.text(found)
-            yield Piece(text, is_trained, is_image)
+            text = self.codec.text(found) if kind is None else f"[{len(found)} {kind} tokens]"
+            yield Piece(text, is_trained, kind is not None)
 
     def as_json(self) -> dict[str, Any]:
         sample, skipped = self.sample, self.sample.skipped
@@ -121,18 +121,26 @@ class Shown:
             "trained_text": self.trained_texts,
             "num_image_tokens": 0 if skipped else self.num_image_tokens,
             "image_sizes": self.image_sizes,
+            "image_grid_thw": self.sample.images.grids,
             "skipped": skipped,
         }
 
     def headline(self) -> str:
+        called = f"{self.place}, record {self.number}" + ("" if self.id is None else f", id {self.id}")
         if self.sample.skipped:
-            return f"{self.place}, record {self.number}, id {self.id}: SKIPPED, {self.sample.skipped}"
+            return f"{called}: SKIPPED, {self.sample.skipped}"
         trained = int((self.sample.labels != IGNORE_INDEX).sum())
         sizes = ", ".join(f"{width} x {height}" for width, height in self.image_sizes) or "none"
+        grids = ", ".join(patches(*grid) for grid in self.sample.images.grids)
         return (
-            f"{self.place}, record {self.number}, id {self.id}: {len(self.sample.tokens)} tokens, {trained} trained, "
-            f"{self.num_image_tokens} of images; images: {sizes}"
+            f"{called}: {len(self.sample.tokens)} tokens, {trained} trained, "
+            f"{self.num_image_tokens} of images and videos; these: {sizes}" + f"; seen in {grids} patches" * bool(grids)
         )
+
+
+def patches(time: int, rows: int, columns: int) -> str:
+    """Those of a view, in the order of sizes: width x height, and x time of a video."""
+    return f"{columns} x {rows}" + f" x {time}" * (time > 1)
 
 
 def show(config: ShowConfig, run: RunConfig, layout: Layout, dataset: Samples, tokenizer: Any) -> None:
@@ -153,20 +161,23 @@ def show(config: ShowConfig, run: RunConfig, layout: Layout, dataset: Samples, t
         console.print(summary(found))
     if config.picture is not None:
         try:
-            contact_sheet([(shown.headline(), list(shown.pieces()), shown.record) for shown in found], config.picture)
+            rows = [(shown.headline(), list(shown.pieces()), seen(dataset, shown.sample)) for shown in found]
+            contact_sheet(rows, config.picture)
         except (OSError, ValueError) as error:
             raise ConfigError(f"picture={config.picture}: cannot be written ({error})") from None
 
 
 def samples(run: RunConfig, layout: Layout, dataset: Samples, tokenizer: Any) -> Iterator[Shown]:
-    """Those of the run's own numbers, each with what is known of the record that it was made of."""
-    codec, placeholder_id = Codec(tokenizer), tokenizer.get_vocab().get(run.model.image_placeholder)
+    """Those of the run's own numbers, each with what is known of the record that it was made of, if it can be read."""
+    codec, vocabulary = Codec(tokenizer), tokenizer.get_vocab()
+    called = {run.model.video_placeholder: "video", run.model.image_placeholder: "image"}
+    placeholders = {vocabulary[token]: kind for token, kind in called.items() if token in vocabulary}
     before = TEMPLATES[run.data.conv_template].around_answer[0]
     for number, place in drawn(run, layout, dataset):
         record, name = record_of(dataset, number), dataset.origin(number).id
         for sample in dataset.samples(number):
             media = media_of(dataset, record) if not sample.skipped else []
-            yield Shown(number, place, name, record, sample, codec, placeholder_id, media, before)
+            yield Shown(number, place, name, sample, codec, placeholders, media, before)
 
 
 def drawn(run: RunConfig, layout: Layout, dataset: Samples) -> Iterator[tuple[int, str]]:
@@ -192,6 +203,11 @@ def media_of(dataset: Samples, record: dict[str, Any] | None) -> list[Any]:
     return dataset.processor.media(record) if record is not None and isinstance(dataset, RecordDataset) else []
 
 
+def seen(dataset: Samples, sample: Sample) -> list[list[Image.Image]]:
+    """What the model sees, see Processor.seen."""
+    return dataset.processor.seen(sample.images) if isinstance(dataset, RecordDataset) and len(sample.images) else []
+
+
 def coloured(shown: Shown, in_colour: bool) -> Text:
     text = Text()
     for piece in shown.pieces():
@@ -205,5 +221,5 @@ def summary(found: list[Shown]) -> str:
     tokens = sum(len(shown.sample.tokens) for shown in whole)
     trained = sum(int((shown.sample.labels != IGNORE_INDEX).sum()) for shown in whole)
     images = sum(shown.num_image_tokens for shown in whole)
-    tally = f"{tokens} tokens, {trained} trained, {images} of images"
+    tally = f"{tokens} tokens, {trained} trained, {images} of images and videos"
     return f"{len(found)} samples, {len(found) - len(whole)} skipped: {tally}"

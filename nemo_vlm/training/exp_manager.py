@@ -46,6 +46,8 @@ COLUMNS = (
     "tflops_per_gpu",
     "mfu",
     "padding_fraction",
+    "visual_tokens",
+    "visual_tokens_max_rank",
     "skipped_steps",
     "loss_scale",
 )

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +20,7 @@ from nemo_vlm.data.loader import Share, training_loader
 from nemo_vlm.data.orders import batch_size_at
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import groups
+from nemo_vlm.mcore.cpu import DeviceType
 from nemo_vlm.mcore.engine import StepResult
 from nemo_vlm.planning.flops import peak_tflops, step_flops
 from nemo_vlm.training import durations, early_stopping, saving, skips
@@ -38,7 +38,7 @@ class Plan:
 
     run: RunConfig
     layout: Layout
-    accelerator: Literal["cpu", "cuda"]
+    accelerator: DeviceType
     dataset: Samples
     validation: Samples | None = None
     unigram_entropy: float | None = None  # see data.dataset.Datasets
@@ -121,7 +121,7 @@ class TrainingModule(pl.LightningModule):
         self.skipped = result.skipped
         position.skipped_steps += result.skipped
         now = time.perf_counter()
-        position.metrics = self._row(result, lr, now - self.last_time)
+        position.metrics = self._row(result, lr, now - self.last_time) | self._visual_load(micro_batches)
         if self.validation is not None and self.validation.due(position):
             position.metrics["val_loss"] = self.validation.loss(self.engine)
             now = time.perf_counter()  # validation is no part of the next step
@@ -158,9 +158,10 @@ class TrainingModule(pl.LightningModule):
 
     def _row(self, result: StepResult, lr: float, seconds: float) -> dict[str, float]:
         """The columns of metrics.csv; mfu only where the device's peak is known."""
-        tokens, positions, squares, images, _ = result.counts
+        tokens, positions, squares, patches, squared_frames, _ = result.counts
         world_size, position = self.plan.layout.world_size, self.position
-        tflops = step_flops(self.run.model, tokens, squares, images) / seconds / world_size / 1e12
+        flops = step_flops(self.run.model, tokens, squares, patches, squared_frames)
+        tflops = flops / seconds / world_size / 1e12
         row: dict[str, float] = {
             "global_step": position.global_step,
             "consumed_samples": position.consumed_samples,
@@ -178,6 +179,17 @@ class TrainingModule(pl.LightningModule):
             row["loss_scale"] = self.engine.loss_scale
         peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         return row | ({"mfu": tflops / peak} if peak else {})
+
+    def _visual_load(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
+        """Tokens of the step's images and videos: of the global batch, and the most of one data-parallel rank.
+
+        Nothing of a model that sees none.
+        """
+        model = self.run.model
+        if not model.reads_media:
+            return {}
+        loads = groups.of_data_ranks(sum(model.visual_tokens(batch.images.grids) for batch in micro_batches))
+        return {"visual_tokens": sum(loads), "visual_tokens_max_rank": max(loads)}
 
     def _report_skip(self, result: StepResult, micro_batches: Sequence[Batch]) -> None:
         """Say which records a skipped step had; give up when there were too many.

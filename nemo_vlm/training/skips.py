@@ -24,6 +24,12 @@ log = logging.getLogger(__name__)
 
 FILE = "skipped_samples.jsonl"
 TRAINING, VALIDATION = "training", "validation"
+REMEDIES = {  # where a setting is one
+    "too_long": "raise model.encoder_seq_length, or show images and videos smaller (model.data.max_pixels, "
+    "video_max_pixels, num_frames)",
+    "too_many_visual_tokens": "raise the limit, or show images and videos smaller (model.data.max_pixels, "
+    "video_max_pixels, num_frames)",
+}
 OF_VALIDATION = json.dumps({"split": VALIDATION})[:-1]  # how such a line begins
 
 
@@ -107,6 +113,6 @@ def check(position: Position, fraction: float, finished: bool) -> None:
     """Raises RuntimeError: more than `fraction` of what was drawn is left out, see data.skipped.too_many."""
     skipped, drawn = sum(position.skipped_samples.values()), position.consumed_samples
     if too_many(skipped, drawn, fraction, finished):
-        raise RuntimeError(
-            f"{report(position)}, more than model.data.max_skip_fraction={fraction}; see {FILE} in the run's folder"
-        )
+        told = f"{report(position)}, more than model.data.max_skip_fraction={fraction}; see {FILE} in the run's folder"
+        remedies = [f"; {reason}: {REMEDIES[reason]}" for reason in position.skipped_samples if reason in REMEDIES]
+        raise RuntimeError(told + "".join(remedies))
