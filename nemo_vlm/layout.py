@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from nemo_vlm.config import LanguageConfig, ParallelConfig, RunConfig, StepConfig, demand
@@ -160,22 +161,8 @@ def check(run: RunConfig) -> None:
     size = parts.tensor_model_parallel_size * parts.pipeline_model_parallel_size
     key = "exp_manager.checkpoint_callback_params.model_parallel_size"
     demand(given in (None, size), key, given, f"{size}, tensor times pipeline parallelism; leave it out")
-    check_data(run)
     stage_layers(run.model.num_layers, run.parallel)
     num_micro_batches(run.step.micro_batch_size, run.step.global_batch_size, data_parallel_size=1)
-
-
-def check_data(run: RunConfig) -> None:
-    """What model.data says of images, which the model may say otherwise."""
-    data = run.data
-    if run.model.tiles_images and data.image_aspect_ratio == "keep":
-        right = "square or pad with model.mm_cfg.use_image_tile=true, since tiles are cut from squares"
-        raise ConfigError(f"model.data.image_aspect_ratio=keep: must be {right}")
-    for key, fact in run.model.image_facts.items():
-        given = getattr(data, key)
-        if given not in (None, fact, (fact, fact)):
-            shown = list(given) if isinstance(given, tuple) else given
-            raise ConfigError(f"model.data.{key}={shown}: the model says {fact}; leave it out")
 
 
 def check_strategy(run: RunConfig) -> None:
@@ -315,6 +302,8 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
     """Decoder layers of every pipeline stage; where they do not divide, the first (with the ViT) takes fewer."""
     stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
     by_hand, first = parallel.pipeline_layers, parallel.first_pipeline_num_layers
+    if parallel.num_layer_list is not None:
+        return layers_between(num_layers, stages, parallel)
     if by_hand is not None:
         if len(by_hand) != stages or sum(by_hand) != num_layers or by_hand[0] < 0 or min(by_hand[1:], default=1) < 1:
             raise ConfigError(
@@ -341,6 +330,21 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> tuple[int, ...]:
         return (num_layers,)
     each, extra = divmod(num_layers - first, stages - 1)
     return (first, *(each + (stage < extra) for stage in range(stages - 1)))
+
+
+def layers_between(num_layers: int, stages: int, parallel: ParallelConfig) -> tuple[int, ...]:
+    """What model.num_layer_list means, [0, 0, 10, 20] of 28 layers: 0, 10, 10 and 8."""
+    firsts = parallel.num_layer_list or ()
+    for key in ("pipeline_layers", "first_pipeline_num_layers"):
+        if getattr(parallel, key) is not None:
+            raise ConfigError(f"model.num_layer_list={list(firsts)}: model.{key} says the same; give one of them")
+    counts = tuple(last - first for first, last in pairwise((*firsts, num_layers)))
+    if len(firsts) != stages or firsts[0] != 0 or counts[0] < 0 or min(counts[1:], default=1) < 1:
+        raise ConfigError(
+            f"model.num_layer_list={list(firsts)}: must be the first layer of each of {stages} pipeline stages, from 0 "
+            f"on and below model.num_layers={num_layers}; only the first stage may be empty"
+        )
+    return counts
 
 
 def positive(key: str, value: int | None) -> int:

@@ -1,8 +1,14 @@
-"""What goes together of kernels, 8-bit floats, overlap and offload; the rules of the layout itself stand in layout."""
+"""What goes together of the data and the model, of kernels, 8-bit floats, overlap and offload; the rules of the layout
+itself stand in layout.
+"""
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from nemo_vlm.config import RunConfig, StepConfig, demand
+from nemo_vlm.config.checks import show
+from nemo_vlm.config.data import OF_MEDIA, PAIRS
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout
 
@@ -13,10 +19,13 @@ def check(run: RunConfig) -> None:
     """What can be said without a look at the machine.
 
     Raises:
-        ConfigError: options that exclude each other, or sizes that 8-bit products do not take.
+        ConfigError: options that exclude each other or do not suit the model, or sizes that 8-bit products do not take.
     """
     step = run.step
+    check_data(run)
     check_padding(run)
+    if run.trainer.accelerator == "npu":
+        check_npu(step)
     if step.transformer_impl == "local":
         for setting in of_transformer_engine(step):
             raise ConfigError(f"{setting}: is Transformer Engine's; take model.transformer_impl=auto")
@@ -34,6 +43,45 @@ def check(run: RunConfig) -> None:
         check_overlap(run)
     if step.cpu_offloading:
         check_offloading(run)
+
+
+def check_data(run: RunConfig) -> None:
+    """What model.data says of images, which the model may say otherwise."""
+    data = run.data
+    if run.model.tiles_images and data.image_aspect_ratio == "keep":
+        right = "square or pad with model.mm_cfg.use_image_tile=true, since tiles are cut from squares"
+        raise ConfigError(f"model.data.image_aspect_ratio=keep: must be {right}")
+    check_media(run)
+    for key in ("max_visual_tokens_per_micro_batch", "balance_visual_tokens"):
+        if getattr(data, key) and not run.model.reads_media:
+            raise ConfigError(f"model.data.{key}={show(getattr(data, key))}: the {run.family} family reads text only")
+    for key, fact in run.model.image_facts.items():
+        given = getattr(data, key)
+        if given not in (None, fact, (fact, fact)):
+            shown = list(given) if isinstance(given, tuple) else given
+            raise ConfigError(f"model.data.{key}={shown}: the model says {fact}; leave it out")
+
+
+def check_media(run: RunConfig) -> None:
+    """Settings of images and videos are for a family that follows them, and leave something between them."""
+    chosen, facts = run.model.media_choices(run.data), run.model.image_facts
+    for setting in fields(run.data):
+        key, given = setting.name, getattr(run.data, setting.name)
+        if key in OF_MEDIA and given != setting.default and key not in (chosen | facts):
+            follows = f"it follows {', '.join(chosen)}" if chosen else "it reads text only"
+            preset = ", or data=sharegpt for LLaVA JSON" * (key == "image_aspect_ratio")
+            right = f"take {show(setting.default)}{preset}"
+            raise ConfigError(f"model.data.{key}={show(given)}: not for the {run.family} family; {follows}; {right}")
+    for low, high in PAIRS:
+        if low in chosen and chosen[low] > chosen[high]:
+            raise ConfigError(f"model.data.{high}={chosen[high]}: must not be below model.data.{low}={chosen[low]}")
+
+
+def check_npu(step: StepConfig) -> None:
+    """Attention and layers are torch's own there."""
+    chosen = ["model.transformer_impl=transformer_engine"] * (step.transformer_impl == "transformer_engine")
+    for setting in chosen + of_transformer_engine(step):
+        raise ConfigError(f"{setting}: needs a CUDA device, and trainer.accelerator=npu; leave it out")
 
 
 def of_transformer_engine(step: StepConfig) -> list[str]:
@@ -80,7 +128,7 @@ def check_overlap(run: RunConfig) -> None:
     key = "model.ub_tp_comm_overlap=true"
     if run.parallel.tensor_model_parallel_size == 1 or not run.parallel.sequence_parallel:
         raise ConfigError(f"{key}: needs model.tensor_model_parallel_size above 1 and model.sequence_parallel=true")
-    if run.data.pad_to == "batch" and run.data.data_impl == "json":
+    if run.data.pad_to == "batch" and run.data.has_records:
         raise ConfigError(f"{key}: all batches must be as long; give model.data.pad_to={run.model.encoder_seq_length}")
     packs = run.data.packing or run.data.reset_attention_mask or run.data.data_impl == "sft_idxmap"
     if packs and run.parallel.context_parallel_size > 1:  # each sample is padded to be split

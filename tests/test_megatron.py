@@ -24,9 +24,12 @@ from test_families import TINY, biased, odd, qwen2, qwen3, tied
 from test_formats import BOMBS
 
 from nemo_vlm.archive import Archive
+from nemo_vlm.config import ParallelConfig
 from nemo_vlm.conversion.command import run_command
 from nemo_vlm.conversion.convert import Target, to_nemo
-from nemo_vlm.conversion.megatron import Export, convert, same_bits, to_megatron
+from nemo_vlm.conversion.jobs import Run
+from nemo_vlm.conversion.megatron import Export, convert, to_megatron
+from nemo_vlm.conversion.verify import same_bits
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats import torch_dist_writer
 from nemo_vlm.formats.reader import InMemory, chosen
@@ -38,6 +41,7 @@ from nemo_vlm.sources.nemo1_settings import image_size
 from nemo_vlm.sources.source import Source
 from nemo_vlm.typed import plain
 
+UNVERIFIED, VERIFIED = Run("auto", "cpu", False), Run("auto", "cpu", True)
 SCRIPT = Path(__file__).parents[1] / "scripts/convert_megatron.py"
 MODELS = {
     "gpt": ("gpt", TINY["gpt"]),
@@ -48,12 +52,19 @@ MODELS = {
     "llava": ("llava", TINY["llava"]),
     "llava_odd": ("llava", odd(TINY["llava"])),
 }
+
+
+def mp_rank(tensor: int, pipeline: int = 1, iteration: str = "release", names: str | None = None, **plan) -> Export:
+    sizes = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    return Export("mp_rank", ParallelConfig(**sizes, **plan), iteration, names)
+
+
 EXPORTS = {
     "torch_dist": Export("torch_dist"),
-    "tp2_pp2": Export("mp_rank", 2, 2, (1, 3), "20"),
-    "pp3": Export("mp_rank", 1, 3),
-    "pp2_empty": Export("mp_rank", 1, 2, (0, 4)),
-    "tp2": Export("mp_rank", 2),
+    "tp2_pp2": mp_rank(2, 2, "20", pipeline_layers=(1, 3)),
+    "pp3": mp_rank(1, 3),
+    "pp2_empty": mp_rank(1, 2, pipeline_layers=(0, 4)),
+    "tp2": mp_rank(2),
 }
 
 
@@ -111,8 +122,8 @@ def test_names_with_a_language_models_prefix_are_read(tmp_path: Path) -> None:
 
 def test_what_does_not_divide_is_said(tmp_path: Path) -> None:
     for export, message in (
-        (Export("mp_rank", 2), r"model.mm_cfg.vision_encoder.num_attention_heads=5 must divide by it"),
-        (Export("mp_rank", 1, 2, (1, 1)), r"model.pipeline_layers=\[1, 1\]"),
+        (mp_rank(2), r"model.mm_cfg.vision_encoder.num_attention_heads=5 must divide by it"),
+        (mp_rank(1, 2, pipeline_layers=(1, 1)), r"model.pipeline_layers=\[1, 1\]"),
     ):
         with pytest.raises(ConfigError, match=message):
             to_megatron(source_of("llava_odd"), Target(tmp_path / "out"), export)
@@ -201,7 +212,7 @@ def test_a_damaged_directory_is_refused(damage, export: str, tmp_path: Path, mon
     """Made from one that itself converts: one line, exit code 2, nothing written, nothing executed."""
     monkeypatch.chdir(tmp_path)
     to_megatron(source_of("gpt"), Target(tmp_path / "in"), EXPORTS[export])
-    convert(str(tmp_path / "in"), Target(tmp_path / "good.nemo"), None, None, None)
+    convert(str(tmp_path / "in"), tmp_path / "good.nemo", UNVERIFIED)
     damage(tmp_path / "in", export)
     before = sorted(tmp_path.iterdir())
     code, said = run_script(monkeypatch, capsys, "--input", tmp_path / "in", "--output", tmp_path / "out.nemo")
@@ -237,7 +248,6 @@ def test_arguments_that_are_not_built_are_refused(tmp_path: Path) -> None:
         ("num_query_groups", 1, 2),
         ("ffn_hidden_size", 95, 96),
         ("rotary_base", 500000, 10000.0),
-        ("norm_epsilon", 1e-6, 1e-5),
         ("untie_embeddings_and_output_weights", False, True),
         ("qk_layernorm", True, False),
     ],
@@ -250,6 +260,17 @@ def test_arguments_that_contradict_config_json_are_refused(name: str, value, the
     torch.save({**common, "args": argparse.Namespace(**{**vars(common["args"]), name: value})}, file)
     with pytest.raises(ConfigError, match=rf"say {name}={value}, but .*config.json means {theirs}; one of them"):
         open_megatron(tmp_path / "in")
+
+
+def test_of_two_epsilons_config_jsons_is_taken(tmp_path: Path, caplog) -> None:
+    """As Pai-Megatron-Patch takes it back from its 72B, which it trains with another than the hub's."""
+    to_megatron(source_of("gpt"), Target(tmp_path / "in"), EXPORTS["tp2"])
+    for file in tmp_path.rglob("model_optim_rng.pt"):
+        content = torch.load(file, weights_only=False)
+        content["args"].norm_epsilon = 1e-6
+        torch.save(content, file)
+    assert open_megatron(tmp_path / "in").model.layernorm_epsilon == 1e-5
+    assert re.search(r"arguments say norm_epsilon=1e-06, but .*config.json means 1e-05, which is taken", caplog.text)
 
 
 def test_rows_that_cannot_be_padding_are_refused(tmp_path: Path) -> None:

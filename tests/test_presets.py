@@ -64,6 +64,12 @@ def qwen3(width: int, ffn: int, heads: int, layers: int, **other: Any) -> dict[s
     return qwen(width, ffn, heads, layers, **alike | {"model_type": "qwen3", "attention_bias": False} | other)
 
 
+def qwen2_vl(width: int, ffn: int, heads: int, layers: int, **other: Any) -> dict[str, Any]:
+    """config.json of Qwen/Qwen2-VL-7B-Instruct, with what differs in others."""
+    alike = {"max_position_embeddings": 32768, "model_type": "qwen2_vl_text"}
+    return qwen(width, ffn, heads, layers, **alike | other)
+
+
 QWEN_SMALL = {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
 QWEN_LARGE = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 LLAMA3 = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
@@ -93,6 +99,9 @@ HUB = {
     "qwen3_8b": qwen3(4096, 12288, 32, 36),
     "qwen3_14b": qwen3(5120, 17408, 40, 40),
     "qwen3_32b": qwen3(5120, 25600, 64, 64),
+    "qwen2_vl_2b": qwen2_vl(1536, 8960, 12, 28, **QWEN_SMALL),
+    "qwen2_vl_7b": qwen2_vl(3584, 18944, 28, 28),
+    "qwen2_vl_72b": qwen2_vl(8192, 29568, 64, 80, num_key_value_heads=8),
 }
 CLIP = {  # openai/clip-vit-large-patch14-336
     "hidden_size": 1024,
@@ -104,20 +113,45 @@ CLIP = {  # openai/clip-vit-large-patch14-336
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+VISION = {  # Qwen/Qwen2-VL-*-Instruct
+    "depth": 32,
+    "embed_dim": 1280,
+    "num_heads": 16,
+    "mlp_ratio": 4,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "hidden_act": "quick_gelu",
+}
+TOKENS = {  # on the hub
+    "llava": {"image_token_index": 32000},
+    "qwen2_vl": {
+        "image_token_index": 151655,
+        "video_token_index": 151656,
+        "vision_start_token_index": 151652,
+        "vision_end_token_index": 151653,
+    },
+}
 ALIKE = {"vicuna_7b": "llama2_7b", "vicuna_13b": "llama2_13b"}
 PRESETS = [name for name in HUB if name not in ALIKE]
 # Of the Qwens one that is tied, one that is not and one with norms of queries and keys are built under layouts.
-BUILT = [name for name in PRESETS if "qwen" not in name or name in ("qwen2_5_0_5b", "qwen2_5_7b", "qwen3_4b")]
-LAYOUTS = [(name, tensor) for name in BUILT for tensor in TENSOR if HUB[name]["num_attention_heads"] % tensor == 0]
+LANGUAGE_MODELS = ("qwen2_5_0_5b", "qwen2_5_7b", "qwen3_4b")
+BUILT = [name for name in PRESETS if "qwen" not in name or name in LANGUAGE_MODELS or name.startswith("qwen2_vl")]
+LAYOUTS = [
+    (name, tensor)
+    for name in BUILT
+    for tensor in ((8,) if name == "qwen2_vl_72b" else TENSOR)
+    if HUB[name]["num_attention_heads"] % tensor == 0
+]
 
 
 @cache
 def preset(name: str) -> RunConfig:
-    """The run of a preset, with an image token, which a tokenizer would decide."""
+    """The run of a preset, with the tokens that a tokenizer would decide."""
     run = run_of(f"model={name}")
-    if run.family != "llava":
+    if run.family not in TOKENS:
         return run
-    return replace(run, model=replace(run.model, mm_cfg=replace(run.model.mm_cfg, image_token_index=32000)))
+    return replace(run, model=replace(run.model, mm_cfg=replace(run.model.mm_cfg, **TOKENS[run.family])))
 
 
 def their_config(run: RunConfig) -> tuple[type, Any]:
@@ -133,9 +167,12 @@ def test_numbers_are_the_hubs(name: str) -> None:
     text = config.get("text_config", config)
     rope = text["rope_parameters"]
     assert rope["rope_type"] == "default"
-    found = text | {"rope_theta": rope["rope_theta"]}
+    found = config | text | {"rope_theta": rope["rope_theta"]}
     assert {key: found[key] for key in HUB[name]} == HUB[name]
-    if "vision_config" in config:
+    if "qwen2_vl" in name:
+        assert {key: config["vision_config"][key] for key in VISION} == VISION
+        assert rope["mrope_section"] == [16, 24, 24]
+    elif "vision_config" in config:
         assert {key: config["vision_config"][key] for key in CLIP} == CLIP
         assert (config["vision_feature_layer"], config["vision_feature_select_strategy"]) == (-2, "default")
 
@@ -174,7 +211,7 @@ def architecture(tree: dict[str, Any]) -> dict[str, Any]:
 def one_layer(run: RunConfig) -> RunConfig:
     """A layer of each kind."""
     model = replace(run.model, num_layers=1)
-    if run.family == "llava":
+    if run.family in TOKENS:
         tower = replace(model.mm_cfg.vision_encoder, num_layers=1)
         model = replace(model, mm_cfg=replace(model.mm_cfg, vision_encoder=tower))
     return replace(run, model=model)

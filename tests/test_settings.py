@@ -97,6 +97,8 @@ def test_numbers_as_yaml_and_people_write_them() -> None:
         (10, {"pipeline_model_parallel_size": 4}, (2, 3, 3, 2)),
         (4, {"pipeline_model_parallel_size": 2, "first_pipeline_num_layers": 0}, (0, 4)),
         (4, {"pipeline_model_parallel_size": 2, "pipeline_layers": (3, 1)}, (3, 1)),
+        (28, {"pipeline_model_parallel_size": 4, "num_layer_list": (0, 0, 10, 20)}, (0, 10, 10, 8)),
+        (28, {"pipeline_model_parallel_size": 4, "pipeline_layers": (0, 10, 10, 8)}, (0, 10, 10, 8)),
         (1, {"pipeline_model_parallel_size": 2}, (0, 1)),
     ],
 )
@@ -120,6 +122,11 @@ def test_stages(layers: int, parallel: dict, expected: tuple[int, ...]) -> None:
             },
         ),
         (2, {"pipeline_model_parallel_size": 4}),
+        (28, {"pipeline_model_parallel_size": 4, "num_layer_list": (0, 10, 20)}),
+        (28, {"pipeline_model_parallel_size": 3, "num_layer_list": (1, 10, 20)}),
+        (28, {"pipeline_model_parallel_size": 3, "num_layer_list": (0, 20, 10)}),
+        (28, {"pipeline_model_parallel_size": 3, "num_layer_list": (0, 10, 28)}),
+        (4, {"pipeline_model_parallel_size": 2, "num_layer_list": (0, 2), "pipeline_layers": (2, 2)}),
     ],
 )
 def test_impossible_stages(layers: int, parallel: dict) -> None:

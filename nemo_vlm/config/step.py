@@ -20,6 +20,7 @@ class ParallelConfig:
     context_parallel_size: int = 1  # ranks that share the tokens of each sample, packed or padded
     pipeline_layers: tuple[int, ...] | None = None  # layers of each stage, by hand; 0 is allowed on the first
     first_pipeline_num_layers: int | None = None  # as Megatron's decoder-first-pipeline-num-layers
+    num_layer_list: tuple[int, ...] | None = None  # as MindSpeed's: the first layer of each stage, by hand
     cpu_data_parallel_size: int = 1  # replicas that trainer.devices=auto starts where there is no GPU
     fsdp: bool = False  # weights, gradients and optimizer sharded over the data- and context-parallel ranks (FSDP2)
     # full: weights are gathered for each use; grad: once a step, for forward and backward; hybrid: as full inside

@@ -66,7 +66,7 @@ def tokenizer_of(options: argparse.Namespace) -> TokenizerConfig:
 def run_command(main: Callable[[], None]) -> None:
     """Run a script: an error is one line on stderr, with exit code 2 for a user's mistake and 1 for a failure.
 
-    What is to be cleaned up is cleaned up on SIGTERM, too. HYDRA_FULL_ERROR=1 shows tracebacks.
+    What is to be cleaned up is cleaned up on SIGTERM, too. NEMO_DEBUG=1 shows tracebacks.
     """
     signal.signal(signal.SIGTERM, terminate)
     set_up_logging()
@@ -80,8 +80,8 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130)
     except Exception as error:
         failure = explain(error)
-        message = failure.message.replace("debug=true", "HYDRA_FULL_ERROR=1")
-        sys.stderr.write((failure.trace if "HYDRA_FULL_ERROR" in os.environ else "") + f"{message}\n")
+        message = failure.message.replace("debug=true", "NEMO_DEBUG=1")
+        sys.stderr.write((failure.trace if os.environ.get("NEMO_DEBUG") == "1" else "") + f"{message}\n")
         sys.exit(failure.code)
 
 

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 
 from nemo_vlm.conversion.command import choose_device
-from nemo_vlm.conversion.convert import Target, dtype_of, to_huggingface, to_nemo
+from nemo_vlm.conversion.convert import Check, Target, dtype_of, to_huggingface, to_nemo
 from nemo_vlm.conversion.huggingface import TEMPLATES
 from nemo_vlm.conversion.settings import merged, with_settings
 from nemo_vlm.conversion.verify import check_tensors, verify
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import Joined, chosen
 from nemo_vlm.formats.store import Folder
-from nemo_vlm.sources.huggingface import companions, is_huggingface
+from nemo_vlm.sources.huggingface import PROCESSOR_FILES, companions, is_huggingface
+from nemo_vlm.sources.megatron import is_megatron
 from nemo_vlm.sources.opening import open_source
 from nemo_vlm.sources.source import Source
 
-PROCESSOR = ("preprocessor_config.json", "processor_config.json", "generation_config.json")
+PROCESSOR = (*PROCESSOR_FILES, "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,37 @@ class Run:
 def import_huggingface(source: Source, output: Path, run: Run) -> None:
     """Hugging Face's directory to a .nemo."""
     choose_device(run.device)
-    dtype, theirs = dtype_of(run.precision), source.path
-
-    def check(made: Path) -> None:
-        written = open_source(made, "output")
-        check_tensors(source.reader, written.reader, dtype)
-        verify(written, theirs, dtype)
-
-    to_nemo(source, Target(output, dtype, check if run.verify else None))
+    to_nemo(source, Target(output, dtype_of(run.precision), check_of(source, run)))
 
 
 def export_huggingface(source: Source, output: Path, run: Run) -> None:
     """A .nemo, or what else can be opened, to Hugging Face's directory."""
     choose_device(run.device)
+    to_huggingface(source, Target(output, dtype_of(run.precision), check_of(source, run)))
+
+
+def check_of(source: Source, run: Run) -> Check | None:
+    """What an output must pass: all tensors read back as they were, and transformers' model says the same as ours.
+
+    Transformers reads the directory of Hugging Face where one of the two is one, else the tensors under its names.
+    """
     dtype = dtype_of(run.precision)
 
-    def check(folder: Path) -> None:
-        check_tensors(source.reader, open_source(folder, "output").reader, dtype)
-        verify(source, folder, dtype)
+    def check(made: Path) -> None:
+        written = open_source(made, "output")
+        if not is_megatron(made):  # which to_megatron always reads back
+            check_tensors(source.reader, written.reader, dtype)
+        if of_huggingface(made):
+            verify(source, made, dtype)
+        else:
+            verify(written, source.path if of_huggingface(source.path) else None, dtype)
 
-    to_huggingface(source, Target(output, dtype, check if run.verify else None))
+    return check if run.verify else None
+
+
+def of_huggingface(path: Path) -> bool:
+    """Whether transformers reads it; Megatron's directories have a config.json, too."""
+    return is_huggingface(path) and not is_megatron(path)
 
 
 def open_huggingface(path: str, key: str, families: Sequence[str] = ()) -> Source:

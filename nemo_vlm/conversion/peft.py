@@ -97,5 +97,10 @@ def peft_config(adapter: Source, names: list[str], base: str | None) -> dict[str
         "lora_dropout": lora.adapter_dropout,
         "bias": "none",
         "target_modules": [name.removeprefix(PREFIX).removesuffix(ending) for name in names if name.endswith(ending)],
-        "modules_to_save": sorted(projector) or None,
+        "modules_to_save": sorted(outermost(projector)) or None,
     }
+
+
+def outermost(modules: set[str]) -> set[str]:
+    """Those that stand in no other of them."""
+    return {name for name in modules if not any(name.startswith(f"{other}.") for other in modules)}

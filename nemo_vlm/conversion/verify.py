@@ -7,21 +7,23 @@ import importlib.util
 import json
 import logging
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy
+import PIL.Image
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from nemo_vlm.batch import IMAGE_TAG, Batch, Sample, collate
+from nemo_vlm.batch import IMAGE_TAG, VIDEO_TAG, Batch, Sample, collate
 from nemo_vlm.conversion.stream import Cast
+from nemo_vlm.data.media import Frames
 from nemo_vlm.data.tokenizer import open_tokenizer
 from nemo_vlm.errors import ConfigError, Failure, RunError
 from nemo_vlm.formats.reader import Reader
 from nemo_vlm.formats.store import Folder
+from nemo_vlm.mapping import Theirs
 from nemo_vlm.models.base import family
 from nemo_vlm.sources.huggingface import open_weights
 from nemo_vlm.sources.source import Source
@@ -32,6 +34,9 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-4
 ROOM = 1.25  # memory for the parameters in fp32, and for what is computed with them
 QUESTION = "What is in the picture, and why?"
+TEXT, IMAGE, VIDEO = "a text prompt", "a prompt with an image", "a prompt with a video"
+PROMPT_TOKENS = 8192  # more than any of them has
+FRAMES = 4  # of that video: the least that processors take
 
 
 @dataclass(frozen=True)
@@ -53,24 +58,26 @@ def check_tensors(source: Reader, made: Reader, dtype: torch.dtype | None) -> No
     wanted = Cast(source, dtype)
     for name in sorted(wanted.names()):
         one, other = wanted.read(name), made.read(name)
-        if one.dtype is not other.dtype or one.shape != other.shape or not same_bits(one, other):
+        if not same_bits(one, other):
             raise RunError(Failure(f"verification failed: {made}: the tensor '{name}' is not that of {source}"))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """NaNs included."""
+    """Whether two tensors are equal, NaNs included."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
     return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
 
 
-def verify(ours: Source, theirs: Path, dtype: torch.dtype | None) -> None:
+def verify(ours: Source, theirs: Path | None, dtype: torch.dtype | None) -> None:
     """Compare a model of ours with Hugging Face's, both rounded to the dtype of what was converted.
 
     Args:
-        theirs: Hugging Face's directory.
+        theirs: Hugging Face's directory; None: our tensors under Hugging Face's names.
     Raises:
         RunError: they are not the same.
     """
-    if reason := left_out(ours):
+    if reason := left_out(ours, theirs):
         log.warning("the models are not run to compare them: %s", reason)
         return
     tokenizer = tokenizer_of(ours)
@@ -88,7 +95,7 @@ def verify(ours: Source, theirs: Path, dtype: torch.dtype | None) -> None:
         )
 
 
-def left_out(source: Source) -> str:
+def left_out(source: Source, theirs: Path | None) -> str:
     """Why the models cannot be run here, if so.
 
     Raises:
@@ -97,10 +104,15 @@ def left_out(source: Source) -> str:
     if importlib.util.find_spec("megatron") is None:
         raise ConfigError("verification runs the model on Megatron-Core, which is not installed; add --no-verify")
     parameters = sum(torch.Size(source.reader.shape(name)).numel() for name in source.reader.names())
-    needed, free = int(ROOM * 4 * parameters), available_memory()
-    if needed <= free:
-        return ""
-    return f"{parameters:,} parameters in fp32 need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    copies = 2 if theirs is None else 1  # the tensors for transformers, and its model
+    needed, free = int(ROOM * 4 * copies * parameters), available_memory()
+    if needed > free:
+        return f"{parameters:,} parameters in fp32 need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    try:
+        family(source.family, "mapping").hf_config(source.model)
+    except ConfigError as error:  # it has no place for the model, of which a .nemo can be made all the same
+        return str(error)
+    return ""
 
 
 def available_memory() -> int:
@@ -120,32 +132,45 @@ def tokenizer_of(source: Source) -> Any:
 
 
 def make_prompts(source: Source, tokenizer: Any) -> list[Prompt]:
-    """A text, and one with an image of noise where the model sees; random tokens where there is no tokenizer."""
+    """A text, and of noise an image and a video where the model sees them; random tokens where there is no tokenizer.
+
+    A model that sees a video as a row of images, without a processor for videos, is shown none.
+    """
     parts, settings = family(source.family, "processor"), source.settings
-    sees = bool(parts.hf_processor(settings["model"], settings["data"]))
+    files = parts.hf_processor(settings["model"], settings["data"])
+    kinds = [TEXT] + [IMAGE] * bool(files) + [VIDEO] * any("video" in name for name in files)
     if tokenizer is None:
         drawn = family(source.family, "tiny").samples(settings["model"], 4, torch.Generator().manual_seed(0))
-        samples = [drawn[3], drawn[0]]  # without image, and with one
+        samples = {kind_of(sample): sample for sample in reversed(drawn)}
     else:
-        processor = parts.Processor(parts.settle(settings["model"], tokenizer), settings["data"], tokenizer)
+        roomy = replace(settings["model"], encoder_seq_length=PROMPT_TOKENS)  # the samples' limit may be less
+        processor = parts.Processor(parts.settle(roomy, tokenizer), settings["data"], tokenizer)
         with tempfile.TemporaryDirectory() as scratch:
-            samples = [processor.prompt(record([]))]
-            samples += [processor.prompt(record([noise(Path(scratch))]))] if sees else []
-    called = ("a text prompt", "a prompt with an image")
-    count = 2 if sees else 1
-    return [Prompt(name, batch_of(sample)) for name, sample in zip(called[:count], samples[:count], strict=True)]
+            samples = {kind: processor.prompt(record(kind, noise(Path(scratch)))) for kind in kinds}
+    return [Prompt(kind, batch_of(samples[kind])) for kind in kinds]
 
 
-def record(images: list[Path]) -> dict[str, Any]:
-    question = f"{IMAGE_TAG}\n" * len(images) + QUESTION
-    return {"id": "verification", "image": images, "conversations": [{"from": "human", "value": question}]}
+def kind_of(sample: Sample) -> str:
+    """By its views; a video has more than one patch in time."""
+    if not len(sample.images):
+        return TEXT
+    return VIDEO if any(time > 1 for time, _, _ in sample.images.grids) else IMAGE
 
 
-def noise(folder: Path) -> Path:
-    """A PNG that is wider than high."""
-    pixels = numpy.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=numpy.uint8)
-    Image.fromarray(pixels).save(folder / "noise.png")
-    return folder / "noise.png"
+def record(kind: str, pictures: tuple[Path, ...]) -> dict[str, Any]:
+    """What is asked, of a picture or of a video of some."""
+    tag = {TEXT: "", IMAGE: f"{IMAGE_TAG}\n", VIDEO: f"{VIDEO_TAG}\n"}[kind]
+    shown = {"image": [pictures[0]] * (kind == IMAGE), "video": [Frames(pictures, fps=2.0)] * (kind == VIDEO)}
+    return {"id": "verification", **shown, "conversations": [{"from": "human", "value": tag + QUESTION}]}
+
+
+def noise(folder: Path) -> tuple[Path, ...]:
+    """PNGs that are wider than high, as many as the video has frames."""
+    files = tuple(folder / f"{number}.png" for number in range(FRAMES))
+    drawn = numpy.random.default_rng(0).integers(0, 256, (FRAMES, 48, 64, 3), dtype=numpy.uint8)
+    for file, pixels in zip(files, drawn, strict=True):
+        PIL.Image.fromarray(pixels).save(file)
+    return files
 
 
 def batch_of(sample: Sample) -> Batch:
@@ -153,7 +178,7 @@ def batch_of(sample: Sample) -> Batch:
 
 
 @torch.no_grad()
-def their_logits(source: Source, folder: Path, prompts: list[Prompt], dtype: torch.dtype | None) -> list[Tensor]:
+def their_logits(source: Source, folder: Path | None, prompts: list[Prompt], dtype: torch.dtype | None) -> list[Tensor]:
     """[s, v] of each prompt, by stock transformers.
 
     Raises:
@@ -165,32 +190,34 @@ def their_logits(source: Source, folder: Path, prompts: list[Prompt], dtype: tor
     model_class = getattr(transformers, mapping.hf_config(source.model)["architectures"][0])
     transformers.utils.logging.disable_progress_bar()
     model, info = model_class.from_pretrained(
-        None if is_pickled(folder) else folder,
         dtype=torch.float32,
         attn_implementation="eager",  # other kernels than ours
         output_loading_info=True,
-        **reading(folder),
+        **reading(source, folder, model_class.config_class),
     )
     if lost := {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}:
-        raise RunError(Failure(f"verification failed: transformers reads {folder} with {json.dumps(lost)}"))
+        raise RunError(Failure(f"verification failed: transformers reads {folder or source} with {json.dumps(lost)}"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rounded(model, dtype).to(device).eval()
-    return [model(**tiny.hf_inputs(prompt.batch.to(device))).logits[0].float().cpu() for prompt in prompts]
+    return [
+        model(**tiny.hf_inputs(source.model, prompt.batch.to(device))).logits[0].float().cpu() for prompt in prompts
+    ]
 
 
-def is_pickled(folder: Path) -> bool:
-    return not any(folder.glob("*.safetensors"))
-
-
-def reading(folder: Path) -> dict[str, Any]:
+def reading(source: Source, folder: Path | None, config_class: Any) -> dict[str, Any]:
     """How transformers gets the weights: by itself, but pickles through our reader, which executes nothing."""
-    if not is_pickled(folder):
-        return {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
-    from transformers import AutoConfig
-
-    weights = open_weights(Folder(folder))
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return {"config": config, "state_dict": {name: weights.read(name) for name in weights.names()}}
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if folder is not None and any(folder.glob("*.safetensors")):
+        return {"pretrained_model_name_or_path": folder, "use_safetensors": True, **local}
+    weights: Reader
+    if folder is None:
+        mapping = family(source.family, "mapping")
+        weights = Theirs(mapping.rules(source.model), source.reader)
+        config = config_class.from_dict(mapping.hf_config(source.model))
+    else:
+        weights, config = open_weights(Folder(folder)), config_class.from_pretrained(folder, **local)
+    tensors = {name: weights.read(name) for name in weights.names()}
+    return {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
 
 
 @torch.no_grad()

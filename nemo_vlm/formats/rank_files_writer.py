@@ -35,17 +35,19 @@ class Ranks:
 
     Attributes:
         tensor: tensor-parallel ranks.
-        stage_layers: layers of the language model on each pipeline stage; its first one holds all else that comes
+        stage_layers: layers of the language model on each pipeline stage; the first one holds all else that comes
             before them, towers included.
+        embedding: the stage that the language model's embedding stands on.
         decoder: beginning of the names of the language model's decoder, "decoder.".
         gated: beginnings of names of modules whose fc1 is gated.
         padded_vocab_size: rows of zeros follow the vocabulary up to this.
-        tied: the last of several stages repeats the embeddings as its output layer.
+        tied: the last stage repeats embeddings that stand on an earlier one as its output layer.
     """
 
     tensor: int
     stage_layers: tuple[int, ...]
     padded_vocab_size: int
+    embedding: int = 0
     decoder: str = "decoder."
     gated: tuple[str, ...] = ("decoder.",)
     tied: bool = False
@@ -68,6 +70,8 @@ class Ranks:
                     return stage, f"{layer['front']}{number}{layer['rest']}"
                 number -= count
             raise ConfigError(f"layers {self.stage_layers} on the stages: the model has more, '{name}'")
+        if name.startswith(f"{self.top}embedding."):
+            return self.embedding, name
         behind = name.startswith((self.decoder, f"{self.top}output_layer."))
         return len(self.stage_layers) - 1 if behind else 0, name
 
@@ -108,7 +112,7 @@ def contents(reader: Reader, ranks: Ranks, stage: int) -> dict[str, str]:
         place, local = ranks.place(name)
         if place == stage:
             found[local] = name
-    if ranks.tied and 0 < stage == len(ranks.stage_layers) - 1:
+    if ranks.tied and ranks.embedding < stage == len(ranks.stage_layers) - 1:
         found[f"{ranks.top}output_layer.weight"] = f"{ranks.top}embedding.word_embeddings.weight"
     return found
 

@@ -40,7 +40,7 @@ COMPANIONS = (
     "additional_chat_templates/*",
     "generation_config.json",
 )
-PROCESSOR_FILES = {"preprocessor_config.json", "processor_config.json"}
+PROCESSOR_FILES = {"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"}
 
 log = logging.getLogger(__name__)
 

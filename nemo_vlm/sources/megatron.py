@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,28 +26,25 @@ from nemo_vlm.formats.stacked import Unstacked
 from nemo_vlm.formats.store import Folder, Span
 from nemo_vlm.formats.torch_dist import METADATA, TorchDist
 from nemo_vlm.formats.unpickle import Record
-from nemo_vlm.mapping import check
+from nemo_vlm.mapping import SEPARATE_NORMS, Variant, check
 from nemo_vlm.models.base import FAMILIES, family
-from nemo_vlm.sources.huggingface import companions, known_types, read_hf_config
+from nemo_vlm.sources.huggingface import companions, known_types, processing, read_hf_config
 from nemo_vlm.sources.megatron_args import check_args, from_args
 from nemo_vlm.sources.source import Source
 from nemo_vlm.typed import plain
 
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
-GATED = ("decoder.", "language_model.decoder.")  # the language model's fc1 is a gate and an up projection
+MISSPELT = "_lastest_checkpointed_iteration.txt"  # as MindSpeed-MM's first converter calls it
+DECODER, TOWER = "language_model.decoder.", "vision_model.layers."
 # What a checkpoint holds beside weights: optimizer, random numbers, Transformer Engine's scales, computed frequencies.
 LEFT_OUT = re.compile(
     r"(?:chained_\d+\.)?optimizer\..*|rng_state(?:/.*)?|.*\._extra_state(?:/.*)?|.*rotary_pos_emb\.inv_freq"
 )
-# Norms as Megatron's layers without Transformer Engine call them.
-LAYER_NORMS = {
-    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
-    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
-}
 # Where a checkpoint does not say what its vocabulary was padded to: 128 for each of 8 tensor-parallel ranks is the most
 # that is usual, and less than a tokenizer of another model would differ by.
 PADDING = 1024
 EMBEDDINGS, HEAD = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
+FOR_HEAD = "word_embeddings_for_head"  # what older versions call a tied output layer
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,12 @@ def trimmed(reader: Reader, rows: Mapping[str, int], padding: int) -> Trimmed:
 
 
 def is_megatron(path: Path) -> bool:
-    return (path / TRACKER).is_file() or holds_weights(path)
+    return tracker(path).is_file() or holds_weights(path)
+
+
+def tracker(path: Path) -> Path:
+    """The file that names the last iteration."""
+    return path / (MISSPELT if (path / MISSPELT).is_file() and not (path / TRACKER).is_file() else TRACKER)
 
 
 def holds_weights(path: Path) -> bool:
@@ -113,11 +115,11 @@ def iteration_folder(path: Path, iteration: str | None = None) -> Path:
         return path
     if iteration is None:
         try:
-            iteration = (path / TRACKER).read_text().strip()
+            iteration = tracker(path).read_text().strip()
         except OSError as error:
-            raise ConfigError(f"{path / TRACKER}: cannot be read ({error.strerror})") from None
+            raise ConfigError(f"{tracker(path)}: cannot be read ({error.strerror})") from None
     if iteration != RELEASE and not iteration.isdecimal():
-        raise ConfigError(f"{path / TRACKER}: names the iteration '{iteration}', must be a number or release")
+        raise ConfigError(f"{tracker(path)}: names the iteration '{iteration}', must be a number or release")
     folder = path / (RELEASE if iteration == RELEASE else f"iter_{int(iteration):07d}")
     if not holds_weights(folder):
         found = sorted(entry.name for entry in path.iterdir() if holds_weights(entry))
@@ -136,6 +138,9 @@ def open_megatron(path: Path, iteration: str | None = None, hf_config: Path | No
     """
     folder = iteration_folder(path, iteration)
     weights, args = open_weights(folder)
+    mute = tuple(variant.name_of(DECODER) for variant in variants() if not variant.args_tell)
+    if any(name.startswith(mute) for name in weights.names()):
+        args = None
     places = [place for place in (hf_config, path, folder, folder.parent) if place is not None]
     beside = next((place for place in places if (place / "config.json").is_file()), None)
     if hf_config is not None and beside is not hf_config:
@@ -143,21 +148,24 @@ def open_megatron(path: Path, iteration: str | None = None, hf_config: Path | No
     if beside is not None:
         name, config = from_config_json(beside)
         check_args(args or {}, config, f"{folder}", f"{beside / 'config.json'}")
-    elif args is not None:
+    elif args is not None and not any(name.startswith(beginnings(TOWER)) for name in weights.names()):
         name, config = "gpt", from_args(args, str(folder))
     else:
-        raise ConfigError(f"{folder}: says nothing of the model; give --hf-config, a directory with its config.json")
-    tree = {"family": name, **plain(config)}
-    return Source(
-        path, tree, translated(weights, name, config, padding_of(args or {})), tokenizer_files([beside, *places])
-    )
+        raise ConfigError(
+            f"{folder}: does not say all of the model; copy Hugging Face's config.json to {path}, or convert it by "
+            "scripts/convert_megatron.py with --hf-config, a directory that has it"
+        )
+    files = tokenizer_files([beside, *places])
+    tree = {"family": name, **plain(config), "data": processing(name, config, files)}
+    return Source(path, tree, translated(weights, name, config, padding_of(args or {})), files)
 
 
 def open_weights(folder: Path) -> tuple[TorchDist | RankFiles, dict[str, Any] | None]:
     """The tensors under their names in the files, and Megatron's arguments, if they were kept."""
     store = Folder(folder)
     if METADATA not in store.names():
-        ranks = RankFiles(store, "", lambda name: is_gated(name, GATED))
+        gated = beginnings(DECODER)  # the language models, whose fc1 is a gate and an up projection
+        ranks = RankFiles(store, "", lambda name: is_gated(name, gated))
         return ranks, args_of(ranks.content)
     common = torch_file.load(store.span("common.pt")) if "common.pt" in store.names() else {}
     return TorchDist(store), args_of(common)
@@ -186,10 +194,15 @@ def from_config_json(folder: Path) -> tuple[str, LanguageConfig]:
     )
 
 
-def megatron_name(name: str, variants: Mapping[str, str]) -> str:
-    """What Megatron calls a tensor of ours."""
-    front = max((old for old in variants if name.startswith(old)), key=len, default=None)
-    return name if front is None else variants[front] + name.removeprefix(front)
+def variants() -> Iterator[Variant]:
+    """Of all families."""
+    for name in FAMILIES:
+        yield from family(name, "mapping").MEGATRON_VARIANTS.values()
+
+
+def beginnings(ours: str) -> tuple[str, ...]:
+    """What this beginning of our names is in the derivatives of Megatron."""
+    return tuple(sorted({ours, *(variant.name_of(ours) for variant in variants())}))
 
 
 def check_objects(weights: TorchDist | RankFiles) -> None:
@@ -209,25 +222,32 @@ def translated(weights: TorchDist | RankFiles, name: str, config: LanguageConfig
     mapping = family(name, "mapping")
     reader = weights if isinstance(weights, RankFiles) else Unstacked(weights)
     needed = {rule.ours: rule.shape for rule in mapping.rules(config)}
-    ours = {megatron_name(name, mapping.MEGATRON_VARIANTS): name for name in needed}
     check_objects(weights)
-    originals = {}
-    for original in sorted(reader.names()):
-        if not LEFT_OUT.fullmatch(original):
-            there = with_layer_norms(original)
-            originals[ours.get(there, ours.get(original, original))] = original
+    kept = {original for original in reader.names() if not LEFT_OUT.fullmatch(original)}
+    originals = named(kept, needed, mapping.MEGATRON_VARIANTS.values())
     if config.share_embeddings_and_output_weights:
-        head = megatron_name(HEAD, mapping.MEGATRON_VARIANTS)
-        drop_copies(reader, originals, [head, head.replace("output_layer", "word_embeddings_for_head")])
+        heads = {variant.name_of(HEAD) for variant in mapping.MEGATRON_VARIANTS.values()}
+        drop_copies(reader, originals, heads | {head.replace("output_layer", FOR_HEAD) for head in heads})
     vocabulary = {name: config.vocab_size or 0 for name in (EMBEDDINGS, HEAD) if name in needed}
     found = trimmed(Renamed(reader, originals), vocabulary, padding)
     check(found, needed)
     return found
 
 
-def with_layer_norms(name: str) -> str:
-    for old, new in LAYER_NORMS.items():
-        name = name.replace(old, new)
+def named(originals: Collection[str], needed: Collection[str], known: Iterable[Variant]) -> dict[str, str]:
+    """The names in the files by ours, or by themselves, as the derivative of Megatron has them that they fit best."""
+    best: dict[str, str] = {}
+    for variant in (Variant({}), *known):
+        ours = {fused(variant.name_of(name)): name for name in needed}
+        found = {ours.get(fused(original), original): original for original in sorted(originals)}
+        best = max(best, found, key=lambda names: len(names.keys() & needed))
+    return best
+
+
+def fused(name: str) -> str:
+    """Norms as Transformer Engine calls them, in the linear layer behind."""
+    for inside, alone in SEPARATE_NORMS.items():
+        name = name.replace(alone, inside)
     return name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,9 @@ from nemo_vlm.config import LanguageConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.models.gpt.config import Config
 
+log = logging.getLogger(__name__)
+
+EPSILON, UNTIED, POSITIONS = "norm_epsilon", "untie_embeddings_and_output_weights", "position_embedding_type"
 SAME = (
     "num_layers",
     "hidden_size",
@@ -24,7 +28,7 @@ SAME = (
 FIXED = {
     "swiglu": True,
     "normalization": "RMSNorm",
-    "position_embedding_type": "rope",
+    POSITIONS: "rope",
     "rotary_percent": 1.0,
     "num_experts": None,
     "rotary_interleaved": False,
@@ -36,25 +40,28 @@ FIXED = {
 # Sizes and numbers that a config.json beside the arguments says, too.
 COMPARED = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
-    *("rotary_base", "norm_epsilon", "add_bias_linear", "untie_embeddings_and_output_weights"),
-    "qk_layernorm",
+    *("rotary_base", EPSILON, "add_bias_linear", UNTIED),
+    *("qk_layernorm", "mrope_section"),
 )
 
 
 def to_args(config: LanguageConfig) -> dict[str, Any]:
     """What Megatron-LM takes from a checkpoint with --use-checkpoint-args."""
     scaled = {} if config.rope_scaling_factor is None else {"rope_scaling_factor": config.rope_scaling_factor}
+    sections = None if config.mrope_section is None else list(config.mrope_section)
     return {
         **{name: getattr(config, name) for name in SAME},
         **FIXED,
+        POSITIONS: "rope" if sections is None else "mrope",
+        "mrope_section": sections,
         "group_query_attention": config.num_query_groups != config.num_attention_heads,
         "num_query_groups": config.num_query_groups,
         "vocab_size": config.vocab_size,
-        "norm_epsilon": config.layernorm_epsilon,
+        EPSILON: config.layernorm_epsilon,
         "add_bias_linear": config.bias,
         "add_qkv_bias": config.qkv_bias,
         "qk_layernorm": config.qk_layernorm,
-        "untie_embeddings_and_output_weights": not config.share_embeddings_and_output_weights,
+        UNTIED: not config.share_embeddings_and_output_weights,
         "seq_length": config.encoder_seq_length,
         "rotary_base": config.rotary_base,
         "rotary_seq_len_interpolation_factor": config.seq_len_interpolation_factor,
@@ -82,11 +89,11 @@ def from_args(args: Mapping[str, Any], called: str) -> Config:
             num_query_groups=args["num_query_groups"] if args["group_query_attention"] else None,
             vocab_size=args["vocab_size"],
             encoder_seq_length=args["seq_length"],
-            layernorm_epsilon=args["norm_epsilon"],
+            layernorm_epsilon=args[EPSILON],
             bias=args["add_bias_linear"],
             qkv_bias=args["add_bias_linear"] or args["add_qkv_bias"],
             qk_layernorm=bool(args.get("qk_layernorm")),
-            share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
+            share_embeddings_and_output_weights=not args[UNTIED],
             rotary_base=float(args["rotary_base"]),
             seq_len_interpolation_factor=args["rotary_seq_len_interpolation_factor"],
             rope_scaling_factor=args["rope_scaling_factor"] if args.get("use_rope_scaling") else None,
@@ -112,15 +119,19 @@ def check_args(args: Mapping[str, Any], config: LanguageConfig, called: str, con
     Raises:
         ConfigError: they contradict each other, with what both say; or as check_fixed.
     """
-    check_fixed(args, called)
-    described = to_args(config)
+    described, mrope = to_args(config), config.mrope_section is not None
+    # "rope" where the model's own code makes it M-RoPE, as Pai's does
+    check_fixed({name: value for name, value in args.items() if not (mrope and name == POSITIONS)}, called)
     for name in COMPARED:
+        if name == UNTIED and args.get(name) and not described[name]:
+            continue  # Pai's converter unties what is split over a pipeline; the weights show if they are a copy
         grouped = name != "num_query_groups" or args.get("group_query_attention")  # else Megatron leaves 1 there
-        if args.get(name) is not None and grouped and not same(args[name], described[name]):
-            raise ConfigError(
-                f"{called}: its arguments say {name}={args[name]}, but {config_json} means {described[name]}; "
-                "one of them is of another model"
-            )
+        if args.get(name) is None or not grouped or same(args[name], described[name]):
+            continue
+        said = f"{called}: its arguments say {name}={args[name]}, but {config_json} means {described[name]}"
+        if name != EPSILON:
+            raise ConfigError(f"{said}; one of them is of another model")
+        log.warning("%s, which is taken", said)  # Pai trains its 72B with another than the hub's
 
 
 def same(one: Any, other: Any) -> bool:

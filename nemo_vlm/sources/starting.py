@@ -11,20 +11,22 @@ from operator import getitem
 from typing import Any
 
 from nemo_vlm.config import LanguageConfig, RunConfig
+from nemo_vlm.config.data import RATES
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.grown import grown
 from nemo_vlm.formats.reader import Reader, chosen
-from nemo_vlm.models.adapter import DOWNSAMPLE
 from nemo_vlm.models.base import family, starts
 from nemo_vlm.sources import adapters
 from nemo_vlm.sources.megatron import EMBEDDINGS, HEAD
 from nemo_vlm.sources.opening import located, open_source
 from nemo_vlm.sources.source import Source
-from nemo_vlm.typed import as_float, model_tree, plain
+from nemo_vlm.typed import as_float, model_tree, plain, read
 
-# Settings of how a model is trained. All others beside them are its architecture, which its weights decide.
+# Settings of how a model is trained. All others beside them are its architecture and what it sees of images and videos,
+# which its weights decide.
 TRAINING = {
     "encoder_seq_length",
+    "max_visual_tokens",
     "make_vocab_size_divisible_by",
     "init_method_std",
     "freeze",
@@ -53,6 +55,20 @@ class Taken:
 
     def take(self, values: dict[str, Any], source: Source) -> None:
         self._take(self.tree, values, source, "model")
+
+    def take_views(self, values: Mapping[str, Any]) -> None:
+        """Settings of the data about images and videos, where neither the user nor a preset says anything.
+
+        Args:
+            values: those that differ from the family's defaults.
+        """
+        data = self.tree["data"]
+        said = {key for key in data if data[key] is not None or f"model.data.{key}" in self.given}
+        for key, value in values.items():
+            instead = ("num_frames",) if key in RATES else RATES if key == "num_frames" else ()
+            if not said & {key, *instead}:
+                self.changed.append(f"model.data.{key}={value}")
+                data[key] = value
 
     def _take(self, tree: dict[str, Any], values: dict[str, Any], source: Source, path: str) -> None:
         for name, value in values.items():
@@ -88,12 +104,16 @@ def settle(tree: Mapping[str, Any], given: Collection[str]) -> tuple[dict[str, A
         ConfigError: a checkpoint contradicts what was set by hand, or holds no such part.
     """
     taken, named = Taken(deepcopy(dict(tree)), given), starts(tree)
+    views: dict[str, Any] = {}
     for key, module, path in named:
         source = open_source(path, key)
         taken.take(architecture(source, module, str(tree["family"]), key), source)
+        if module in (None, "vision_model"):
+            views = views_of(source)
         by_hand = {"model.tokenizer.type", "model.tokenizer.model"} & set(given)
         if source.tokenizer and module in (None, "language_model") and not by_hand:
             taken.tree["tokenizer"]["type"] = source.tokenizer
+    taken.take_views(views)
     for key, module, path in named:
         if module == "vision_projection":
             check_projector(open_source(path, key), taken.tree, key)
@@ -103,16 +123,22 @@ def settle(tree: Mapping[str, Any], given: Collection[str]) -> tuple[dict[str, A
     return taken.tree, taken.changed
 
 
+def views_of(source: Source) -> dict[str, Any]:
+    """What a checkpoint knows of how images and videos are seen, as far as that is not its family's default."""
+    known, data = source.model.media_settings, source.settings["data"]
+    found = {key: getattr(data, key) for key in known.keys() - TRAINING}
+    return {key: value for key, value in sorted(found.items()) if value not in (None, known[key])}
+
+
 def check_projector(source: Source, tree: Mapping[str, Any], key: str) -> None:
     """Raises ConfigError where its first or last layer has another width than the tower or the language model."""
     weights = sorted(name for name in source.reader.names() if re.fullmatch(r"vision_projection\.\d+\.weight", name))
-    inner, outer = tree["mm_cfg"]["vision_encoder"]["hidden_size"], tree["hidden_size"]
+    mm_cfg = read(family(str(tree["family"]), "config").MultimodalConfig, tree["mm_cfg"], "model.mm_cfg")
+    inner, outer = mm_cfg.projector_input_size, tree["hidden_size"]
     shapes = [source.reader.shape(name) for name in weights]
-    fused = 4 if tree["mm_cfg"]["mm_mlp_adapter_type"] == DOWNSAMPLE else 1
-    if shapes and (shapes[-1][0], shapes[0][1]) != (outer, fused * inner):
+    if shapes and (shapes[-1][0], shapes[0][1]) != (outer, inner):
         raise ConfigError(
-            f"{key}={source}: leads from width {shapes[0][1]} to {shapes[-1][0]}, this model's from {fused * inner} "
-            f"to {outer}"
+            f"{key}={source}: leads from width {shapes[0][1]} to {shapes[-1][0]}, this model's from {inner} to {outer}"
         )
 
 
@@ -153,8 +179,9 @@ def architecture(source: Source, module: str | None, family: str, key: str) -> d
         raise ConfigError(f"{key}={source}: holds no {module}, but {', '.join(sorted(source.parts))}")
     if module is None and "num_layers" not in source.tree:
         raise ConfigError(f"{key}={source}: holds no whole model, but {', '.join(sorted(source.parts))}")
-    if module is None and source.family != family:
-        raise ConfigError(f"{key}={source}: holds a model of the family {source.family}, this run's is {family}")
+    if module != "language_model" and source.family != family:
+        what = module or "model"
+        raise ConfigError(f"{key}={source}: holds a {what} of the family {source.family}, this run's is {family}")
     known = plain(source.model)
     if module == "language_model":
         return {f.name: known[f.name] for f in fields(LanguageConfig)}
@@ -162,7 +189,7 @@ def architecture(source: Source, module: str | None, family: str, key: str) -> d
         tower = known["mm_cfg"]["vision_encoder"]
         return {"mm_cfg": {"vision_encoder": {k: v for k, v in tower.items() if k != "vision_select_layer"}}}
     if module == "vision_projection":
-        return {"mm_cfg": {"mm_mlp_adapter_type": known["mm_cfg"]["mm_mlp_adapter_type"]}}
+        return {"mm_cfg": {key: known["mm_cfg"][key] for key in known["mm_cfg"].keys() & {"mm_mlp_adapter_type"}}}
     return known
 
 
