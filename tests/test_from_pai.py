@@ -9,25 +9,22 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from ported import run_of, words_of
 
 from nemo_vlm import layout as layouts
-from nemo_vlm import options
 from nemo_vlm.checkpoints import Position
 from nemo_vlm.config import RunConfig
 from nemo_vlm.conversion.command import run_command
 from nemo_vlm.door import CONF, store_defaults
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.models.base import family
+from nemo_vlm.porting import line
 from nemo_vlm.porting.document import listing, tables
 from nemo_vlm.porting.pai import translate
 from nemo_vlm.porting.pai_training import SIZES
 from nemo_vlm.training import durations, schedules
-from nemo_vlm.typed import read_run
 
 ROOT = Path(__file__).parents[1]
 DLC = {
@@ -62,7 +59,7 @@ EXPERTS = (
     "qwen3_vl dlc A3B 1 128 1e-5 1e-6 16384 16384 bf16 4 4 1 1 4 true true true none false 100000 "
     "/mnt/wds /mnt/wds /mnt/mcore 500 50 /out"
 )
-STAND_IN = {"qwen2_vl_7b": "qwen2_5_7b", "qwen3_vl_30b_a3b": "qwen2_5_14b"}  # language models of as many layers
+STAND_IN = {"qwen3_vl_30b_a3b": "qwen2_5_14b"}  # language models of as many layers
 
 
 def changed(line: str, **values: str) -> list[str]:
@@ -86,22 +83,14 @@ class Composed:
 def composed(words: list[str], **env: str) -> Composed:
     """The run of a translated line, on nodes of eight GPUs; what a shell makes of the printed text is what counts."""
     command, notes = translate(words, env)
-    shown = subprocess.run(["sh", "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True).stdout
-    printed = shown.split("\0")[:-1]
+    printed = words_of(command)
     start = printed.index("python")
     script, overrides = printed[start + 1], printed[start + 2 :]
     model = next(word for word in overrides if word.startswith("model=")).removeprefix("model=")
-    if model in STAND_IN:  # until the families are there: their own settings and data are left out
+    if model in STAND_IN:  # until the family is there: its own settings and data are left out
         own = ("model=", "data=", "model.expert_")
         overrides = [f"model={STAND_IN[model]}", *(word for word in overrides if not word.startswith(own))]
-    store_defaults()
-    recipe = "gpt_finetune" if model in STAND_IN else Path(script).stem
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        tree: Any = OmegaConf.to_container(compose(recipe, overrides), resolve=True)
-    run = read_run({key: tree[key] for key in ("trainer", "exp_manager", "model")}, family("gpt", "config").Config)
-    layouts.check(run)
-    options.check(run)
-    run = schedules.settle_length(run, {word.partition("=")[0] for word in overrides})
+    run = run_of("gpt_finetune" if model in STAND_IN else Path(script).stem, overrides)
     return Composed(run, layouts.resolve(run, 8, {}), script, printed, notes)
 
 
@@ -227,6 +216,8 @@ def test_variables_of_the_environment(runs: dict[str, Composed]) -> None:
     found = {name: one.run for name, one in runs.items()}
     assert runs["layout"].layout.stage_layers == (10,) * 8
     assert runs["vision"].layout.stage_layers == (12, 16)
+    vision = runs["vision"].run.data
+    assert (vision.data_impl, vision.packing, vision.pad_to) == ("energon", False, 2048)
     assert found["full"].step.activations_checkpoint_num_layers == 4
     assert found["full"].step.activations_checkpoint_method == "uniform"
     fp8 = found["full"].step
@@ -381,6 +372,7 @@ def test_what_is_clear_is_done_and_said() -> None:
         "CP=2: packed samples are padded one by one": (changed(TUNE, CP="2"), PACKED),
         "PR=fp16: its buffers are bf16": (changed(PRETRAIN, PR="fp16", TP="2"), {}),
         "SEQ_LEN=512: of no effect": (changed(TUNE, SEQ_LEN="512"), RAW),
+        "AC=true: nothing is recomputed, as there": (changed(VISION, AC="true"), {}),
         "DO=false: OPTIMIZER_OFFLOAD=auto needs it": (changed(PRETRAIN, DO="false", OPTIMIZER_OFFLOAD="auto"), {}),
         "OPTIMIZER_OFFLOAD=0.5: there the script never passes it on": (changed(VISION, OPTIMIZER_OFFLOAD="0.5"), {}),
         "MP_VP=7: that version of the script leaves it out": (changed(VISION), {"MP_VP": "7"}),
@@ -413,10 +405,10 @@ def test_converters_become_flags_that_ours_takes(tmp_path: Path, monkeypatch, ca
         "--pipeline-model-parallel-size 3 --format mp_rank --precision bf16 --pipeline-layers 12,8,8",
     }
     monkeypatch.chdir(tmp_path)
-    for line, flags in lines.items():
+    for typed, flags in lines.items():
         env = {"MP_PP0_LAYERS": "12"} if flags.endswith("12,8,8") else {}
-        command, notes = translate(line.split(), env)
-        size = next(SIZES[name] for name in SIZES if name in line.replace("2.5", "2_5"))[line.split()[1]]
+        command, notes = translate(typed.split(), env)
+        size = next(SIZES[name] for name in SIZES if name in typed.replace("2.5", "2_5"))[typed.split()[1]]
         lacks = [] if (CONF / f"model/{size.model}.yaml").exists() else [f"conf/model/{size.model}.yaml"]
         assert [note for note in notes if "not in" in note] == [f"{name}: not in this version yet" for name in lacks]
         python, script, *given = shlex.split(str(command).replace("\\\n", ""))
@@ -427,6 +419,29 @@ def test_converters_become_flags_that_ours_takes(tmp_path: Path, monkeypatch, ca
             run_command(runpy.run_path(str(ROOT / script))["main"])
         told = capsys.readouterr().err
         assert end.value.code == 2 and re.match(r"--(input=a|hf-config=hf):", told), told  # all flags were taken
+
+
+def test_scripts_of_data_become_flags_or_are_not_needed() -> None:
+    lines = {
+        "toolkits/pretrain_data_preprocessing/convert_llava_pretrain_to_wds.py /mnt/l": "--input "
+        "/mnt/l/blip_laion_cc_sbu_558k.json --image-folder /mnt/l --output /mnt/l/wds",
+        "convert_custom_dataset_to_wds_chatml.py --dataset-root r --train-split 8 --val-split=2": "--image-folder r "
+        "--video-folder r --output r/wds --input r/dataset.json --max-samples-per-tar 10000 --split-ratio 8,2,0",
+    }
+    for typed, flags in lines.items():
+        command, _ = line.translate(typed.split(), {})
+        assert str(command).replace(" \\\n   ", "") == f"python scripts/prepare_wds.py {flags}"
+    wrong = {
+        "energon prepare ./": "energon: not needed; scripts/prepare_wds.py runs it",
+        "replace_llava_image_key.py --input-file a": "takes `image` as well as `images`",
+        "build_llava_frame_dataset.py --dataset-root a": "model.data.video_fps frames a second",
+        "convert_llava_pretrain_to_wds.py": "takes one argument",
+        "convert_custom_dataset_to_wds_chatml.py --dataset-rot r": "did you mean --dataset-root",
+        "convert_custom_dataset_to_wds_chatml.py --json r": "does not say --dataset-root",
+    }
+    for typed, message in wrong.items():
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            line.translate(typed.split(), {})
 
 
 def run_script(*words: str) -> subprocess.CompletedProcess:

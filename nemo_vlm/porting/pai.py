@@ -11,12 +11,11 @@ from nemo_vlm.errors import ConfigError
 from nemo_vlm.porting.pai_converters import CONVERTERS
 from nemo_vlm.porting.pai_training import SIZES, TRAINING
 from nemo_vlm.porting.shell import Command
-from nemo_vlm.porting.table import Item, Note, Values, Workflow
+from nemo_vlm.porting.table import Item, Note, Values, Workflow, in_order
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = (*TRAINING, *CONVERTERS)
 FAMILIES = tuple(SIZES)
-GROUPS = ("model", "data")  # stand in front of the settings that count over them
 
 
 def translate(
@@ -38,9 +37,7 @@ def translate(
     for argument in (*workflow.arguments, *workflow.variables):
         items += argument.rule(values, argument.name)
     items += workflow.fixed
-    settings = [item for item in items if not isinstance(item, Note)]
-    settings.sort(key=lambda item: GROUPS.index(item[0]) if item[0] in GROUPS else len(GROUPS))
-    command = Command(workflow.command(values), tuple(settings), *environment(values))
+    command = Command(workflow.command(values), in_order(items), *environment(values))
     notes = [item.text for item in items if isinstance(item, Note)]
     return command, notes + [f"{name}: not in this version yet" for name in absent(command, values)]
 

@@ -66,6 +66,12 @@ def recompute_mode(name: str, value: str) -> None:
         raise ConfigError(f"{name}={value}: means none there; must be sel or full (recomputation), offload, or none")
 
 
+def vision_recompute_mode(name: str, value: str) -> None:
+    """Qwen2-VL's; `true`, which turns nothing on, stands in the example of its README."""
+    if value != "true":
+        recompute_mode(name, value)
+
+
 def recompute(values: Values, name: str) -> Iterator[Item]:
     mode, count = values[name], "MP_AC_LAYERS"
     check_recompute(values, name)
@@ -78,8 +84,8 @@ def recompute(values: Values, name: str) -> Iterator[Item]:
     elif mode == "offload":
         yield "model.cpu_offloading", True
         yield "model.cpu_offloading_num_layers", int(values[count] or 1)
-    elif mode == "false":
-        yield Note(f"{name}=false: nothing is recomputed; the script's own word for it is none")
+    elif mode in ("false", "true"):
+        yield Note(f"{name}={mode}: nothing is recomputed, as there, where it means none; sel and full recompute")
     if values[count] and mode not in ("full", "offload"):
         yield Note(f"{count}={values[count]}: of no effect with {name}={mode}")
 
@@ -223,9 +229,13 @@ def packing_refused(name: str, value: str) -> None:
         raise ConfigError(f"{name}={value}: that script sets it to false; unset it (here: model.data.packing=true)")
 
 
+def unpacked(values: Values, name: str) -> Iterator[Item]:
+    yield "model.data.packing", False
+
+
 def packing(values: Values, name: str) -> Iterator[Item]:
+    yield "model.data.packing", values[name] == "true"
     if values[name] == "true":
-        yield "model.data.packing", True
         yield Note(f"{name}=true: samples are packed while the run reads them")
 
 

@@ -69,6 +69,10 @@ def place(name: str, key: str) -> Argument:
 
 LONG_WARMUP = "as long as the decay, which did not start: error"
 SEQUENCE = "`model.sequence_parallel`; true with TP > 1 also `model.ub_tp_comm_overlap`, where it can be"
+RECOMPUTED = (
+    "full: `model.activations_checkpoint_granularity=full`, `..._method=uniform`, `..._num_layers`; sel: `selective`; "
+    "offload: `model.cpu_offloading`, `model.cpu_offloading_num_layers`; none: nothing"
+)
 COMMON = {
     argument.name: argument
     for argument in (
@@ -113,8 +117,7 @@ COMMON = {
         ),
         Argument(
             "AC",
-            "full: `model.activations_checkpoint_granularity=full`, `..._method=uniform`, `..._num_layers`; sel: "
-            "`selective`; offload: `model.cpu_offloading`, `model.cpu_offloading_num_layers`; none: nothing",
+            RECOMPUTED,
             rules.recompute_mode,
             rules.recompute,
             "false: as none, with a note; true and others, offload with PP > 1: error",
@@ -168,7 +171,11 @@ VIRTUAL = Argument(
 )
 FIRST = Argument("MP_PP0_LAYERS", "`model.first_pipeline_num_layers`", maybe(whole(0)), rules.first_stage)
 PACKING_OFF = Argument(
-    "MP_SFT_PACKING", "nothing", maybe(rules.packing_refused), unheeded="true, which the script takes back: error"
+    "MP_SFT_PACKING",
+    "`model.data.packing=false`",
+    maybe(rules.packing_refused),
+    rules.unpacked,
+    "true, which the script takes back: error",
 )
 DLC = tuple(Argument(name, "the node's variables", maybe(text)) for name in NODES)
 POLICIES = "static: `model.optim.offload=1.0`; auto: `auto`"
@@ -289,6 +296,14 @@ QWEN2_5 = Workflow(
     fixed(0.1, 0.008, 10000),
 )
 
+VISION_RECOMPUTE = Argument(
+    "AC",
+    RECOMPUTED,
+    rules.vision_recompute_mode,
+    rules.recompute,
+    "false, and true as in its README: as none, with a note; others, offload with PP > 1: error",
+)
+
 QWEN2_VL = Workflow(
     "qwen2_vl",
     "examples/qwen2_vl/run_mcore_qwen.sh",
@@ -297,6 +312,7 @@ QWEN2_VL = Workflow(
         "SAVE_INTERVAL DATASET_PATH VALID_DATASET_PATH PRETRAIN_CHECKPOINT_PATH TRAIN_ITERS LR_WARMUP_ITERS "
         "OUTPUT_BASEPATH",
         model(SIZES["qwen2_vl"]),
+        VISION_RECOMPUTE,
         offload(rules.offload_share, rules.unheard_offload, SHARES, PASSED_ON),
         output("qwen2-vl"),
     ),
@@ -318,6 +334,7 @@ QWEN2_VL_SP = Workflow(
     ordered(
         " ".join(QWEN2_VL.names).replace(" DO ", " SP DO "),
         *(argument for argument in QWEN2_VL.arguments if argument.name not in COMMON),
+        VISION_RECOMPUTE,
         offload(rules.offload_share, rules.offload, SHARES, ""),
     ),
     (LAYERS, FIRST, VIRTUAL, PACKING_OFF, *DLC),

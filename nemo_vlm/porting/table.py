@@ -28,6 +28,7 @@ class Size:
     experts: bool = False
 
 
+GROUPS = ("model", "data")
 Item = tuple[str, object] | Note  # ("model.seed", 1), or ("--input", "a") for a script that takes flags
 Check = Callable[[str, str], None]  # of an argument's name and value
 
@@ -38,11 +39,13 @@ class Values:
 
     Attributes:
         tokenizer: --tokenizer of our script.
+        folder: what paths are relative to.
     """
 
     texts: Mapping[str, str]
     sizes: Mapping[str, Size]
     tokenizer: str = ""
+    folder: str = ""
 
     def __getitem__(self, name: str) -> str:
         return self.texts[name]
@@ -67,6 +70,12 @@ Rule = Callable[[Values, str], Iterable[Item]]  # of all values and the argument
 def nothing(values: Values, name: str) -> Iterator[Item]:
     """The rule of an argument that other rules use."""
     yield from ()
+
+
+def in_order(items: Iterable[Item]) -> tuple[tuple[str, object], ...]:
+    """The settings of a command, groups first, over which the others count."""
+    settings = [item for item in items if not isinstance(item, Note)]
+    return tuple(sorted(settings, key=lambda item: GROUPS.index(item[0]) if item[0] in GROUPS else len(GROUPS)))
 
 
 @dataclass(frozen=True)
