@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Task = Callable[[dict[str, Any]], None]
 WANTED = {  # by model.data.data_impl
     "json": "a JSON or JSONL of conversations, or choose data=digits_vqa or docstring_questions",
+    "energon": "a folder of tars of scripts/prepare_wds.py or of Megatron-Energon",
     "mmap": "the prefix of a .bin and .idx, or choose data=docstrings",
     "sft_idxmap": "the prefix of a .bin and .idx of scripts/prepare_sft_idxmap.py",
 }
@@ -67,7 +68,9 @@ def fit(plan: Plan, tokenizer: Any) -> None:
 
     import pytorch_lightning as pl
 
+    from nemo_vlm.mcore.cpu import BACKENDS
     from nemo_vlm.parallel.megatron import MegatronStrategy
+    from nemo_vlm.parallel.npu import NpuAccelerator
     from nemo_vlm.training import callbacks, exp_manager
     from nemo_vlm.training.module import TrainingModule
 
@@ -75,7 +78,8 @@ def fit(plan: Plan, tokenizer: Any) -> None:
     saving = callbacks.SaveCheckpoints(run)
     last_acts = [saving, callbacks.Curves(), callbacks.SaveArchive(run, tokenizer, saving)]
     trainer = pl.Trainer(
-        strategy=MegatronStrategy(layout, run.step.seed, run.trainer.hang_timeout),
+        strategy=MegatronStrategy(layout, run.step.seed, run.trainer.hang_timeout, BACKENDS[plan.accelerator]),
+        accelerator=NpuAccelerator() if plan.accelerator == "npu" else plan.accelerator,
         **trainer_arguments(run.trainer, plan),
         logger=exp_manager.loggers(run.exp_manager),
         callbacks=[
@@ -108,15 +112,18 @@ def conclude(plan: Plan, writes_archive: bool) -> None:
         last = losses[-LAST:]
         told = "loss of the last %d steps: %.3f nats a token; unigram entropy of the text: %.3f"
         log.info(told, len(last), sum(last) / len(last), entropy)
-    if run.samples.prompts and not writes_archive:
+    wanted = [run.samples.prompts, run.samples.questions]
+    if any(wanted) and not writes_archive:
         log.info("no samples: the run wrote no archive")
-    elif run.samples.prompts:
+    elif any(wanted):
         from nemo_vlm.inference import samples
 
-        try:
-            samples.show(run)
-        except ConfigError as error:  # the run itself went well
-            log.warning("no samples: %s", error)
+        for tell, given in zip((samples.show, samples.score), wanted, strict=True):
+            try:
+                if given:
+                    tell(run)
+            except ConfigError as error:  # the run itself went well
+                log.warning("no samples: %s", error)
 
 
 def evaluate(tree: dict[str, Any]) -> None:
@@ -241,10 +248,14 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
     run = replace(run, exp_manager=versions.dated(run.exp_manager, layout, os.environ))
     exp_manager.check_copies(run.exp_manager)
     run, tokenizer, datasets = open_data(run)
+    if run.samples.questions is not None:
+        from nemo_vlm.inference import samples
+
+        samples.check(run)
     machine.check_machine(run, layout, gpus, os.environ)
     durations.check(run, len(datasets.train))
-    accelerator: Any = "cuda" if gpus else "cpu"
-    plan = Plan(run, layout, accelerator, datasets.train, datasets.validation, datasets.unigram_entropy)
+    device = machine.device_type(run.trainer.accelerator, gpus)
+    plan = Plan(run, layout, device, datasets.train, datasets.validation, datasets.unigram_entropy)
     validation.check(run, plan.validation)
     return plan, tokenizer
 
@@ -267,7 +278,7 @@ def open_data(run: RunConfig) -> tuple[RunConfig, Any, Datasets]:
     if grown and not rank.supervised():
         log.info("%s", grown)
     run = replace(run, tokenizer=located(run.tokenizer))
-    if run.data.data_impl != "json":
+    if not run.data.has_records:
         return run, tokenizer, open_tokenized(run, tokenizer)
     processor = family(run.family, "processor").Processor(run.model, run.data, tokenizer)
     return run, tokenizer, open_datasets(run, processor)
@@ -305,7 +316,6 @@ def trainer_arguments(trainer: TrainerConfig, plan: Plan) -> dict[str, Any]:
     return dict(
         devices=plan.layout.ranks_per_node,
         num_nodes=plan.layout.num_nodes,
-        accelerator=plan.accelerator,
         max_epochs=1,
         enable_progress_bar=trainer.enable_progress_bar,
         enable_checkpointing=False,

@@ -54,17 +54,25 @@ def assert_same(got: list[dict[str, float]], expected: list[dict[str, float]]) -
         assert (mine["lr"], mine["consumed_samples"]) == (theirs["lr"], theirs["consumed_samples"])
 
 
+def visual_load(row: dict[str, float]) -> tuple[float, float]:
+    """Visual tokens of the global batch, and the most of one data-parallel rank; each of 32 samples has 16."""
+    return row["visual_tokens"], row["visual_tokens_max_rank"]
+
+
 def test_four_ranks_train_as_one_process(trained) -> None:
     """The other layouts are shown by tests/test_families.py, without a command each."""
     rows = trained("tp2_pp2")
     assert [row["world_size"] for row in rows] == [4] * 4
     assert [row["world_size"] for row in trained("single")] == [1] * 4
     assert_same(rows, trained("single"))
+    assert {visual_load(row) for row in rows} == {(32 * 16, 32 * 16)}
 
 
 def test_torchrun_starts_the_ranks_too(trained) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    assert_same(trained("ddp", launcher=launcher), trained("single"))
+    rows = trained("ddp", launcher=launcher)
+    assert_same(rows, trained("single"))
+    assert {visual_load(row) for row in rows} == {(32 * 16, 16 * 16)}
 
 
 def test_too_many_missing_images_end_the_run(trained, folder: Path) -> None:

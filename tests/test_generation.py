@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,23 @@ from distributed import run_ranks
 from PIL import Image
 from test_families import LAYOUTS, make_layout, micro_batches, run_of, settle
 from test_families import whole as whole_weights
-from tiny_hf import make_clip, make_llama, make_llava, make_qwen
+from tiny_hf import make_clip, make_llama, make_llava, make_qwen, make_qwen2_vl
 
 from nemo_vlm.batch import Sample, collate
 from nemo_vlm.config import ParallelConfig, RunConfig, StartConfig
 from nemo_vlm.conversion.jobs import Run, import_huggingface
+from nemo_vlm.data.media import Frames
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.inference import answers
 from nemo_vlm.inference.generate import Ends, generate
-from nemo_vlm.inference.restore import restore, stored_precision
+from nemo_vlm.inference.likelihood import log_likelihoods
+from nemo_vlm.inference.restore import restore, stored_precision, tokenizer_of
 from nemo_vlm.inference.settings import DecodingConfig, GenerateConfig
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import groups
 from nemo_vlm.mcore.inference import Forward
 from nemo_vlm.models.base import family
+from nemo_vlm.models.video import Video
 from nemo_vlm.sources.opening import open_source
 from nemo_vlm.training.build import build_engine
 
@@ -41,8 +45,11 @@ MODELS = {
     "qwen3": ("gpt", lambda folder: make_qwen(folder, "qwen3")),
     "llava_odd": ("llava", make_llava),  # 5 heads in the tower, 3 layers
     "llava": ("llava", lambda folder: make_llava(folder, {"num_hidden_layers": 4}, {"num_attention_heads": 4})),
+    "qwen2_vl": ("qwen2_vl", make_qwen2_vl),
 }
-NUM_TOKENS = 24
+HF_CLASSES = {"llava": "LlavaForConditionalGeneration", "qwen2_vl": "Qwen2VLForConditionalGeneration"}
+NUM_TOKENS = 12
+ASKED = (0, 2, 3)  # of the samples; the other one of Qwen2-VL is a long video, behind which transformers 5 goes astray
 LAYOUT_OF = {name: LAYOUTS[name] for name in ("tp2", "pp2", "fsdp")} | {"single": (1, ParallelConfig())}
 
 
@@ -67,12 +74,12 @@ def picture(tmp_path_factory) -> Path:
 
 
 def theirs(folder: Path, name: str) -> Any:
-    cls = transformers.LlavaForConditionalGeneration if name.startswith("llava") else transformers.AutoModelForCausalLM
+    cls = getattr(transformers, HF_CLASSES.get(MODELS[name][0], "AutoModelForCausalLM"))
     return cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def samples_of(run: RunConfig) -> list[Sample]:
-    """With 1, 2, 1 and 0 images, of different lengths."""
+    """Of different lengths, one without images; LLaVA's with 1, 2, 1 and 0, Qwen2-VL's with videos too."""
     return family(run.family, "tiny").samples(run.model, 4, torch.Generator().manual_seed(5))
 
 
@@ -109,8 +116,8 @@ def result(layout_name: str, name: str, models: dict[str, Path]) -> tuple[Any, .
 def generated(path: Path, layout: Layout, samples: list[Sample]) -> tuple[torch.Tensor, list[list[int]]]:
     """Logits of the batch, and the continuations of its rows."""
     with restore(open_source(path, "model_path"), "32", layout) as restored:
-        logits, asked = restored.forward(collate(samples)), samples[2:]
-        answers = generate(restored.forward, asked, [NUM_TOKENS] * len(asked), DecodingConfig(), Ends(), range(2))
+        logits, asked = restored.forward(collate(samples)), [samples[number] for number in ASKED]
+        answers = generate(restored.forward, asked, [NUM_TOKENS] * len(asked), DecodingConfig(), Ends(), ASKED)
         return logits, [answer.tokens.tolist() for answer in answers]
 
 
@@ -125,12 +132,14 @@ def expected_of(name: str, path: Path) -> tuple[Any, ...]:
     run, model = starting_run(name, path, ParallelConfig()), theirs(path, name)
     samples, inputs = samples_of(run), family(run.family, "tiny").hf_inputs
     batch = collate(samples)
-    output = model(**inputs(batch), labels=batch.labels, shift_labels=batch.labels)
+    output = model(**inputs(run.model, batch), labels=batch.labels, shift_labels=batch.labels)
     tokens = []
-    for sample in samples[2:]:
-        one = collate([sample])
+    for number in ASKED:
+        one = collate([samples[number]])
+        given = inputs(run.model, one)
+        given.pop("position_ids", None)  # ours
         answer = model.generate(
-            **inputs(one),
+            **given,
             attention_mask=torch.ones_like(one.tokens),
             max_new_tokens=NUM_TOKENS,
             do_sample=False,
@@ -153,6 +162,27 @@ def test_every_layout_reads_hugging_face(layout: str, models, expected) -> None:
             assert loss == pytest.approx(their_loss, rel=1e-5), name
             if layout != "fsdp":
                 assert tokens == from_archive == their_tokens, name
+
+
+def test_behind_images_and_videos_a_cache_counts_on(models) -> None:
+    """Of all samples of Qwen2-VL, the long video too: answers and likelihoods of options as without a cache."""
+    with restore(open_source(models["qwen2_vl"], "model_path"), "32") as restored:
+        samples = samples_of(starting_run("qwen2_vl", models["qwen2_vl"], ParallelConfig()))
+        found = generate(restored.forward, samples, [6] * 4, DecodingConfig(), Ends(), range(4))
+        options = [[answer.tokens[:4], answer.tokens.flip(0)] for answer in found]
+        likely = log_likelihoods(restored.forward, samples, options)
+        for sample, answer, given, scores in zip(samples, found, options, likely, strict=True):
+            assert torch.equal(uncached(restored.forward, sample, answer.tokens).argmax(-1), answer.tokens)
+            for option, score in zip(given, scores, strict=True):
+                logprobs = uncached(restored.forward, sample, option).double().log_softmax(-1)
+                torch.testing.assert_close(score, logprobs.gather(1, option[:, None]).sum(), rtol=0, atol=1e-4)
+
+
+def uncached(forward: Forward, sample: Sample, answer: torch.Tensor) -> torch.Tensor:
+    """Logits [n, vocab_size] of each token of an answer [n], from the whole of it at once."""
+    whole = torch.cat([sample.tokens, answer])
+    logits = forward(collate([replace(sample, tokens=whole, labels=whole[:0])]))
+    return logits[0, len(sample.tokens) - 1 : -1]
 
 
 def test_what_is_given_by_hand_may_not_contradict(models) -> None:
@@ -230,6 +260,93 @@ def test_the_command_answers_as_transformers(models, picture: Path) -> None:
         assert {key: line[key] for key in given} == given
 
 
+PAD = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
+PARTS = [{"type": "image", "image": "noise.png"}, {"type": "text", "text": "Or"}, {"type": "image", "image": "b.png"}]
+QWEN_LINES: dict[str, tuple[dict[str, Any], list[str]]] = {  # and the files in the order of the text
+    "parts": ({"messages": [{"role": "user", "content": PARTS}]}, ["noise.png", "b.png"]),
+    "pads": ({"prompt": f"A {PAD['image']} b <image>", "images": ["noise.png", "b.png"]}, ["noise.png", "b.png"]),
+    "frames": ({"messages": [{"role": "user", "content": "<video>\nWhat?"}], "video": "clip"}, ["clip"]),
+    "both": ({"prompt": "<video> and <image>", "videos": ["clip.mp4"], "image": "b.png"}, ["clip", "b.png"]),
+    "text": ({"messages": [{"role": "user", "content": "Who?"}]}, []),
+}
+
+
+def test_qwen2_vl_answers_about_files_as_transformers(models, picture: Path) -> None:
+    """Tokens as Hugging Face's processor would make them, pixels of images by it, and the answers of its model."""
+    folder, path = picture.parent, models["qwen2_vl"]
+    Image.open(picture).resize((90, 60)).save(folder / "b.png")
+    (folder / "clip").mkdir()
+    for number in range(4):
+        Image.open(picture).rotate(90 * number).save(folder / "clip" / f"{number}.png")
+    (folder / "qwen.jsonl").write_text("".join(json.dumps(line) + "\n" for line, _ in QWEN_LINES.values()))
+    answered = answer_lines({"model_path": str(path), "prompt_file": str(folder / "qwen.jsonl")}, NUM_TOKENS)
+    model = theirs(path, "qwen2_vl")
+    for line, (given, files) in zip(answered, QWEN_LINES.values(), strict=True):
+        inputs = inputs_of_transformers(path, given, [folder / name for name in files])
+        tokens = model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)[0].tolist()
+        assert line["prompt_token_ids"] + line["token_ids"] == tokens
+        assert line["prompt_token_ids"] == inputs["input_ids"][0].tolist()
+
+
+UNREADABLE = {  # by the file's name, what its line says
+    "half.jpg": "not a readable image",
+    "text.jpg": "not a readable image",
+    "line.png": "one side is more than 200 times the other",
+    "half.mp4": "not a readable video",
+}
+
+
+def test_what_cannot_be_read_loses_its_own_answer_alone(models, picture: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of a model whose tokens depend on the pixels, so that it is found out before anything is answered."""
+    folder = picture.parent
+    Image.open(picture).save(folder / "whole.jpg")
+    (folder / "half.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:100])
+    (folder / "text.jpg").write_text("no image")
+    (folder / "half.mp4").write_bytes(b"\0\0\0\x20ftypisom" * 20)
+    Image.new("RGB", (600, 2)).save(folder / "line.png")
+    kinds = {name: "video" if name.endswith("mp4") else "image" for name in (*UNREADABLE, "whole.jpg")}
+    lines = [{"prompt": f"<{kind}> What?", kind: name} for name, kind in kinds.items()]
+    (folder / "unreadable.json").write_text(json.dumps(lines))
+    asked = {"model_path": str(models["qwen2_vl"]), "prompt_file": str(folder / "unreadable.json")}
+    with pytest.raises(
+        RuntimeError, match="^4 of 5 prompts could not be answered, .*; the first: .* entry 1: .*half.jpg"
+    ):
+        answer_lines(asked, 3)
+    *lost, found = written(models["qwen2_vl"])
+    assert len(found["token_ids"]) == 3 and "error" not in found
+    for line, (name, why) in zip(lost, UNREADABLE.items(), strict=True):
+        assert line["text"] == "" and f"{name}: " in line["error"] and why in line["error"]
+
+
+def inputs_of_transformers(path: Path, line: dict[str, Any], files: list[Path]) -> dict[str, torch.Tensor]:
+    """What Hugging Face's processor makes of a line. Pixels of videos are ours: theirs need torchvision."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(path)
+    text = line.get("prompt") or tokenizer.apply_chat_template(
+        line["messages"], tokenize=False, add_generation_prompt=True
+    )
+    for kind, pad in PAD.items():
+        text = text.replace(f"<{kind}>", pad)
+    inputs: dict[str, torch.Tensor] = {}
+    front, *pieces = re.split(r"<\|(image|video)_pad\|>", text)
+    for file, kind, piece in zip(files, pieces[::2], pieces[1::2], strict=True):
+        found = seen_of_video(path, file) if kind == "video" else processor(Image.open(file), return_tensors="pt")
+        for key, value in found.items():
+            inputs[key] = torch.cat([inputs[key], value]) if key in inputs else value
+        front += f"<|{kind}_pad|>" * (int(found[f"{kind}_grid_thw"].prod()) // 4) + piece
+    ids = tokenizer(front, return_tensors="pt")["input_ids"]
+    image, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    return {**inputs, "input_ids": ids, "mm_token_type_ids": (ids == image).int() + 2 * (ids == video).int()}
+
+
+def seen_of_video(path: Path, folder: Path) -> dict[str, torch.Tensor]:
+    source, frames = open_source(path, "model_path"), Frames(tuple(sorted(folder.iterdir())), 2.0)
+    parts = family("qwen2_vl", "processor")
+    found = parts.Processor(source.model, source.settings["data"], tokenizer_of(source)).pixels([Video(frames)])
+    assert found.grids[0][0] == 2  # four frames
+    return {"pixel_values_videos": found.pixel_values, "video_grid_thw": found.image_grid_thw}
+
+
 def test_a_prompt_of_the_command_line_is_answered_on_the_terminal(models, capsys: pytest.CaptureFixture) -> None:
     asked = {"model_path": str(models["llama"]), "prompt": "USER: hi"}
     (line,) = answer_lines(asked, 3)
@@ -243,7 +360,12 @@ def answer_lines(asked: dict[str, Any], limit: int) -> list[dict[str, Any]]:
     generation = answers.prepare(config, {})
     generation.make_ready({})
     generation.run()
-    return [json.loads(line) for line in output.read_text().splitlines()]
+    return written(Path(asked["model_path"]))
+
+
+def written(model: Path) -> list[dict[str, Any]]:
+    """By answer_lines."""
+    return [json.loads(line) for line in (model.parent / "in_process.jsonl").read_text().splitlines()]
 
 
 def test_any_of_several_eos_ends_an_answer(tmp_path: Path) -> None:
@@ -269,7 +391,7 @@ MISTAKES = {
     "no model": ({"model_path": None}, "model_path=null: "),
     "no prompt": ({"prompt": None}, "give either prompt_file="),
     "no image": ({"prompt": "<image>", "image": "none.png"}, "prompt: none.png: the image does not exist"),
-    "too few images": ({"prompt": "<image> x"}, "prompt: .*1 placeholders in the text, 0 images"),
+    "too few images": ({"prompt": "<image> x"}, "prompt: 1 <image> in the text, 0 images"),
     "too long": ({"prompt": "word " * 300}, "prompt: .* leave no room for an answer in model.encoder_seq_length=256"),
     "not JSON": ({"lines": '{"prompt": "x"}\n{"prompt": '}, r"in.jsonl line 2: not JSON"),
     "half a character": ({"lines": r'{"prompt": "\ud83d"}'}, "in.jsonl line 1: not JSON that can be read"),

@@ -22,7 +22,7 @@ from test_families import (
     steps_of,
     whole,
 )
-from tiny_hf import make_llama, make_llava
+from tiny_hf import make_llama, make_llava, make_qwen2_vl
 
 from nemo_vlm import checkpoints
 from nemo_vlm import layout as layouts
@@ -161,6 +161,7 @@ def test_a_checkpoint_of_adapters_alone_resumes_bit_equal(tmp_path: Path) -> Non
 HF = {
     "gpt": (make_llama, transformers.LlamaForCausalLM),
     "llava": (make_llava, transformers.LlavaForConditionalGeneration),
+    "qwen2_vl": (make_qwen2_vl, transformers.Qwen2VLForConditionalGeneration),
 }
 
 
@@ -199,7 +200,7 @@ def test_adapters_merged_and_exported_give_the_same_logits(name: str, tmp_path: 
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft")
     assert theirs.peft_config["default"].base_model_name_or_path == str(base)
     with torch.no_grad():
-        exported, mask = theirs(**tiny.hf_inputs(batch)).logits, batch.labels >= 0
+        exported, mask = theirs(**tiny.hf_inputs(config, batch)).logits, batch.labels >= 0
     torch.testing.assert_close(exported[mask], trained[mask], rtol=0, atol=1e-4)
 
 

@@ -40,7 +40,7 @@ LINES: list[dict[str, Any]] = [
     {"prompt": "<image>\nWhat is in the picture?", "image": "noise.png", "category": "detail"},
     {"text": "What is it?", "image": ["noise.png"], "answer_id": 7, "metadata": {"a": 1}},
     {"question": "Two: <image> and <image>?", "image": ["noise.png", "noise.png"], "question_id": 3},
-    {"prompt": "Who are you?"},
+    {"prompt": "Who are you?", "messages": ["a", {"role": "user"}]},  # passed through
     {"prompt": "<image> Which square?", "image": "noise.png"},
 ]
 QUESTIONS = [
@@ -107,6 +107,11 @@ def test_answers_have_the_fields_of_nemo(folder: Path) -> None:
         assert (line["answer_id"], line["metadata"]) == (given.get("answer_id", 0), given.get("metadata", {}))
         kept = {key: value for key, value in given.items() if key != "text"}
         assert {key: line[key] for key in kept} == kept
+
+
+@pytest.mark.parametrize("text", ["<image><image>Which?", "<image><image> Which?", "<image><image>\nWhich?"])
+def test_tags_in_front_have_a_line_of_their_own(text: str, folder: Path) -> None:
+    assert Questions(asked(folder)).question({"prompt": text}) == "<image><image>\nWhich?"
 
 
 def drawn(folder: Path, count: int, name: str, **settings: Any) -> NevaInferenceConfig:
@@ -197,12 +202,11 @@ def test_a_mistake_is_one_line(name: str, folder: Path) -> None:
 WRONG_LINES: dict[str, tuple[dict[str, Any], str]] = {
     "a number": ({"image": 5}, "'image' must be a path or a list of paths"),
     "a table": ({"image": {"a": 1}}, "'image' must be a path or a list of paths"),
-    "a bomb": ({"image": "bomb.ppm"}, "bomb.ppm: Image size (400000000 pixels)"),
     "no name": ({"image": "a\0.png"}, "cannot be a file's name"),
 }
 WRONG_QUESTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a video": ({"video": [None]}, "'video' must be a path or a list of paths"),
-    "no video": ({"prompt": "<video>", "video": "a\0.mp4"}, "the video does not exist"),
+    "no video": ({"prompt": "<video>", "video": "a\0.mp4"}, "cannot be a file's name"),
     "a system": ({"system": 5}, "'system' must be text"),
 }
 RAW, ASKED = [("raw", name) for name in WRONG_LINES], [("asked", name) for name in WRONG_LINES | WRONG_QUESTIONS]
@@ -211,7 +215,6 @@ RAW, ASKED = [("raw", name) for name in WRONG_LINES], [("asked", name) for name 
 @pytest.mark.parametrize(("kind", "name"), RAW + ASKED)
 def test_a_line_that_cannot_be_is_named(kind: str, name: str, tmp_path: Path) -> None:
     given, message = (WRONG_LINES | WRONG_QUESTIONS)[name]
-    (tmp_path / "bomb.ppm").write_bytes(b"P6 20000 20000 255\n")
     (tmp_path / "in.jsonl").write_text("\n" + json.dumps({"prompt": "<image>"} | given))
     raw = GenerateConfig(model_path="x", prompt_file=str(tmp_path / "in.jsonl"))
     with pytest.raises(ConfigError) as error:
@@ -223,7 +226,8 @@ def test_a_line_that_cannot_be_is_named(kind: str, name: str, tmp_path: Path) ->
 def test_an_image_that_is_cut_loses_its_own_answer_alone(folder: Path) -> None:
     (folder / "cut.png").write_bytes((folder / "noise.png").read_bytes()[:3000])
     good = LINES[1] | {"error": "the line's own"}
-    given = [good, {"text": "<image>?", "image": "cut.png"}, {"prompt": "<image>", "image": ["cut.png"]}, LINES[3]]
+    (folder / "bomb.ppm").write_bytes(b"P6 20000 20000 255\n")
+    given = [good, {"text": "<image>?", "image": "cut.png"}, {"prompt": "<image>", "image": ["bomb.ppm"]}, LINES[3]]
     (folder / "cut.json").write_text(json.dumps(given))
     with pytest.raises(
         RuntimeError, match="^2 of 4 prompts could not be answered, see .*; the first: .* entry 2: .*cut.png"
@@ -233,7 +237,8 @@ def test_an_image_that_is_cut_loses_its_own_answer_alone(folder: Path) -> None:
     (folder / "whole.json").write_text(json.dumps([given[0], given[3]]))
     assert [found[0], found[3]] == answer(asked(folder, "whole.json"))
     assert [(line["prompt"], line["text"]) for line in found[1:3]] == [("<image>?", ""), ("<image>", "")]
-    assert all("not a readable image" in line["error"] for line in found[1:3])
+    assert "cut.png: not a readable image" in found[1]["error"]
+    assert "bomb.ppm: Image size (400000000 pixels)" in found[2]["error"]
 
 
 @pytest.mark.parametrize("front", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy
 import pytest
@@ -38,7 +39,15 @@ from nemo_vlm.training.build import make_engine
 
 DISTRIBUTED = OptimConfig(name="distributed_fused_adam", lr=1e-2)
 PROJECTOR = {"language_model", "vision_model"}  # LLaVA's first stage trains the projector alone
-FROZEN = {"projector_only": PROJECTOR, "tower_frozen": {"vision_model"}}
+FROZEN = {
+    "projector_only": PROJECTOR,
+    "tower_frozen": {"vision_model"},
+    "language_only": {"vision_model", "vision_projection"},  # as MindSpeed-MM tunes Qwen2-VL
+}
+FROZEN_LAYOUTS = [
+    *product(["llava"], ["projector_only", "tower_frozen"], ["ddp", "tp2_dp2", "pp2", "pp2_vpp2", "fsdp", "fsdp_tp2"]),
+    *product(["qwen2_vl"], ["language_only"], ["pp2", "fsdp"]),
+]
 
 
 def with_parts(run: RunConfig, frozen: set[str] = frozenset(), ratios: dict[str, float] | None = None) -> RunConfig:
@@ -52,6 +61,7 @@ def with_parts(run: RunConfig, frozen: set[str] = frozenset(), ratios: dict[str,
         vision_encoder=replace(
             mm.vision_encoder, freeze="vision_model" in frozen, vision_encoder_lr_ratio=ratios["vision_model"]
         ),
+        freeze_mm_mlp_adapter="vision_projection" in frozen,
         mm_mlp_adapter_lr_ratio=ratios["vision_projection"],
     )
     return replace(run, model=replace(run.model, mm_cfg=mm))
@@ -74,9 +84,10 @@ def reference():
 
 
 @pytest.fixture(scope="module")
-def start() -> dict[str, torch.Tensor]:
-    """The weights that all runs start from."""
-    return run_ranks(first_weights, 1, llava(), make_layout(llava(), 1))[0]
+def starts() -> dict[str, dict[str, torch.Tensor]]:
+    """The weights that all runs of a family start from."""
+    runs = {name: run_of(name, TINY[name]) for name in ("llava", "qwen2_vl")}
+    return {name: run_ranks(first_weights, 1, run, make_layout(run, 1))[0] for name, run in runs.items()}
 
 
 def first_weights(run: RunConfig, layout: Layout):
@@ -100,25 +111,23 @@ def frozen_holdings(run: RunConfig, layout: Layout, frozen: set[str]):
     return state, gradients, held, sum(full[key] for key in cold)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "tp2_dp2", "pp2", "pp2_vpp2", "fsdp", "fsdp_tp2"])
-@pytest.mark.parametrize("frozen", FROZEN)
-def test_frozen_parts_stay_in_every_layout(frozen: str, layout: str, reference, start) -> None:
-    run = with_parts(llava(), FROZEN[frozen])
+@pytest.mark.parametrize(("name", "frozen", "layout"), FROZEN_LAYOUTS)
+def test_frozen_parts_stay_in_every_layout(name: str, frozen: str, layout: str, reference, starts) -> None:
+    run = with_parts(run_of(name, TINY[name]), FROZEN[frozen])
     expected, expected_weights = reference(frozen, run)
     optim = run.optim if "fsdp" in layout else DISTRIBUTED
     run, where = sharded(replace(run, optim=optim), layout, micro_batch_size=2)
     results, final = run_ranks(train, where.world_size, run, where)[0]
     assert_same_run(results, expected)
     assert_same_weights(final, expected_weights)
-    for name, value in final.items():
-        assert torch.equal(value, start[name]) == (name.split(".")[0] in FROZEN[frozen] or untouched(name)), name
+    for key, value in final.items():
+        stays = key.split(".")[0] in FROZEN[frozen] or (name == "llava" and untouched(key))
+        assert torch.equal(value, starts[name][key]) == stays, key
 
 
-def untouched(name: str) -> bool:
-    """Behind the selected layer of the tower."""
-    return name.startswith(
-        ("vision_model.ln_post", f"vision_model.layers.{TINY['llava'].mm_cfg.vision_encoder.depth}.")
-    )
+def untouched(key: str) -> bool:
+    """Behind the selected layer of LLaVA's tower."""
+    return key.startswith(("vision_model.ln_post", f"vision_model.layers.{TINY['llava'].mm_cfg.vision_encoder.depth}."))
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "hsdp"])
@@ -129,11 +138,13 @@ def test_frozen_parts_cost_no_gradients_and_no_state(layout: str) -> None:
         assert held == full if layout == "ddp" else held == pytest.approx(full / 2, rel=0.02)
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2", "pp2_vpp2", "fsdp"])
-def test_learning_rates_by_part(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "layout"), [("llava", "single"), ("qwen2_vl", "tp2"), ("llava", "pp2_vpp2"), ("qwen2_vl", "fsdp")]
+)
+def test_learning_rates_by_part(name: str, layout: str) -> None:
     """Adam's first step is as long as the learning rate, for each weight with a gradient that is not tiny."""
     ratios = {"language_model": 0.5, "vision_model": 0.1, "vision_projection": 2.0}
-    run = with_parts(llava(), ratios=ratios)
+    run = with_parts(run_of(name, TINY[name]), ratios=ratios)
     run, where = (run, make_layout(run, 1)) if layout == "single" else sharded(run, layout)
     start, end = run_ranks(one_step, where.world_size, run, where)[0]
     for part, ratio in ratios.items():
@@ -186,8 +197,8 @@ def counted_steps(run: RunConfig, layout: Layout):
     return results, {name: number / (2 * layout.num_micro_batches) for name, number in counts.items()}
 
 
-@pytest.mark.parametrize("kind", RECOMPUTE)
-def test_recomputation_changes_work_and_not_results(kind: str, reference) -> None:
+@pytest.mark.parametrize(("name", "kind"), [*product(["llava"], RECOMPUTE), ("qwen2_vl", "uniform_2")])
+def test_recomputation_changes_work_and_not_results(name: str, kind: str, reference) -> None:
     (granularity, method, layers), layer_runs = RECOMPUTE[kind]
     step = StepConfig(
         2,
@@ -196,11 +207,12 @@ def test_recomputation_changes_work_and_not_results(kind: str, reference) -> Non
         activations_checkpoint_method=method,
         activations_checkpoint_num_layers=layers,
     )
-    results, counts = run_ranks(counted_steps, 1, llava(step=step), make_layout(llava(), 1))[0]
-    assert_same_run(results, reference("plain", llava())[0][:2])
-    for name, number in layer_runs.items():
-        assert counts[name] == number
-        assert counts[f"{name} attention"] == (2 if kind == "selective" else number)
+    plain, run = (run_of(name, TINY[name], **settings) for settings in ({}, {"step": step}))
+    results, counts = run_ranks(counted_steps, 1, run, make_layout(run, 1))[0]
+    assert_same_run(results, reference(name, plain)[0][:2])
+    for layer, number in layer_runs.items():
+        assert counts[layer] == number
+        assert counts[f"{layer} attention"] == (2 if kind == "selective" else number)
 
 
 @pytest.mark.parametrize("layout", ["ddp", "tp2_dp2", "pp2_dp2", "pp2_vpp2"])
@@ -209,7 +221,7 @@ def test_overlap_changes_no_results(layout: str, flags: str, reference) -> None:
     optim = replace(DISTRIBUTED, overlap_grad_sync=True, overlap_param_sync="weights" in flags)
     run, where = sharded(llava(optim=optim), layout)
     results, final = run_ranks(train, where.world_size, run, where)[0]
-    expected, expected_weights = reference("plain", llava())
+    expected, expected_weights = reference("llava", llava())
     assert_same_run(results, expected)
     assert_same_weights(final, expected_weights)
 
@@ -242,7 +254,7 @@ def test_fsdp_reduces_in_the_dtype_that_is_asked_for(reference) -> None:
     run, where = sharded(llava(), "fsdp")
     run = replace(run, parallel=ParallelConfig(fsdp=True, fsdp_grad_reduce_dtype="bf16"))
     narrow = run_ranks(train, 2, run, where)[0][0]
-    expected = reference("plain", llava())[0]
+    expected = reference("llava", llava())[0]
     assert narrow[0][0] == pytest.approx(expected[0][0], rel=1e-6)
     assert narrow[0][1] != pytest.approx(expected[0][1], rel=2e-6)
     assert_same_run(narrow[:1], expected[:1], norm=1e-3)

@@ -129,6 +129,22 @@ def test_a_plan_of_72b_over_sixteen_nodes() -> None:
     assert [entry["stage"] for entry in plan["stages"]] == [stage for stage in range(4) for _ in range(8)]
 
 
+@pytest.mark.parametrize("layers", ["null", "[0,28]"])
+def test_a_plan_of_qwen2_vl_has_its_tower_on_the_first_stage(layers: str) -> None:
+    given = ("model=qwen2_vl_7b", "parallel=tp4_pp2", "trainer.devices=8", "model.tokenizer.type=nowhere")
+    plan = planned(tree_of("qwen2_vl_finetune", *given, f"model.pipeline_layers={layers}"), {})
+    assert plan["total_parameters"] == 8_291_375_616  # as its model card has it
+    sums = [
+        sum(entry["parameters_by_part"].get(part, 0) for entry in plan["stages"] if entry["stage"] == stage)
+        for part in ("vision_model", "vision_projection")
+        for stage in (0, 1)
+    ]
+    assert sums == [631_183_360, 0, 44_575_744, 0]
+    first = sum(e["parameters_by_part"]["language_model"] for e in plan["stages"] if e["stage"] == 0)
+    alone = first == 152064 * 3584  # with the embedding of words
+    assert alone == (layers == "[0,28]")
+
+
 def test_every_key_of_nemos_engine_is_explained() -> None:
     explained = set()
     tables = (CONF.parent / "docs/from_nemo.md").read_text().partition("## Settings")[2]

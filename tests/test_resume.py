@@ -127,7 +127,9 @@ def test_resume_in_the_same_layout_is_exact(layout: str, optim: OptimConfig, sav
     assert run_ranks(resume, where.world_size, run, where, path) == expected
 
 
-@pytest.mark.parametrize(("variant", "b"), [("gpt_tied", "fsdp"), ("gpt_tied", "single"), ("llava_odd", "fsdp_tp2")])
+@pytest.mark.parametrize(
+    ("variant", "b"), [("gpt_tied", "fsdp"), ("gpt_tied", "single"), ("llava_odd", "fsdp_tp2"), ("qwen2_vl", "fsdp")]
+)
 def test_copies_on_other_ranks_are_written_once(variant: str, b: str, tmp_path: Path) -> None:
     """A tied embedding on two stages, a tower that both tensor-parallel ranks hold; sharded moments differ in place."""
     a = "pp2_dp2" if variant == "gpt_tied" else "tp2_dp2"

@@ -18,7 +18,7 @@ class TrainerConfig:
 
     devices: int | Literal["auto"] = "auto"  # ranks on each node; auto: see layout.ranks_per_node
     num_nodes: int = 1
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "npu"] = "auto"  # npu: Ascend, by torch_npu, which auto never takes
     # bf16, bf16-mixed: bf16 weights, fp32 main weights in the optimizer; 16, 16-mixed: so with fp16, and loss scaling
     precision: Precision = "32"
     # -1: as many as max_epochs, or as model.data.train_samples or train_tokens, which take a recipe's place here

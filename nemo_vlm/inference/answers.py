@@ -26,6 +26,8 @@ from nemo_vlm.inference.settings import AskConfig, DecodingConfig, GenerateConfi
 
 log = logging.getLogger(__name__)
 
+Encoded = tuple[Tensor, list[Any]]  # ids of a prompt, and its images and videos
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -58,8 +60,7 @@ class Generation:
         """
         prompts, inference = self.form.read(), self.config.inference
         with restore(self.model.source, self.model.run.trainer.precision, self.model.layout) as restored:
-            encoded = [self.form.encode(prompt, restored) for prompt in prompts]
-            asked = [(with_bos(tokens, restored, inference), media) for tokens, media in encoded]
+            asked = [encoded(self.form, prompt, restored) for prompt in prompts]
             began = time.perf_counter()
 
             def work(batch: range) -> list[tuple[dict[str, Any], int]]:
@@ -107,18 +108,36 @@ def with_bos(ids: Tensor, restored: Restored, inference: DecodingConfig) -> Tens
     return torch.cat([torch.tensor([bos]), bare]) if inference.add_BOS else bare
 
 
+def encoded(form: RawPrompts | Questions, prompt: Prompt, restored: Restored) -> Encoded | str:
+    """Or why its images and videos cannot be read, which all ranks find alike.
+
+    Raises:
+        ConfigError: names the line.
+    """
+    try:
+        tokens, media = form.encode(prompt, restored)
+    except ConfigError as error:
+        if isinstance(error, SampleError) and error.of_media:
+            return str(error)
+        raise ConfigError(f"{prompt.called}: {error}") from None
+    return with_bos(tokens, restored, form.config.inference), media
+
+
 def sample_of(tokens: Tensor, media: list[Any], restored: Restored) -> Sample:
     return Sample(tokens, torch.empty(0, dtype=torch.int64), restored.processor.pixels(media))
 
 
 def with_pixels(
-    asked: Sequence[tuple[Tensor, list[Any]]], numbers: Sequence[int], restored: Restored
+    asked: Sequence[Encoded | str], numbers: Sequence[int], restored: Restored
 ) -> tuple[dict[int, Sample], dict[int, str]]:
     """Prompts with their pixels, by number; and of those whose pixels cannot be read, why. All ranks find the same."""
     samples, unreadable = {}, {}
-    for number, (tokens, media) in zip(numbers, asked, strict=True):
+    for number, one in zip(numbers, asked, strict=True):
+        if isinstance(one, str):
+            unreadable[number] = one
+            continue
         try:
-            samples[number] = sample_of(tokens, media, restored)
+            samples[number] = sample_of(*one, restored)
         except SampleError as error:
             unreadable[number] = str(error)
     return samples, unreadable

@@ -13,6 +13,7 @@ import torch
 from rich.progress import track
 
 from nemo_vlm import layout as layouts
+from nemo_vlm import options
 from nemo_vlm.config import ExpManagerConfig, ParallelConfig, RunConfig, StepConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.inference.restore import stored_precision
@@ -91,6 +92,7 @@ def lay_out(config: Asks, env: Mapping[str, str], data: Mapping[str, Any] | None
     settings = source.settings | {"parallel": parallel, "step": one_each(gpus * trainer.num_nodes // copy)}
     run = RunConfig(trainer=trainer, exp_manager=ExpManagerConfig(name=Path(path).stem), **settings)
     layouts.check(run)
+    options.check_data(run)
     copies = layouts.ranks_per_node(run, gpus, env) * trainer.num_nodes // copy
     run = replace(run, step=one_each(copies))
     return LaidOut(source, run, layouts.resolve(run, gpus, env))

@@ -1,8 +1,8 @@
 """Prompts as examples/neva_inference.py takes them: questions that are put into the model's conversation template.
 
-A line is {"prompt" (or "text", or "question"): text with <image> or <video> where they go}, with `image` or `video`, a
-path or several, below inference.media_base_path or the file's folder, and `system`, as a record. What else it has is
-passed through.
+A line is {"prompt" (or "text", or "question"): text with <image> or <video> where they go}, with `image` or `video` (or
+`images`, `videos`), a path or several, below inference.media_base_path or the file's folder, and `system`, as a record.
+What else it has is passed through.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from nemo_vlm.batch import IMAGE_TAG, VIDEO_TAG, Sample
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.inference.generate import Answer
-from nemo_vlm.inference.prompts import Prompt, check_image, misnamed, named, read_objects, with_placeholder
+from nemo_vlm.inference.prompts import Prompt, misnamed, named, prompt_of, read_objects, with_placeholder
 from nemo_vlm.inference.restore import Restored
 from nemo_vlm.inference.settings import NevaInferenceConfig
 
-QUESTIONS = ("prompt", "text", "question")  # fields that may hold it; the first that there is
 TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
+QUESTIONS = ("prompt", "text", "question")  # fields that may hold it; the first that there is
 
 
 @dataclass(frozen=True)
@@ -44,46 +44,41 @@ class Questions:
     def checked(self, line: Any, folder: Path, called: str) -> Prompt:
         if problem := fault(line):
             raise ConfigError(f"{called}: {problem}")
-        media = [folder / name for kind in TAGS for name in named(line, kind)]
+        files = {kind: named(line, kind) for kind in TAGS}
         for kind, tag in TAGS.items():
-            files = [folder / name for name in named(line, kind)]
-            if (count := self.question(line).count(tag)) != len(files):
+            count = self.question(line).count(tag)
+            if count != len(files[kind]):
                 hint = "" if count else "; inference.insert_media_token=left puts them in front"
-                raise ConfigError(f"{called}: {count} {tag} in the text, {len(files)} of '{kind}'{hint}")
-            for file in files:
-                check_file(kind, file, called)
-        return Prompt({"prompt": asked(line)} | line, media, called)
+                raise ConfigError(f"{called}: {count} {tag} in the text, {len(files[kind])} of '{kind}'{hint}")
+        return prompt_of({"prompt": asked(line)} | line, files, folder, called)
 
     def question(self, line: dict[str, Any]) -> str:
         """With its placeholders; those in front on a line of their own, as in LLaVA's data."""
         kind = self.config.inference.media_type
         text = with_placeholder(asked(line), TAGS[kind], len(named(line, kind)), self.config)
-        return re.sub(r"^((?:<image>|<video>)+) *(?=\S)", r"\1\n", text)
+        return re.sub(r"^((?:<image>|<video>)+) *(?!<image>|<video>)(?=\S)", r"\1\n", text)
 
     def record(self, prompt: Prompt) -> dict[str, Any]:
         """As a record of LLaVA's data, without an answer."""
-        images = len(named(prompt.line, "image"))
         turn = {"from": "human", "value": self.question(prompt.line)}
         return {
             "id": prompt.called,
             "system": prompt.line.get("system"),
             "conversations": [turn],
-            "image": prompt.images[:images],
-            "video": prompt.images[images:],
+            "image": prompt.images,
+            "video": prompt.videos,
         }
 
     def encode(self, prompt: Prompt, restored: Restored) -> tuple[Tensor, list[Any]]:
         """Ids [s], and the images and videos that they speak of.
 
         Raises:
-            ConfigError: names the line.
+            SampleError: an image or a video cannot be read, or the text is too long.
+            ConfigError: the model reads text only, and there are some.
         """
-        try:
-            tokens, media = restored.processor.asked(self.record(prompt))
-        except ConfigError as error:
-            raise ConfigError(f"{prompt.called}: {error}") from None
-        if len(media) != len(prompt.images):
-            raise ConfigError(f"{prompt.called}: the model reads text only, there are {len(prompt.images)} images")
+        tokens, media = restored.processor.asked(self.record(prompt))
+        if len(media) != (given := len(prompt.images) + len(prompt.videos)):
+            raise ConfigError(f"the model reads text only, there are {given} images")
         return tokens, media
 
     def end_strings(self, restored: Restored) -> tuple[str, ...]:
@@ -116,13 +111,4 @@ def fault(line: Any) -> str | None:
         return "'prompt' ('text', 'question') must be text"
     if not isinstance(line.get("system"), str | None):
         return "'system' must be text"
-    return misnamed(line, TAGS)
-
-
-def check_file(kind: str, file: Path, called: str) -> None:
-    if kind == "image":
-        check_image(file, called)
-    elif not file.is_file():
-        raise ConfigError(
-            f"{called}: {file}: the video does not exist; inference.media_base_path says where they stand"
-        )
+    return misnamed(line)

@@ -16,7 +16,7 @@ from torch import nn
 from nemo_vlm.config import DataConfig, LanguageConfig, StepConfig, TokenizerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout, one_process
-from nemo_vlm.mcore import groups, weights
+from nemo_vlm.mcore import cpu, groups, weights
 from nemo_vlm.mcore.config import DTYPES, context
 from nemo_vlm.mcore.engine import StageModule, materialize
 from nemo_vlm.mcore.inference import Forward
@@ -136,7 +136,8 @@ def join() -> None:
         raise ConfigError(f"{', '.join(missing)} missing in the environment of a rank; under Slurm, start torchrun")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(minutes=30))
+    backend = cpu.BACKENDS[cpu.device().type]
+    torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
 
 
 def tokenizer_of(source: Source) -> Any:

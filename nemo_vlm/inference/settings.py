@@ -17,7 +17,7 @@ class MachineConfig:
 
     devices: int | Literal["auto"] = "auto"
     num_nodes: int = 1
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "npu"] = "auto"
     precision: Precision | Literal["auto"] = "auto"  # auto: as the weights are stored
     hang_timeout: float = 1800.0
 
@@ -98,6 +98,7 @@ class GenerateConfig(AskConfig):
     model_path: str | None = None  # a checkpoint of any kind, see sources/
     prompt: str | None = None  # one prompt, instead of a file
     image: str | tuple[str, ...] | None = None  # of that prompt
+    video: str | tuple[str, ...] | None = None  # of that prompt; a file, or a folder of frames
     image_folder: str | None = None  # null: inference.media_base_path, or the folder of the file
     model: ParallelConfig = field(default_factory=ParallelConfig)  # the layout
 
@@ -106,8 +107,9 @@ class GenerateConfig(AskConfig):
             raise ConfigError("model_path=null: give a Hugging Face directory, a .nemo or a training checkpoint")
         if (self.prompt is None) == (self.prompt_file is None):
             raise ConfigError("give either prompt_file=LINES.jsonl or prompt=TEXT")
-        if self.image is not None and self.prompt is None:
-            raise ConfigError(f"image={self.image}: goes with prompt=TEXT; a line of prompt_file names its own")
+        for key in ("image", "video"):
+            if (given := getattr(self, key)) is not None and self.prompt is None:
+                raise ConfigError(f"{key}={given}: goes with prompt=TEXT; a line of prompt_file names its own")
         check_layout(self.model)
 
     @property

@@ -18,8 +18,9 @@ class MegatronStrategy(DDPStrategy):
 
     strategy_name = "megatron"
 
-    def __init__(self, layout: Layout, seed: int, hang_timeout: float) -> None:
-        super().__init__(timeout=timedelta(seconds=hang_timeout + 60))  # whoever finds the hang says more than gloo
+    def __init__(self, layout: Layout, seed: int, hang_timeout: float, backend: str) -> None:
+        timeout = timedelta(seconds=hang_timeout + 60)  # whoever finds the hang says more than gloo
+        super().__init__(process_group_backend=backend, timeout=timeout)
         self.layout, self.seed = layout, seed
 
     @override
