@@ -6,6 +6,7 @@ import traceback
 from dataclasses import dataclass
 
 MAX_LENGTH = 600  # of what a library says
+OF_MEDIA = {"missing_image", "broken_image", "huge_image", "narrow_image", "missing_video", "broken_video"}
 
 
 class ConfigError(ValueError):
@@ -16,13 +17,18 @@ class SampleError(ConfigError):
     """A record of which no sample can be made; training leaves it out and counts it.
 
     Attributes:
-        reason: a short name to count by: missing_image, broken_image, huge_image, missing_video, broken_video,
-            broken_record, no_answer, too_long, stale_length.
+        reason: a short name to count by: missing_image, broken_image, huge_image, narrow_image, missing_video,
+            broken_video, broken_record, no_answer, too_long, too_many_visual_tokens, stale_length.
     """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+    @property
+    def of_media(self) -> bool:
+        """Whether an image or a video is why, which another day may be there, and whole."""
+        return self.reason in OF_MEDIA
 
 
 @dataclass(frozen=True)
