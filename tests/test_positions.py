@@ -1,9 +1,11 @@
-"""M-RoPE: a walk by the rule of transformers 4.57, vectors by hand, transformers' own where it agrees, Megatron's."""
+"""M-RoPE: vectors recorded from transformers 4.57.1, a walk by its rule, transformers 5 where it agrees, Megatron's."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,8 @@ SAMPLES = {
     "one token": empty_sample(),
 }
 
+RECORDED = json.loads((Path(__file__).parent / "mrope_transformers_4_57_1.json").read_text())
+
 
 @pytest.mark.parametrize("make", [collate, pack])
 def test_positions_equal_a_walk_by_the_rule(make) -> None:
@@ -91,17 +95,10 @@ def test_positions_equal_a_walk_by_the_rule(make) -> None:
         assert list(map(tuple, found[:, row, start : start + len(sample.tokens)].T.tolist())) == expected
 
 
-def test_positions_by_hand() -> None:
-    """As transformers 4.57.1's get_rope_index: the text behind the long video goes on at 4 + 9, not at 4 + 3."""
-    found = positions_of(collate([SAMPLES["image"]]))[:, 0].tolist()
-    assert found == [
-        [0, 1, 2, 3, 3, 3, 3, 3, 3, 6, 7, 8, 9],
-        [0, 1, 2, 3, 3, 3, 4, 4, 4, 6, 7, 8, 9],
-        [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9],
-    ]
-    found = positions_of(collate([SAMPLES["long video"]]))[:, 0]
-    assert found[:, 4 : 4 + 54].amax(1).tolist() == [12, 5, 6]
-    assert found[:, 58:].tolist() == [[13, 14, 15, 16, 17, 18]] * 3
+@pytest.mark.parametrize("name", RECORDED)
+def test_positions_are_those_of_transformers_4_57(name: str) -> None:
+    """What Qwen2VLModel.get_rope_index of 4.57.1 gave for these samples, a long video among them."""
+    assert positions_of(collate([SAMPLES[name]]))[:, 0].tolist() == RECORDED[name]
 
 
 def test_positions_equal_transformers_where_no_video_is_long() -> None:
