@@ -67,6 +67,7 @@ class Batch:
         lengths: [samples] int64, on the CPU: tokens of each sample.
         records: [samples] int64, the number of each sample's record in the data.
         skipped: records of which no sample could be made; an empty one stands for each.
+        loss_weight: [] on the CPU, what its loss weighs in a training step, where the model's routers ask for it.
     """
 
     tokens: Tensor
@@ -75,6 +76,7 @@ class Batch:
     images: Images
     records: Tensor
     skipped: tuple[Skip, ...] = ()
+    loss_weight: Tensor | None = None
 
     @property
     def packed(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,8 @@ class Layout:
         stage_layers: decoder layers of each stage, in the order of the pipeline.
         fsdp: None: each data-parallel rank holds the whole of its stage.
         context: ranks that share the tokens of each sample, and hold copies of the weights.
+        expert: ranks that share the experts of a layer, taken from those that share tensors, tokens and data.
+        expert_tensor: ranks that share each expert.
     """
 
     num_nodes: int
@@ -33,6 +36,8 @@ class Layout:
     virtual: int = 1
     fsdp: Literal["full", "hybrid", "grad"] | None = None
     context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
 
     @property
     def world_size(self) -> int:
@@ -53,6 +58,21 @@ class Layout:
         if self.fsdp is None:
             return 1
         return self.replicas // max(self.num_nodes, 2) if self.fsdp == "hybrid" else self.replicas
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that train the same experts."""
+        return self.world_size // (self.expert * self.expert_tensor * self.pipeline)
+
+    @property
+    def experts_apart(self) -> bool:
+        """Whether experts are laid out in another way than the rest of a stage."""
+        return (self.expert, self.expert_tensor) != (1, self.tensor)
+
+    @property
+    def ranks_of_copy(self) -> int:
+        """The first ranks of a stage that hold all of it, of experts too."""
+        return math.lcm(self.tensor, self.expert * self.expert_tensor)
 
     @property
     def samples_per_rank(self) -> int:
@@ -81,20 +101,13 @@ def resolve(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> Layout:
     parallel = run.parallel
     ranks = ranks_per_node(run, num_gpus, env)
     world_size, replica = ranks * run.trainer.num_nodes, replica_size(parallel)
-    if world_size % replica:
-        raise ConfigError(
-            f"trainer.devices={ranks} x trainer.num_nodes={run.trainer.num_nodes}: {world_size} ranks do not divide by "
-            f"the {replica} of tensor_model_parallel_size={parallel.tensor_model_parallel_size} x "
-            f"pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}"
-            + f" x context_parallel_size={parallel.context_parallel_size}"
-            * (parallel.context_parallel_size > 1)
-        )
+    check_world_size(run, ranks)
     layout = Layout(
         num_nodes=run.trainer.num_nodes,
         ranks_per_node=ranks,
         tensor=parallel.tensor_model_parallel_size,
         pipeline=parallel.pipeline_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        sequence_parallel=splits_sequence(run),
         stage_layers=stage_layers(run.model.num_layers, parallel),
         micro_batch_size=run.step.micro_batch_size,
         num_micro_batches=num_micro_batches(
@@ -103,6 +116,8 @@ def resolve(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> Layout:
         virtual=parallel.virtual_pipeline_model_parallel_size or 1,
         fsdp=parallel.fsdp_sharding_strategy if parallel.fsdp else None,
         context=parallel.context_parallel_size,
+        expert=parallel.expert_model_parallel_size,
+        expert_tensor=expert_tensor_size(parallel),
     )
     check_batches(run, layout)
     check_recompute(run.step, layout)
@@ -113,6 +128,33 @@ def resolve(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> Layout:
             f"not divide into {copies} copies"
         )
     return layout
+
+
+def check_world_size(run: RunConfig, ranks: int) -> None:
+    """Copies of the model's dense part and of its experts both fill all ranks."""
+    parallel = run.parallel
+    sizes = [(replica_size(parallel), ["tensor_model", "pipeline_model", "context"])]
+    if run.model.num_moe_experts:
+        sizes.append((experts_size(parallel), ["expert_model", "expert_tensor", "pipeline_model"]))
+    world_size, least = ranks * run.trainer.num_nodes, math.lcm(*(size for size, _ in sizes))
+    for size, parts in sizes:
+        if world_size % size:
+            values = {part: getattr(parallel, f"{part}_parallel_size") for part in parts}
+            values |= {"expert_tensor": expert_tensor_size(parallel)} if "expert_tensor" in values else {}
+            named = [f"{part}_parallel_size={n}" for part, n in values.items() if n > 1 or part != "context"]
+            raise ConfigError(
+                f"trainer.devices={ranks} x trainer.num_nodes={run.trainer.num_nodes}: {world_size} ranks do not "
+                f"divide by the {size} of {' x '.join(named)}; {least} or a multiple would do"
+            )
+
+
+def splits_sequence(run: RunConfig) -> bool:
+    """Whether training runs sequence-parallel: always where experts are beside tensor parallelism, as Megatron demands.
+
+    Of every token only one tensor-parallel rank then asks the router.
+    """
+    tensor = run.parallel.tensor_model_parallel_size > 1
+    return tensor and (run.parallel.sequence_parallel or run.model.num_moe_experts is not None)
 
 
 def check_recompute(step: StepConfig, layout: Layout) -> None:
@@ -180,17 +222,6 @@ def check_strategy(run: RunConfig) -> None:
             f"model.fsdp=true: model.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}; "
             "FSDP goes with tensor parallelism, not with a pipeline"
         )
-    offloads = run.optim.offload not in (False, 0.0)
-    if parallel.fsdp and (run.optim.distributed or run.optim.overlap_grad_sync or offloads):
-        raise ConfigError(
-            f"model.fsdp=true: FSDP shards and overlaps the optimizer itself; model.optim.name={run.optim.name}, "
-            "overlap_grad_sync and offload are for the other layouts, take fused_adam"
-        )
-    if run.optim.distributed and offloads and run.trainer.precision == "32":
-        raise ConfigError(
-            f"model.optim.offload={run.optim.offload}: with model.optim.name={run.optim.name} it needs "
-            "trainer.precision=bf16-mixed or 16-mixed (Megatron offloads main weights of their own)"
-        )
     for key in ("fsdp_sharding_strategy", "fsdp_grad_reduce_dtype", "fsdp_sharded_checkpoint"):
         if not parallel.fsdp and getattr(parallel, key) != getattr(ParallelConfig(), key):
             raise ConfigError(f"model.{key}={getattr(parallel, key)}: goes with model.fsdp=true")
@@ -239,14 +270,15 @@ def ranks_per_node(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> int
         return launched // trainer.num_nodes
     if num_gpus:
         return usable_gpus(run, num_gpus)
-    return -(-replica_size(run.parallel) * run.parallel.cpu_data_parallel_size // trainer.num_nodes)
+    return -(-least_ranks(run) * run.parallel.cpu_data_parallel_size // trainer.num_nodes)
 
 
 def usable_gpus(run: RunConfig, num_gpus: int) -> int:
     """All GPUs of a node, or as many of them as can share the global batch equally."""
     for gpus in range(num_gpus, 0, -1):
-        replicas, left = divmod(gpus * run.trainer.num_nodes, replica_size(run.parallel))
-        if replicas and not left and run.step.global_batch_size % (run.step.micro_batch_size * replicas) == 0:
+        replicas = gpus * run.trainer.num_nodes // replica_size(run.parallel)
+        fits = gpus * run.trainer.num_nodes % least_ranks(run) == 0
+        if replicas and fits and run.step.global_batch_size % (run.step.micro_batch_size * replicas) == 0:
             return gpus
     return num_gpus
 
@@ -255,6 +287,23 @@ def replica_size(parallel: ParallelConfig) -> int:
     """Ranks that train on one sample together."""
     model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     return model * parallel.context_parallel_size
+
+
+def expert_tensor_size(parallel: ParallelConfig) -> int:
+    given = parallel.expert_tensor_parallel_size
+    return parallel.tensor_model_parallel_size if given is None else given
+
+
+def experts_size(parallel: ParallelConfig) -> int:
+    """Ranks that hold one copy of all experts together."""
+    model = parallel.expert_model_parallel_size * expert_tensor_size(parallel)
+    return model * parallel.pipeline_model_parallel_size
+
+
+def least_ranks(run: RunConfig) -> int:
+    """The fewest ranks that hold whole copies of the model's dense part and of its experts."""
+    dense = replica_size(run.parallel)
+    return math.lcm(dense, experts_size(run.parallel)) if run.model.num_moe_experts else dense
 
 
 def num_micro_batches(micro_batch_size: int, global_batch_size: int, data_parallel_size: int) -> int:
@@ -277,14 +326,8 @@ def check_model(model: LanguageConfig, parallel: ParallelConfig) -> None:
     positive("model.pipeline_model_parallel_size", parallel.pipeline_model_parallel_size)
     positive("model.context_parallel_size", parallel.context_parallel_size)
     heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
-    for key in (
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "kv_channels",
-        "encoder_seq_length",
-    ):
+    sizes = "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels encoder_seq_length"
+    for key in sizes.split():
         positive(f"model.{key}", getattr(model, key))
     if positive("model.num_query_groups", groups) > heads or heads % groups:
         raise ConfigError(f"model.num_query_groups={groups}: model.num_attention_heads={heads} must divide by it")
@@ -294,7 +337,7 @@ def check_model(model: LanguageConfig, parallel: ParallelConfig) -> None:
             f"model.num_query_groups={groups}: must divide by tensor_model_parallel_size={tp}, or divide it"
         )
     for key, value in (("num_attention_heads", heads), ("ffn_hidden_size", model.ffn_hidden_size)):
-        if value % tp:
+        if value % tp and (key != "ffn_hidden_size" or model.num_moe_experts is None):
             raise ConfigError(f"model.{key}={value}: must divide by tensor_model_parallel_size={tp}")
 
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from nemo_vlm.config import RunConfig, StepConfig, demand
+from nemo_vlm.config import LanguageConfig, ParallelConfig, RunConfig, StepConfig, demand
 from nemo_vlm.config.checks import show
 from nemo_vlm.config.data import OF_MEDIA, PAIRS
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.layout import Layout
+from nemo_vlm.layout import Layout, expert_tensor_size, positive, splits_sequence
 
+OF_EXPERTS = ("moe_", "expert_")  # what their settings begin with
 FP8_MULTIPLE = 16  # every dimension of a product in 8-bit floats (Transformer Engine's assert_dim_for_fp8_exec, cuBLAS)
 
 
@@ -23,7 +24,9 @@ def check(run: RunConfig) -> None:
     """
     step = run.step
     check_data(run)
+    check_optimizer(run)
     check_padding(run)
+    check_experts(run)
     if run.trainer.accelerator == "npu":
         check_npu(step)
     if step.transformer_impl == "local":
@@ -86,21 +89,109 @@ def check_npu(step: StepConfig) -> None:
 
 def of_transformer_engine(step: StepConfig) -> list[str]:
     """The settings that nothing else has, as key=value."""
-    switches = ("fp8", "ub_tp_comm_overlap", "cpu_offloading")
+    switches = ("fp8", "ub_tp_comm_overlap", "cpu_offloading", "moe_grouped_gemm", "moe_permute_fusion")
     found = [f"model.{name}=true" for name in switches if getattr(step, name)]
     backend = step.attention_backend
     return found + [f"model.attention_backend={backend}"] * (backend not in ("auto", "local"))
+
+
+def check_optimizer(run: RunConfig) -> None:
+    """Sharding, overlap and offload of the optimizer, each where it can be."""
+    parallel, offloads = run.parallel, run.optim.offload not in (False, 0.0)
+    if parallel.fsdp and (run.optim.distributed or run.optim.overlap_grad_sync or offloads):
+        raise ConfigError(
+            f"model.fsdp=true: FSDP shards and overlaps the optimizer itself; model.optim.name={run.optim.name}, "
+            "overlap_grad_sync and offload are for the other layouts, take fused_adam"
+        )
+    if run.optim.distributed and offloads and run.trainer.precision == "32":
+        raise ConfigError(
+            f"model.optim.offload={run.optim.offload}: with model.optim.name={run.optim.name} it needs "
+            "trainer.precision=bf16-mixed or 16-mixed (Megatron offloads main weights of their own)"
+        )
 
 
 def check_padding(run: RunConfig) -> None:
     """A length that is given must hold every sample, and suit the layout and the products."""
     parallel, limit, pad_to = run.parallel, run.model.encoder_seq_length, run.data.pad_to
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    multiple = token_multiple(tensor, parallel.sequence_parallel, context, run.step.fp8)
+    multiple = token_multiple(tensor, splits_sequence(run), context, run.step.fp8)
     if pad_to != "batch":
         right = f"batch, or no less than model.encoder_seq_length={limit} and a multiple of {multiple}"
         right += " with model.fp8=true" * run.step.fp8
         demand(pad_to >= limit and pad_to % multiple == 0, "model.data.pad_to", pad_to, right)
+
+
+def check_experts(run: RunConfig) -> None:
+    """Sizes that divide, and how tokens reach experts; adapters are for what all tokens pass through."""
+    model, parallel, step, lora = run.model, run.parallel, run.step, run.peft.lora
+    if model.num_moe_experts is None:
+        check_dense(run)
+        return
+    check_expert_sizes(model, parallel)
+    if step.moe_token_dispatcher_type == "allgather":
+        check_allgather(run)
+    if step.fp8 or step.cpu_offloading:
+        key = "fp8" if step.fp8 else "cpu_offloading"
+        raise ConfigError(f"model.{key}=true: not with model.num_moe_experts={model.num_moe_experts}; leave it out")
+    if lora and not lora.linears <= {"linear_qkv", "linear_proj"}:
+        targets = ", ".join(lora.target_modules)
+        right = "[attention], [attention_qkv] or [attention_dense] with model.num_moe_experts"
+        demand(False, "model.peft.lora_tuning.target_modules", f"[{targets}]", right)
+
+
+def check_dense(run: RunConfig) -> None:
+    """Settings of experts are for a model that has some."""
+    for section in (run.parallel, run.step):
+        for setting in fields(section):
+            if setting.name.startswith(OF_EXPERTS):
+                value, default = getattr(section, setting.name), setting.default
+                right = f"{show(default)} with model.num_moe_experts=null"
+                demand(value == default, f"model.{setting.name}", show(value), right)
+
+
+def check_expert_sizes(model: LanguageConfig, parallel: ParallelConfig) -> None:
+    """Experts must divide by the ranks that share them, and the width of each by those that share it."""
+    count, width = model.num_moe_experts, model.moe_ffn_hidden_size
+    expert, tensor = parallel.expert_model_parallel_size, expert_tensor_size(parallel)
+    assert count is not None and width is not None, "both are filled in when the settings are read"
+    for key, size in (("expert_model_parallel_size", expert), ("expert_tensor_parallel_size", tensor)):
+        positive(f"model.{key}", size)
+    positive("model.moe_ffn_hidden_size", width)
+    demand(count % expert == 0, "model.num_moe_experts", count, f"a multiple of expert_model_parallel_size={expert}")
+    right = f"a multiple of expert_tensor_parallel_size={tensor}"
+    demand(width % tensor == 0, "model.moe_ffn_hidden_size", width, right)
+    if parallel.fsdp:
+        right = "1 with model.fsdp=true, which shards experts as all weights"
+        demand(expert == 1, "model.expert_model_parallel_size", expert, right)
+        same = (
+            f"{parallel.tensor_model_parallel_size} with model.fsdp=true, as tensor_model_parallel_size; leave it out"
+        )
+        demand(tensor == parallel.tensor_model_parallel_size, "model.expert_tensor_parallel_size", tensor, same)
+
+
+def check_allgather(run: RunConfig) -> None:
+    """Megatron gathers as many tokens of each rank as it has itself."""
+    key, size = "model.moe_token_dispatcher_type", run.parallel.pipeline_model_parallel_size
+    right = f"alltoall with model.pipeline_model_parallel_size={size}, where every micro-batch has a length of its own"
+    demand(size == 1, key, "allgather", right)
+    if gathers_samples(run):
+        check_lengths(run, f"{key}=allgather")
+
+
+def gathers_samples(run: RunConfig) -> bool:
+    """Whether ranks that see different samples gather each other's tokens for their experts."""
+    parallel, gathers = run.parallel, run.step.moe_token_dispatcher_type == "allgather"
+    one_sample = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    shared = parallel.expert_model_parallel_size * expert_tensor_size(parallel)
+    return gathers and one_sample % shared != 0
+
+
+def check_lengths(run: RunConfig, key: str) -> None:
+    """All micro-batches must be of one length."""
+    if run.data.pad_to == "batch" and run.data.has_records:
+        raise ConfigError(f"{key}: all batches must be as long; give model.data.pad_to={run.model.encoder_seq_length}")
+    if splits_packs(run):
+        raise ConfigError(f"{key}: not with packed samples and model.context_parallel_size above 1")
 
 
 def check_fp8(run: RunConfig) -> None:
@@ -123,16 +214,18 @@ def check_fp8(run: RunConfig) -> None:
             )
 
 
+def splits_packs(run: RunConfig) -> bool:
+    """Whether packed samples are split over ranks: each is padded for it, so that packs differ in length."""
+    packs = run.data.packing or run.data.reset_attention_mask or run.data.data_impl == "sft_idxmap"
+    return packs and run.parallel.context_parallel_size > 1
+
+
 def check_overlap(run: RunConfig) -> None:
     """Transformer Engine's buffers are made once: what passes through them is sequence-parallel, and of one size."""
     key = "model.ub_tp_comm_overlap=true"
-    if run.parallel.tensor_model_parallel_size == 1 or not run.parallel.sequence_parallel:
+    if not splits_sequence(run):
         raise ConfigError(f"{key}: needs model.tensor_model_parallel_size above 1 and model.sequence_parallel=true")
-    if run.data.pad_to == "batch" and run.data.has_records:
-        raise ConfigError(f"{key}: all batches must be as long; give model.data.pad_to={run.model.encoder_seq_length}")
-    packs = run.data.packing or run.data.reset_attention_mask or run.data.data_impl == "sft_idxmap"
-    if packs and run.parallel.context_parallel_size > 1:  # each sample is padded to be split
-        raise ConfigError(f"{key}: not with packed samples and model.context_parallel_size above 1")
+    check_lengths(run, key)
     if not run.trainer.precision.startswith("bf16"):
         raise ConfigError(f"{key}: its buffers are bf16, and trainer.precision={run.trainer.precision}")
 
@@ -171,7 +264,7 @@ def least_multiple(run: RunConfig, layout: Layout) -> int:
 
 
 def row_length(run: RunConfig, layout: Layout) -> int:
-    """Tokens of each row under ub_tp_comm_overlap, whose buffers are made for them."""
+    """Tokens of each row where all micro-batches are of one length."""
     multiple = least_multiple(run, layout)
     longest = run.model.encoder_seq_length if run.data.pad_to == "batch" else run.data.pad_to
     return -(-longest // multiple) * multiple

@@ -37,17 +37,23 @@ def read_run(tree: Mapping[str, Any], model_class: type) -> RunConfig:
     """
     check_keys(tree, {"trainer", "exp_manager", "model", "samples"}, "")
     trainer = read(TrainerConfig, tree["trainer"], "trainer")
-    model, precision = tree["model"], tree["model"].get("precision")
-    if model.get("cpu_offloading") is True and model.get("cpu_offloading_weights") is True:
-        raise ConfigError("model.cpu_offloading_weights=true: weights stay on the GPU; give false, or leave it out")
-    if precision is not None and str(precision) != str(tree["trainer"].get("precision")):
-        raise ConfigError(f"model.precision={precision}: trainer.precision={trainer.precision}; give that alone")
+    check_repeated(tree["model"], tree["trainer"].get("precision"))
     return RunConfig(
         trainer=trainer,
         exp_manager=read(ExpManagerConfig, tree["exp_manager"], "exp_manager"),
         samples=read(SamplesConfig, tree.get("samples", {}), "samples"),
-        **read_model(model, model_class),
+        **read_model(tree["model"], model_class),
     )
+
+
+def check_repeated(model: Mapping[str, Any], precision: Any) -> None:
+    """NeMo's own settings in the branch `model` that say what others say, too: of these, `trainer.precision`."""
+    if model.get("cpu_offloading") is True and model.get("cpu_offloading_weights") is True:
+        raise ConfigError("model.cpu_offloading_weights=true: weights stay on the GPU; give false, or leave it out")
+    if (given := model.get("precision")) is not None and str(given) != str(precision):
+        raise ConfigError(f"model.precision={given}: trainer.precision={precision}; give that alone")
+    if model.get("moe_router_load_balancing_type") == "none" and model.get("moe_aux_loss_coeff"):
+        raise ConfigError("model.moe_router_load_balancing_type=none: give model.moe_aux_loss_coeff=0 with it")
 
 
 def read_model(tree: Mapping[str, Any], model_class: type) -> dict[str, Any]:
@@ -87,7 +93,9 @@ def plain_defaults(section: type) -> dict[str, Any]:
     out = {}
     for f in fields(section):
         value: Any = f.default_factory() if callable(f.default_factory) else f.default
-        out[f.name] = plain_defaults(type(value)) if is_dataclass(value) else value
+        if is_dataclass(value):
+            value = plain_defaults(type(value)) if f.default_factory is type(value) else plain(value)
+        out[f.name] = value
     return {key: list(value) if isinstance(value, tuple) else value for key, value in out.items()}
 
 
@@ -102,7 +110,23 @@ def read(section: type[T], tree: Mapping[str, Any], path: str) -> T:
     """One dataclass from a mapping; `path` is the key that leads to it, for messages."""
     hints = get_type_hints(section)
     check_keys(tree, set(hints), path)
-    return section(**{key: convert(value, hints[key], f"{path}.{key}".lstrip(".")) for key, value in tree.items()})
+    own = {key: merged(value, tree[key]) for key, value in own_defaults(section).items() if key in tree}
+    given = {**tree, **own}
+    return section(**{key: convert(value, hints[key], f"{path}.{key}".lstrip(".")) for key, value in given.items()})
+
+
+def own_defaults(section: Any) -> dict[str, Any]:
+    """Branches of a dataclass whose default is not that of their own class."""
+    factories = {f.name: f.default_factory for f in fields(section) if callable(f.default_factory)}
+    made = {name: factory() for name, factory in factories.items() if factory not in (list, dict)}
+    return {name: plain(value) for name, value in made.items() if factories[name] is not type(value)}
+
+
+def merged(defaults: Any, given: Any) -> Any:
+    """What is given of a branch over its defaults; what is no branch stays as it is given."""
+    if not isinstance(defaults, Mapping) or not isinstance(given, Mapping):
+        return given
+    return {**defaults, **{key: merged(defaults.get(key), value) for key, value in given.items()}}
 
 
 def pick(tree: Mapping[str, Any], names: set[str]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from nemo_vlm.mcore import groups
 from nemo_vlm.models.base import family
 from nemo_vlm.training.build import make_engine
 
-DISTRIBUTED = OptimConfig(name="distributed_fused_adam", lr=1e-2)
+DISTRIBUTED = OptimConfig(name="distributed_fused_adam", lr=1e-2, eps=1e-6)
 PROJECTOR = {"language_model", "vision_model"}  # LLaVA's first stage trains the projector alone
 FROZEN = {
     "projector_only": PROJECTOR,

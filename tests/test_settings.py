@@ -12,6 +12,7 @@ from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import check, check_model, num_micro_batches, ranks_per_node, resolve, stage_layers
 from nemo_vlm.models.base import family
 from nemo_vlm.models.llava.config import Config
+from nemo_vlm.options import check_optimizer
 from nemo_vlm.typed import defaults, model_tree, plain_defaults, read_run
 
 
@@ -248,6 +249,7 @@ def test_what_does_not_go_together(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         run = read_run(base, Config)
         check(run)
+        check_optimizer(run)
         resolve(run, 0, {})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_vlm.config.checks import demand, fill
+from nemo_vlm.config.checks import demand, fill, show
 from nemo_vlm.config.data import DataConfig
 from nemo_vlm.config.multimodal import MediaConfig
 from nemo_vlm.errors import ConfigError
@@ -58,6 +58,10 @@ class LanguageConfig:
     qk_layernorm: bool = False  # RMSNorm over each head of queries and keys
     share_embeddings_and_output_weights: bool = False
     init_method_std: float = 0.02
+    num_moe_experts: int | None = None  # experts in the place of each layer's FFN (mixture of experts); null: dense
+    moe_ffn_hidden_size: int | None = None  # of each expert; null: ffn_hidden_size
+    moe_router_topk: int = 2  # experts that each token is sent to; no token is dropped
+    moe_aux_loss_coeff: float = 0.0  # of the loss that evens the experts' loads (Switch Transformer); 0: off
 
     def __post_init__(self) -> None:
         demand(self.init_method_std > 0, "model.init_method_std", self.init_method_std, "more than 0")
@@ -68,9 +72,25 @@ class LanguageConfig:
                 "must divide by it, or model.kv_channels be given"
             )
         fill(self, kv_channels=self.hidden_size // max(self.num_attention_heads, 1))
+        self._settle_experts()
         if self.position_axes == 1:
             right = "null: this family's positions have one axis"
             demand(self.mrope_section is None, "model.mrope_section", list(self.mrope_section or ()), right)
+
+    def _settle_experts(self) -> None:
+        if (experts := self.num_moe_experts) is None:
+            keys = ("moe_ffn_hidden_size", "moe_router_topk", "moe_aux_loss_coeff")
+            defaults = {key: getattr(LanguageConfig, key) for key in keys}
+            if any(getattr(self, key) != default for key, default in defaults.items()):
+                needed = " ".join(f"model.{key}={show(default)}" for key, default in defaults.items())
+                raise ConfigError(f"model.num_moe_experts=null: give {needed} with it, or a number of experts")
+            return
+        demand(experts > 1, "model.num_moe_experts", experts, "2 or more, or null")
+        fill(self, moe_ffn_hidden_size=self.ffn_hidden_size)
+        right = f"from 2 to model.num_moe_experts={experts}; one alone would always weigh 1, which trains no router"
+        demand(2 <= self.moe_router_topk <= experts, "model.moe_router_topk", self.moe_router_topk, right)
+        demand(self.moe_aux_loss_coeff >= 0, "model.moe_aux_loss_coeff", self.moe_aux_loss_coeff, "0 or more")
+        demand(not self.bias, "model.bias", "true", "false with model.num_moe_experts; qkv_bias may be true")
 
     @property
     def media(self) -> MediaConfig | None:
@@ -94,6 +114,16 @@ class LanguageConfig:
         return 1
 
     @property
+    def mrope_interleaved(self) -> bool:
+        """Whether the axes of M-RoPE take turns over the frequencies, or each has a run of them."""
+        return False
+
+    @property
+    def deepstack_layers(self) -> int:
+        """How many of the first decoder layers get visual features of their own (DeepStack)."""
+        return 0
+
+    @property
     def divided_heads(self) -> dict[str, int]:
         """What a file for each tensor-parallel rank divides head by head, by the settings that number them."""
         decoder = {"num_query_groups": self.num_query_groups or self.num_attention_heads}
@@ -107,39 +137,24 @@ class LanguageConfig:
         return self.media is not None
 
     @property
+    def in_text(self) -> MediaConfig:
+        """What stands in a text for images and videos, of a model that reads text alone too."""
+        return self.media or MediaConfig()
+
+    @property
     def placeholder_ids(self) -> tuple[int, ...]:
         """The tokens that stand for features; settled before a model is built."""
-        return () if self.media is None else (self.media.image_token_index,)
-
-    @property
-    def image_placeholder(self) -> str:
-        """What stands in a text where an image goes."""
-        return "<image>" if self.media is None else self.media.image_token
-
-    @property
-    def image_text(self) -> str:
-        """The placeholder with what stands around it."""
-        return self.image_placeholder
-
-    @property
-    def video_placeholder(self) -> str:
-        """What stands in a text where a video goes; an image's, where the model does not tell them apart."""
-        return self.image_placeholder
-
-    @property
-    def video_text(self) -> str:
-        """The placeholder with what stands around it."""
-        return self.image_text
-
-    @property
-    def media_break(self) -> str:
-        """What its chat template puts between an image or a video that is given apart and the texts beside it."""
-        return "\n"
+        return () if self.media is None else self.media.placeholder_ids
 
     @property
     def image_facts(self) -> dict[str, int]:
         """What settings of the data may repeat of the model's images, by their keys: they must say the same."""
         return {}
+
+    @property
+    def conv_template(self) -> str:
+        """How conversations are written where `model.data.conv_template` is null: as the family's chat template."""
+        return "v1"
 
     @property
     def media_settings(self) -> dict[str, Any]:

@@ -15,6 +15,8 @@ KERNELS = "attention is chosen by model.attention_backend; leave it out"
 DROPOUT = "there is no dropout in these models; model.peft.lora_tuning.adapter_dropout is an adapter's"
 RECOMPUTE = "recomputation is the same for all micro-batches and stages; use model.activations_checkpoint_num_layers"
 LLAMA = "only Llama's architecture is built here, which has"
+ROUTER = "experts are chosen by the softmax over all of them, in fp32; leave it out"
+DROPLESS = "no token is dropped and no expert has a limit; leave it out"
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,12 @@ class NsysConfig:
 class NemoConfig:
     """`model.*`, NeMo's. A field with `only` has one possible value; any value of the others gives the same run."""
 
-    precision: str | int | None = None  # trainer.precision, if anything; typed.read_run compares
+    precision: str | int | None = None  # trainer.precision, if anything; typed.check_repeated compares
     override_vocab_size: int | None = only(None, "give model.vocab_size")
     drop_last: bool = only(True, "every global batch is full: what is left of an epoch goes on into the next")
     resume_from_checkpoint: str | None = only(None, "give exp_manager.resume_from_checkpoint")
 
     # Layout
-    expert_model_parallel_size: int = only(1, "no model here has experts yet")
     overlap_p2p_comm: bool | None = None
     batch_p2p_comm: bool | None = None
 
@@ -63,6 +64,21 @@ class NemoConfig:
     do_layer_norm_weight_decay: bool = only(False, "norms and biases never decay")
     pre_process: bool = only(True, "the first pipeline stage embeds")
     post_process: bool = only(True, "the last pipeline stage has the head")
+
+    # Experts
+    moe_layer_freq: int = only(1, "experts stand in all layers; leave it out")
+    moe_router_load_balancing_type: Literal["aux_loss", "none"] = "aux_loss"  # typed.check_repeated compares
+    moe_router_dtype: str | None = only("fp32", ROUTER)
+    moe_router_score_function: str = only("softmax", ROUTER)
+    moe_router_pre_softmax: bool = only(False, ROUTER)
+    moe_router_enable_expert_bias: bool = only(False, ROUTER)
+    moe_z_loss_coeff: float | None = only(None, ROUTER)
+    moe_input_jitter_eps: float | None = only(None, ROUTER)
+    moe_expert_capacity_factor: float | None = only(None, DROPLESS)
+    moe_pad_expert_input_to_capacity: bool = only(False, DROPLESS)
+    moe_token_dropping: bool = only(False, DROPLESS)
+    moe_shared_expert_intermediate_size: int | None = only(None, "no expert is shared by all tokens; leave it out")
+    moe_per_layer_logging: bool | None = None
 
     # Engine and kernels
     mcore_gpt: bool = only(True, "Megatron-Core is the only engine")
@@ -89,7 +105,7 @@ class NemoConfig:
     fp32_residual_connection: bool = only(False, "the residual stream has the weights' precision")
     fp16_lm_cross_entropy: bool = only(False, "the loss is computed in fp32")
     cpu_offloading_activations: bool = only(True, "they are what model.cpu_offloading moves; leave it out")
-    cpu_offloading_weights: bool | None = None  # recipes have it beside cpu_offloading=false; typed.read_run compares
+    cpu_offloading_weights: bool | None = None  # beside cpu_offloading=false in recipes; typed.check_repeated compares
     fp8_interval: int = only(1, "Transformer Engine computes the scales anew at every step")
     num_micro_batches_with_partial_activation_checkpoints: int | None = only(None, RECOMPUTE)
     activations_checkpoint_layers_per_pipeline: int | None = only(None, RECOMPUTE)

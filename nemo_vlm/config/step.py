@@ -18,6 +18,8 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = None  # parts of the pipeline that each of its ranks holds
     sequence_parallel: bool = False
     context_parallel_size: int = 1  # ranks that share the tokens of each sample, packed or padded
+    expert_model_parallel_size: int = 1  # ranks that share a layer's experts, each holding some of them
+    expert_tensor_parallel_size: int | None = None  # ranks that share each expert; null: tensor_model_parallel_size
     pipeline_layers: tuple[int, ...] | None = None  # layers of each stage, by hand; 0 is allowed on the first
     first_pipeline_num_layers: int | None = None  # as Megatron's decoder-first-pipeline-num-layers
     num_layer_list: tuple[int, ...] | None = None  # as MindSpeed's: the first layer of each stage, by hand
@@ -61,6 +63,9 @@ class StepConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     # flash: flash-attn; fused: cuDNN; unfused: plain products, of these Transformer Engine's; local: ours
     attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach their experts' ranks
+    moe_grouped_gemm: bool | None = None  # all experts of a rank in one product; null: where Transformer Engine is
+    moe_permute_fusion: bool = False  # Transformer Engine's kernel sorts the tokens by experts
     ub_tp_comm_overlap: bool = False  # tensor parallelism's communication runs beside the products it belongs to
     # 8-bit floats in the language model's linear layers, scaled by what was seen before (delayed scaling)
     fp8: bool = False
@@ -104,4 +109,5 @@ class StepConfig:
 
     def on_paper(self) -> StepConfig:
         """The same for modules that are built only to be counted, on any machine: the parameters are no others."""
-        return replace(self, transformer_impl="local", fp8=False, ub_tp_comm_overlap=False, cpu_offloading=False)
+        fewer = replace(self, fp8=False, ub_tp_comm_overlap=False, cpu_offloading=False)
+        return replace(fewer, transformer_impl="local", moe_grouped_gemm=None, moe_permute_fusion=False)

@@ -10,6 +10,7 @@ for message in (
     "transformer_engine not found",
     ".*Falling back to Torch",
     ".*cuda.*not available",
+    "`sequence_parallel` is set to `True`, but",  # of experts that each tensor-parallel rank has whole
 ):
     warnings.filterwarnings("ignore", message)
 

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from nemo_vlm.config import LanguageConfig, StepConfig
 from nemo_vlm.layout import Layout, one_process
+from nemo_vlm.mcore.groups import pretending
 from nemo_vlm.mcore.layers import Kernels, kernels
 from nemo_vlm.options import offloaded_layers
 
@@ -91,7 +92,7 @@ def language_config(model: LanguageConfig, build: BuildContext) -> TransformerCo
         sequence_parallel=layout.sequence_parallel,
         context_parallel_size=layout.context,
         variable_seq_lengths=layout.pipeline > 1,  # each micro-batch is padded to its own longest sample
-        moe_token_dispatcher_type="alltoall",  # the default is refused with variable_seq_lengths, even without experts
+        **expert_settings(model, build),
         calculate_per_token_loss=True,
         tp_comm_overlap=step.ub_tp_comm_overlap,
         cpu_offloading=step.cpu_offloading,
@@ -101,6 +102,27 @@ def language_config(model: LanguageConfig, build: BuildContext) -> TransformerCo
         fp8_margin=step.fp8_margin,
         fp8_amax_history_len=step.fp8_amax_history_len,
         fp8_amax_compute_algo=step.fp8_amax_compute_algo,
+    )
+
+
+def expert_settings(model: LanguageConfig, build: BuildContext) -> dict[str, Any]:
+    """TransformerConfig's fields of experts."""
+    step = build.step  # Megatron's default dispatcher is refused with variable_seq_lengths, even without experts
+    settings: dict[str, Any] = dict(moe_token_dispatcher_type=step.moe_token_dispatcher_type)
+    if model.num_moe_experts is None:
+        return settings
+    fused = build.kernels == "transformer_engine"
+    return settings | dict(
+        num_moe_experts=model.num_moe_experts,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
+        moe_router_topk=model.moe_router_topk,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",  # mcore.experts takes the auxiliary loss in
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_grouped_gemm=fused if step.moe_grouped_gemm is None else step.moe_grouped_gemm,
+        moe_permute_fusion=step.moe_permute_fusion,
+        expert_model_parallel_size=build.layout.expert,
+        expert_tensor_parallel_size=build.layout.expert_tensor,
     )
 
 
@@ -137,6 +159,7 @@ def shared(build: BuildContext) -> dict[str, Any]:
         # On the meta device neither Megatron nor Transformer Engine may name another device.
         use_cpu_initialization=on_meta and not fused,
         init_model_with_meta_device=on_meta and fused,
+        perform_initialization=not pretending(),  # what is only counted needs no marks, and is built in half the time
         bias_activation_fusion=False,
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,

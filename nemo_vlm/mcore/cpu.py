@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from nemo_vlm.mcore.npu import started
@@ -36,6 +37,7 @@ def enable() -> None:
         return
     redirect_cuda_calls()
     redirect_rng()
+    redirect_experts()
     mode = CudaLiteralsToCpu()
     mode.__enter__()
     _mode.append(mode)
@@ -79,10 +81,12 @@ def is_cuda(device: Any) -> bool:
 
 
 class NoStream:
-    """Stands for torch.cuda.Stream: on a CPU everything is in order already."""
+    """Stands for torch.cuda.Stream and its events: on a CPU everything is in order already."""
 
     def wait_stream(self, stream: Any) -> None: ...
     def synchronize(self) -> None: ...
+    def record_event(self) -> NoStream:
+        return self
 
 
 def redirect_cuda_calls() -> None:
@@ -105,3 +109,53 @@ def redirect_rng() -> None:
     logging.getLogger(random.__name__).setLevel(logging.ERROR)  # it warns where the CPU's generator is used in a fork
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def redirect_experts() -> None:
+    """What sends tokens to experts. Gloo gathers no parts of different sizes, and is told sizes in lists alone.
+
+    Routers name a kernel that Megatron imports with Transformer Engine alone.
+    """
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_sizes(part: Tensor, group: Any, sizes: list[int] | None = None, *buffer: bool) -> Tensor:
+        if sizes is None:
+            return gather(part, group, None, *buffer)
+        return exchange(torch.cat([part] * group.size()), [len(part)] * group.size(), sizes, group)
+
+    def scatter_sizes(whole: Tensor, group: Any, sizes: list[int] | None = None, *buffer: bool) -> Tensor:
+        if sizes is None:
+            return scatter(whole, group, None, *buffer)
+        ranks, mine = group.size(), sizes[group.rank()]
+        return exchange(whole, sizes, [mine] * ranks, group).view(ranks, mine, *whole.shape[1:]).sum(0)
+
+    send = torch.distributed.all_to_all_single
+
+    def send_sizes(
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        sizes = (as_list(output_split_sizes), as_list(input_split_sizes))
+        return send(output, input, *sizes, group, async_op)
+
+    torch.distributed.all_to_all_single = send_sizes
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_sizes, scatter_sizes
+
+
+def as_list(sizes: Any) -> list[int] | None:
+    return None if sizes is None else [int(size) for size in sizes]
+
+
+def exchange(sent: Tensor, sent_sizes: list[int], sizes: list[int], group: Any) -> Tensor:
+    """Send a run of rows to each rank, and get one from each, one behind the other."""
+    received = sent.new_empty(sum(sizes), *sent.shape[1:])
+    torch.distributed.all_to_all_single(received, sent.contiguous(), sizes, sent_sizes, group=group)
+    return received

@@ -19,6 +19,7 @@ from nemo_vlm.batch import NUM_COUNTS, Batch
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import cpu, groups, weights
 from nemo_vlm.mcore.cache import Cache
+from nemo_vlm.mcore.experts import ExpertLoads, take_loads
 from nemo_vlm.mcore.fsdp import FullySharded
 from nemo_vlm.mcore.replicated import Replicated
 from nemo_vlm.mcore.updates import UpdateConfig, Updater
@@ -34,11 +35,13 @@ class StepResult:
         loss: reduced over the global batch.
         grad_norm: global, before clipping; where it is not finite, the step changed nothing.
         counts: Batch.counts of the global batch.
+        experts: what the routers did; None of a model without experts.
     """
 
     loss: float
     grad_norm: float
     counts: tuple[float, ...]
+    experts: ExpertLoads | None = None
 
     @property
     def skipped(self) -> bool:
@@ -113,7 +116,8 @@ class Engine:
         loss_sum, weight, *counts = self._run(micro_batches, self.loss_function)
         heartbeat.at("optimizer")
         loss = loss_sum / weight if weight else float("nan")
-        return StepResult(loss, self.updater.update(), tuple(counts))
+        loads = take_loads(self.updater.modules, self.config, weight)
+        return StepResult(loss, self.updater.update(), tuple(counts), loads)
 
     def evaluate(self, micro_batches: list[Batch], loss_function: LossFunction) -> tuple[float, ...]:
         """A loss function's two sums over a global batch, and Batch.counts of it.
@@ -150,7 +154,11 @@ class Engine:
     def _forward(
         self, loss_function: LossFunction, micro_batches: Iterator[Batch], model: nn.Module
     ) -> tuple[Tensor, Callable]:
-        batch = next(micro_batches).to(cpu.device())
+        batch = next(micro_batches)
+        if self.config.num_moe_experts and torch.is_grad_enabled():
+            _, weight = loss_function(torch.zeros(batch.labels.shape), batch)
+            batch = replace(batch, loss_weight=weight)
+        batch = batch.to(cpu.device())
 
         def reduce(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             total, weight = loss_function(losses, batch)

@@ -39,6 +39,8 @@ def initialize(layout: Layout, seed: int) -> None:
         layout.pipeline,
         layout.virtual if layout.virtual > 1 else None,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=False,
     )
     # Tensor-parallel ranks share a seed, and have one of their own; here all other ranks have others.
@@ -98,6 +100,23 @@ def from_last_stage(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def copies(layout: Layout) -> tuple[int, int]:
+    """Which copy of the model this rank holds a part of, and how many there are; those that share experts share one."""
+    ranks = layout.world_size // layout.pipeline
+    return torch.distributed.get_rank() % ranks // layout.ranks_of_copy, ranks // layout.ranks_of_copy
+
+
+def from_first_of_experts(values: torch.Tensor) -> torch.Tensor:
+    """What the first of the ranks that share experts has, on all of them; on the others `values` is overwritten.
+
+    All compute it, but their sums may differ in the last bits.
+    """
+    group = parallel_state.get_expert_tensor_and_model_parallel_group()
+    if group.size() > parallel_state.get_tensor_model_parallel_world_size():
+        torch.distributed.broadcast(values, torch.distributed.get_global_rank(group, 0), group)
+    return values
+
+
 def any_rank(*flags: bool) -> list[bool]:
     """For each flag, whether any rank has raised it."""
     raised = torch.tensor(flags, dtype=torch.int32, device=cpu.device())
@@ -133,6 +152,11 @@ def without_tensor_parallel() -> ProcessGroupCollection:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.tp = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
     return groups
+
+
+def pretending() -> bool:
+    """Whether the other ranks are not there, see pretend."""
+    return torch.distributed.is_initialized() and torch.distributed.get_backend() == "fake"
 
 
 @contextlib.contextmanager

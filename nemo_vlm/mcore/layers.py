@@ -27,6 +27,7 @@ from nemo_vlm.errors import ConfigError
 from nemo_vlm.mcore import npu
 from nemo_vlm.mcore.attention import CoreAttention
 from nemo_vlm.mcore.context import ContextParallelAttention
+from nemo_vlm.mcore.experts import expert_spec
 from nemo_vlm.mcore.rotary import RotatedAttention, TowerAttention
 
 Kernels = Literal["local", "transformer_engine"]
@@ -84,7 +85,9 @@ def layer_spec(config: TransformerConfig, chosen: Kernels, causal: bool, own_pos
     rotated = RotatedAttention if causal else TowerAttention
     if chosen == "transformer_engine":
         gpt, vit = get_gpt_layer_with_transformer_engine_spec, get_vit_layer_with_transformer_engine_spec
-        spec: Any = gpt(qk_layernorm=config.qk_layernorm) if causal else vit()
+        spec: Any = gpt(config.num_moe_experts, qk_layernorm=config.qk_layernorm) if causal else vit()
+        if config.num_moe_experts:
+            spec.submodules.mlp = expert_spec(config, with_engine=True)
         if takes_our_attention(config):
             spec.submodules.self_attention.submodules.core_attention = core_attention(config)
         if own_positions:
@@ -101,6 +104,12 @@ def layer_spec(config: TransformerConfig, chosen: Kernels, causal: bool, own_pos
     )
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
     mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    # Transformer Engine fuses a norm into the linear layer behind it; checkpoints use its names.
+    fused = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if config.num_moe_experts:
+        mlp = expert_spec(config, with_engine=False)
+    else:
+        fused["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -114,10 +123,6 @@ def layer_spec(config: TransformerConfig, chosen: Kernels, causal: bool, own_pos
             pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            # Transformer Engine fuses a norm into the linear layer behind it; checkpoints use its names.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map=fused,
         ),
     )

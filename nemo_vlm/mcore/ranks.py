@@ -10,15 +10,22 @@ ORDER = "tp-cp-ep-dp-pp"  # initialize_model_parallel's default: tensor-parallel
 
 
 def rank_groups(layout: Layout) -> dict[str, list[list[int]]]:
-    """The ranks of every tensor-, context-, pipeline- and data-parallel group."""
+    """The ranks of every tensor-, context-, pipeline- and data-parallel group, and of experts, where they have own."""
     generator = RankGenerator(
         tp=layout.tensor, ep=1, dp=layout.data, pp=layout.pipeline, cp=layout.context, order=ORDER
     )
     tokens = {"tensor": "tp", "context": "cp", "pipeline": "pp", "data": "dp"}
-    return {name: generator.get_ranks(token) for name, token in tokens.items()}
+    groups = {name: generator.get_ranks(token) for name, token in tokens.items()}
+    if not layout.experts_apart:
+        return groups
+    generator = RankGenerator(
+        tp=layout.expert_tensor, ep=layout.expert, dp=layout.expert_data, pp=layout.pipeline, cp=1, order=ORDER
+    )
+    tokens = {"expert_tensor": "tp", "expert": "ep", "expert_data": "dp"}
+    return groups | {name: generator.get_ranks(token) for name, token in tokens.items()}
 
 
 def first_replica(layout: Layout) -> list[list[int]]:
-    """The ranks that hold the first copy of the model, by pipeline stage and tensor-parallel rank."""
-    pipelines = rank_groups(layout)["pipeline"][: layout.tensor]
+    """The first ranks that hold every weight, by pipeline stage: tensor-parallel ones, more where experts take more."""
+    pipelines = rank_groups(layout)["pipeline"][: layout.ranks_of_copy]
     return [list(stage) for stage in zip(*pipelines, strict=True)]

@@ -93,8 +93,21 @@ class Replicated:
     def finalize(self, modules: list[nn.Module], num_tokens: Tensor | None, **groups: Any) -> None:
         finalize_model_grads(modules, num_tokens, **groups)
 
+    def _prepare_grads(self) -> bool:
+        """As ChainedOptimizer.prepare_grads, but that of experts apart overflows and is scaled with the others'."""
+        if self.scaler is None:
+            return self.optimizer.prepare_grads()
+        overflow = False
+        for each in self.optimizer.chained_optimizers:
+            each.grad_scaler = self.scaler
+            if not each.is_stub_optimizer:
+                each._copy_model_grads_to_main_grads()
+            overflow |= each._unscale_main_grads_and_check_for_nan()
+        self.scaler.update(overflow)
+        return overflow
+
     def update(self) -> float:
-        overflow = self.optimizer.prepare_grads()
+        overflow = self._prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if overflow or not math.isfinite(norm):
             return float("inf") if math.isfinite(norm) else norm

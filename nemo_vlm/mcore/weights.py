@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from nemo_vlm import heartbeat
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import Reader, Slices, listed
+from nemo_vlm.formats.stacked import EXPERTS
 from nemo_vlm.mcore import cpu
 from nemo_vlm.mcore.groups import from_every_rank
 
@@ -92,9 +94,9 @@ def region_of(shard: ShardedTensor, vocab_size: int) -> Region:
     shape = list(shard.global_shape)
     if shard.allow_shape_mismatch:  # Megatron's mark of the vocabulary
         shape[0] = vocab_size
+    local_shape = (*[1] * shard.prepend_axis_num, *shard.local_shape)  # one of a layer's experts
     ends = [
-        min(offset + size, limit)
-        for offset, size, limit in zip(shard.global_offset, shard.local_shape, shape, strict=True)
+        min(offset + size, limit) for offset, size, limit in zip(shard.global_offset, local_shape, shape, strict=True)
     ]
     slices = tuple(slice(min(offset, end), end) for offset, end in zip(shard.global_offset, ends, strict=True))
     copy = isinstance(shard.replica_id, tuple) and shard.replica_id[0] > 0
@@ -155,11 +157,29 @@ def draw(model_parts: list[Part], seed: int, std: float, num_layers: int) -> Non
     """Initial values for any layout: each whole tensor is drawn from its own name, a rank keeps its part.
 
     Norm weights are 1, biases 0; the rest is normal with `std`, the layers that write into the residual stream
-    with std / sqrt(2 * num_layers) (GPT-2's rule, Megatron's scaled_init_method_normal).
+    with std / sqrt(2 * num_layers) (GPT-2's rule, Megatron's scaled_init_method_normal). Of stacked experts each is
+    drawn for itself, so that a rank draws only those that it holds.
     """
-    for part in model_parts:
-        residual = ".linear_proj.weight" in part.name or ".linear_fc2.weight" in part.name
-        part.data.copy_(whole_initial(part, seed, std / (2 * num_layers) ** 0.5 if residual else std)[part.slices])
+    pieces = [piece for part in model_parts for piece in by_expert(part)]
+    for name, same in groupby(sorted(pieces, key=by_name), by_name):  # such as gate and up
+        heartbeat.at("drawing weights")
+        first, *others = same
+        residual = ".linear_proj.weight" in name or ".linear_fc2.weight" in name
+        whole = whole_initial(first, seed, std / (2 * num_layers) ** 0.5 if residual else std)
+        for part in (first, *others):
+            part.data.copy_(whole[part.slices])
+
+
+def by_expert(part: Part) -> list[Part]:
+    """Each expert of a stacked tensor's part, as Megatron's TEGroupedMLP names it; any other part as it is."""
+    if not EXPERTS.fullmatch(part.name):
+        return [part]
+    entries = enumerate(part.data, part.slices[0].start)
+    return [Part(f"{part.name}{entry}", part.shape[1:], part.slices[1:], data) for entry, data in entries]
+
+
+def by_name(part: Part) -> str:
+    return part.name
 
 
 def whole_initial(part: Part, seed: int, std: float) -> Tensor:
