@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from nemo_vlm.config import (
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import InMemory
 from nemo_vlm.layout import Layout, one_process, resolve
-from nemo_vlm.mapping import Ours, Theirs
+from nemo_vlm.mapping import Ours, Rule, Theirs
 from nemo_vlm.mcore import groups, weights
 from nemo_vlm.mcore.config import DTYPES
 from nemo_vlm.mcore.engine import Engine, materialize
@@ -37,7 +38,9 @@ from nemo_vlm.models.base import FAMILIES, family
 from nemo_vlm.models.build import build_chunks
 from nemo_vlm.models.llava.config import Config as LlavaConfig
 from nemo_vlm.models.qwen2_vl.config import Config as QwenConfig
+from nemo_vlm.models.qwen3_vl.config import Config as Qwen3Config
 from nemo_vlm.sources import starting
+from nemo_vlm.sources.huggingface import as_in_file
 from nemo_vlm.training.build import make_engine
 from nemo_vlm.typed import model_tree, read_model
 
@@ -68,10 +71,20 @@ def odd(config: LlavaConfig) -> LlavaConfig:
     return replace(config, num_layers=3, mm_cfg=replace(config.mm_cfg, vision_encoder=vision))
 
 
-def three_heads(config: QwenConfig) -> QwenConfig:
+def three_heads(config: QwenConfig | Qwen3Config) -> QwenConfig | Qwen3Config:
     """Of the tower: they do not divide by two. Tied embeddings, as Qwen2-VL 2B."""
     vision = replace(config.mm_cfg.vision_encoder, num_attention_heads=3)
     return replace(tied(config), mm_cfg=replace(config.mm_cfg, vision_encoder=vision))
+
+
+def dense(config: Qwen3Config) -> Qwen3Config:
+    """Qwen3-VL without experts."""
+    return replace(config, num_moe_experts=None, moe_ffn_hidden_size=None)
+
+
+def three_layers(config: Qwen3Config) -> Qwen3Config:
+    """Of the decoder, as many as DeepStack has features, and three heads in the tower. Tied, as Qwen3-VL 2B and 4B."""
+    return replace(three_heads(dense(config)), num_layers=3)
 
 
 def tied(config: LanguageConfig) -> LanguageConfig:
@@ -115,6 +128,8 @@ VARIANTS = {name: (name, config) for name, config in TINY.items()} | {
     "llava_qwen2": ("llava", replace(TINY["llava"], qkv_bias=True)),
     "llava_qwen3": ("llava", qwen3(TINY["llava"])),
     "qwen2_vl_odd": ("qwen2_vl", three_heads(TINY["qwen2_vl"])),
+    "qwen3_vl_dense": ("qwen3_vl", dense(TINY["qwen3_vl"])),
+    "qwen3_vl_odd": ("qwen3_vl", three_layers(TINY["qwen3_vl"])),
     "gpt_linear_rope": ("gpt", interpolated(TINY["gpt"])),
     "gpt_llama3_rope": ("gpt", llama3_scaled(TINY["gpt"])),
 }
@@ -125,7 +140,7 @@ def run_of(
     config: LanguageConfig,
     parallel: ParallelConfig = ParallelConfig(),
     step: StepConfig = StepConfig(micro_batch_size=2, global_batch_size=8),
-    optim: OptimConfig = OptimConfig(lr=1e-2),
+    optim: OptimConfig = OptimConfig(lr=1e-2, eps=1e-6),  # below, rounding decides steps, and routers' choices by them
     precision: str = "32",
 ) -> RunConfig:
     trainer = TrainerConfig(precision=precision, gradient_clip_val=1.0, max_steps=NUM_STEPS)
@@ -175,7 +190,8 @@ def to_hugging_face(name: str, config: LanguageConfig, ours: dict, folder: Path)
     """The Hugging Face model of our weights, read by transformers from hub names."""
     mapping = family(name, "mapping")
     theirs = Theirs(mapping.rules(config), InMemory(ours))
-    save_file({key: theirs.read(key).clone() for key in theirs.names()}, folder / "model.safetensors", {"format": "pt"})
+    tensors = {key: theirs.read(key).clone(memory_format=torch.contiguous_format) for key in theirs.names()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     hf_config = mapping.hf_config(config)
     (folder / "config.json").write_text(json.dumps(hf_config))
     cls = getattr(transformers, hf_config["architectures"][0])
@@ -190,9 +206,11 @@ def whole(parts: list[weights.Part]) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in weights.gather(parts, weights.placements(parts))}
 
 
-def saved(model, folder: Path) -> dict[str, torch.Tensor]:
+def saved(model, rules: list[Rule], folder: Path) -> Ours:
+    """Our tensors of what the Hugging Face model writes; transformers 5 has a layout of its own for experts."""
     model.save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
+    written = InMemory(load_file(folder / "model.safetensors"))
+    return Ours(as_in_file(rules, written), written)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -218,12 +236,12 @@ def test_logits_gradients_and_weights_equal_hugging_face(variant: str, tmp_path:
         loss.backward()
         expected_loss.backward()
 
-        back = Ours(rules, InMemory(saved(theirs, tmp_path / "again")))
+        back = saved(theirs, rules, tmp_path / "again")
         assert all(torch.equal(back.read(key), ours[key]) for key in ours)
 
         for parameter in theirs.parameters():
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        gradients = Ours(rules, InMemory(saved(theirs, tmp_path / "gradients")))
+        gradients = saved(theirs, rules, tmp_path / "gradients")
         for parameter in model.parameters():
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for key, gradient in whole(weights.parts(model, config.vocab_size)).items():
@@ -271,13 +289,37 @@ LAYOUTS = {
 }
 
 
+EXPERT_LAYOUTS = {
+    name: (world_size, ParallelConfig(**settings))
+    for name, world_size, settings in [
+        ("ep2", 2, dict(expert_model_parallel_size=2)),
+        ("etp2", 2, dict(expert_tensor_parallel_size=2)),
+        (
+            "tp2_ep2",
+            2,
+            dict(tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1),
+        ),
+        ("pp2_ep2", 4, dict(pipeline_model_parallel_size=2, expert_model_parallel_size=2)),
+        ("cp2_ep2", 2, dict(context_parallel_size=2, expert_model_parallel_size=2)),
+    ]
+}
+# With experts, tensor parallelism is sequence-parallel anyway; FSDP's strategies and further copies know no models.
+LIKE_OTHERS = {"tp2", "fsdp_tp2", "tp2_pp2", "fsdp_grad", "hsdp", "pp2_dp2"}
+EVERY_LAYOUT = [
+    (name, layout)
+    for name in FAMILIES
+    for layout in (EXPERT_LAYOUTS | LAYOUTS if TINY[name].num_moe_experts else LAYOUTS)
+    if not (TINY[name].num_moe_experts and layout in LIKE_OTHERS)
+]
+
+
 def make_layout(run: RunConfig, world_size: int) -> Layout:
     return resolve(replace(run, trainer=replace(run.trainer, devices=world_size)), 0, {})
 
 
 def sharded(run: RunConfig, layout: str, micro_batch_size: int = 1) -> tuple[RunConfig, Layout]:
-    """The run under one of LAYOUTS."""
-    world_size, parallel = LAYOUTS[layout]
+    """The run under one of LAYOUTS, or EXPERT_LAYOUTS."""
+    world_size, parallel = (LAYOUTS | EXPERT_LAYOUTS)[layout]
     run = replace(run, parallel=parallel, step=replace(run.step, micro_batch_size=micro_batch_size))
     return run, make_layout(run, world_size)
 
@@ -291,7 +333,7 @@ def micro_batches(layout: Layout, samples: list[Sample]):
 
 
 def samples_of_step(run: RunConfig, number: int) -> list[Sample]:
-    """A global batch; of the second, half are text alone, the others have a view, in Qwen2-VL a video: ranks and
+    """A global batch; of the second, half are text alone, the others have a view, in the Qwens a video: ranks and
     micro-batches see none, or videos alone.
     """
     size, make = run.step.global_batch_size, family(run.family, "tiny").samples
@@ -302,7 +344,7 @@ def samples_of_step(run: RunConfig, number: int) -> list[Sample]:
     )[:size]
     views = [len(sample.images) for sample in found]
     assert not run.model.reads_media or views == [0] * (size // 2) + [1] * (size // 2)
-    assert run.family != "qwen2_vl" or all(time > 1 for sample in found for time, _, _ in sample.images.grids)
+    assert "qwen" not in run.family or all(time > 1 for sample in found for time, _, _ in sample.images.grids)
     return found
 
 
@@ -354,8 +396,7 @@ def reference():
     return get
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "layout"), EVERY_LAYOUT)
 def test_every_layout_trains_as_one_process(name: str, layout: str, reference) -> None:
     run, where = sharded(run_of(name, TINY[name]), layout)
     size = 2 if where.pipeline > 1 else where.samples_per_rank // 2  # so that each rank has micro-batches to add up
@@ -367,12 +408,56 @@ def test_every_layout_trains_as_one_process(name: str, layout: str, reference) -
     assert_same_weights(results[0][1], expected_weights)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2_sp", "fsdp", "fsdp_tp2"])
-@pytest.mark.parametrize("variant", ["llava_odd", "qwen2_vl_odd", "gpt_tied", "gpt_biased"])
+ODD = [
+    *product(["llava_odd", "qwen2_vl_odd", "gpt_tied", "gpt_biased"], ["tp2", "pp2", "tp2_sp", "fsdp", "fsdp_tp2"]),
+    *product(["qwen3_vl_odd"], ["tp2_sp", "pp2"]),
+]
+
+
+@pytest.mark.parametrize(("variant", "layout"), ODD)
 def test_odd_shapes_train_as_one_process(variant: str, layout: str, reference) -> None:
     run, where = sharded(run_of(*VARIANTS[variant]), layout, micro_batch_size=2)
     results = run_ranks(train, where.world_size, run, where)
     assert_same_run(results[0][0], reference(variant)[0])
+
+
+def recomputed(run: RunConfig, granularity: str, method: str | None = None, layers: int | None = None) -> RunConfig:
+    settings = dict(activations_checkpoint_method=method, activations_checkpoint_num_layers=layers)
+    return replace(run, step=replace(run.step, activations_checkpoint_granularity=granularity, **settings))
+
+
+def two_steps(cases: list[tuple[RunConfig, Layout]]):
+    """Of each: losses, gradient norms and tokens; the tokens that each expert of each layer got in the second."""
+    found = []
+    for run, layout in cases:
+        groups.initialize(layout, seed=1)
+        engine = make_engine(run, layout, build_all(run, layout)[0])
+        shares = [micro_batches(layout, samples_of_step(run, number)) for number in range(2)]
+        results = [engine.step(share, lr=run.optim.lr) for share in shares]
+        numbers = [(result.loss, result.grad_norm, result.counts[0]) for result in results]
+        found.append((numbers, results[-1].experts.tokens))
+        groups.shut_down()
+    return found
+
+
+def test_deepstack_and_experts_are_recomputed() -> None:
+    """Features are inputs of what is recomputed, where a run of layers takes one of them, all, or what others left."""
+    run = run_of("qwen3_vl", TINY["qwen3_vl"])
+    cases = [
+        recomputed(sharded(run, layout)[0], *how)
+        for layout, how in [
+            ("ddp", ("full", "uniform", 4)),
+            ("pp2", ("full", "uniform", 2)),
+            ("pp2_vpp2", ("full", "uniform", 1)),
+            ("fsdp", ("full", "block", 1)),
+            ("tp2_ep2", ("full", "block", 2)),
+            ("cp2_ep2", ("selective",)),
+        ]
+    ]
+    ((expected, loads),) = run_ranks(two_steps, 1, [(run, make_layout(run, 1))])[0]
+    for results, found in run_ranks(two_steps, 2, [(case, make_layout(case, 2)) for case in cases])[0]:
+        assert_same_run(results, expected)
+        assert torch.equal(found, loads)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -410,6 +495,15 @@ def test_identity_needs_equal_widths() -> None:
         build("llava", config, one_process(config))
 
 
+def test_deepstack_has_its_limits() -> None:
+    tiny, vision = TINY["qwen3_vl"], TINY["qwen3_vl"].mm_cfg.vision_encoder
+    nine = replace(vision, num_layers=9, deepstack_visual_indexes=tuple(range(9)))
+    with pytest.raises(ConfigError, match=r"deepstack_visual_indexes=\[0, .*8\]: must be 8 layers at most"):
+        replace(tiny, num_layers=9, mm_cfg=replace(tiny.mm_cfg, vision_encoder=nine))
+    with pytest.raises(ConfigError, match=r"model.num_layers=2: must be 3 or more"):
+        replace(tiny, num_layers=2)
+
+
 @pytest.mark.parametrize("kind", ["identity", "linear", "mlp1x_gelu", "mlp3x_gelu", "mlp4x_gelu"])
 def test_projectors_train_split_as_whole(kind: str) -> None:
     config = projector(kind, TINY["llava"])
@@ -421,7 +515,7 @@ def test_projectors_train_split_as_whole(kind: str) -> None:
 
 
 def test_distributed_optimizer_trains_as_one_process(reference) -> None:
-    optim = OptimConfig(name="distributed_fused_adam", lr=1e-2)
+    optim = OptimConfig(name="distributed_fused_adam", lr=1e-2, eps=1e-6)
     run, where = sharded(run_of("llava", TINY["llava"], optim=optim), "ddp", micro_batch_size=2)
     results, final = run_ranks(train, 2, run, where)[0]
     expected, expected_weights = reference("llava")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -110,14 +111,21 @@ def train(run: RunConfig, layout: Layout, packed: bool):
 PACKED = [
     *(("llava", layout) for layout in ("tp2_sp", "pp2", "pp2_vpp2", "fsdp", "ddp", "tp2_sp_cp2")),
     *(("qwen2_vl", layout) for layout in ("pp2_vpp2", "tp2_sp_cp2")),
+    *(("qwen3_vl", layout) for layout in ("pp2_vpp2", "tp2_sp_cp2", "ep2")),
 ]
+
+
+@cache
+def in_batches(name: str):
+    """By one process."""
+    run = run_of(name, TINY[name])
+    return run_ranks(train, 1, run, make_layout(run, 1), False)[0]
 
 
 @pytest.mark.parametrize(("name", "layout"), PACKED)
 def test_packs_train_as_batches_in_one_process(name: str, layout: str) -> None:
-    run = run_of(name, TINY[name])
-    expected, weights = run_ranks(train, 1, run, make_layout(run, 1), False)[0]
-    run, where = sharded(run, layout)
+    expected, weights = in_batches(name)
+    run, where = sharded(run_of(name, TINY[name]), layout)
     results, final = run_ranks(train, where.world_size, run, where, True)[0]
     assert_same_run(results, expected)
     assert_same_weights(final, weights)
@@ -151,12 +159,13 @@ def test_views_of_any_size_equal_hugging_face(name: str) -> None:
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_frames_of_any_size_equal_one_by_one() -> None:
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_frames_of_any_size_equal_one_by_one(name: str) -> None:
     """Images and a video in one packed pass, as a batch where all are of one size, and frame by frame."""
-    config = TINY["qwen2_vl"]
+    config = TINY[name]
     vision, generator = config.mm_cfg.vision_encoder, torch.Generator().manual_seed(0)
     with one_rank(config):
-        model, _ = build("qwen2_vl", config, one_process(config))
+        model, _ = build(name, config, one_process(config))
         for grids in ([(1, 4, 6), (3, 2, 4), (1, 2, 2)], [(2, 4, 2), (1, 4, 2)]):
             pixels = torch.randn(sum(map(math.prod, grids)), vision.patch_values, generator=generator)
             frames = [(1, height, width) for time, height, width in grids for _ in range(time)]
@@ -198,7 +207,7 @@ def test_neighbours_are_fused_as_in_vila(rows: int, columns: int) -> None:
             number += 1
 
 
-@pytest.mark.parametrize(("name", "block"), [("llava", (1, 1, 1)), ("qwen2_vl", (1, 2, 2))])
+@pytest.mark.parametrize(("name", "block"), [("llava", (1, 1, 1)), ("qwen2_vl", (1, 2, 2)), ("qwen3_vl", (1, 2, 2))])
 def test_no_image_runs_the_tower_on_a_single_patch_or_block(name: str, block: tuple[int, int, int]) -> None:
     config = TINY[name]
     with one_rank(config):

@@ -13,9 +13,10 @@ from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
 from megatron.core.transformer.attention import SelfAttention
 from test_families import TINY, build, one_rank
-from transformers import Qwen2VLConfig
+from transformers import Qwen2VLConfig, Qwen3VLTextConfig
 from transformers.models.qwen2_vl import modeling_qwen2_vl as theirs_of
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from nemo_vlm.batch import IGNORE_INDEX, Batch, Images, Sample, collate, empty_sample, pack
 from nemo_vlm.errors import ConfigError
@@ -28,17 +29,20 @@ MERGE = 2
 Grid = tuple[int, int, int]
 
 
-def sample_of(*parts: int | Grid | str) -> Sample:
-    """Text of so many tokens, images and videos (more than one in time, or "video" in front of its grid)."""
+def sample_of(*parts: int | Grid, apart: bool = False) -> Sample:
+    """Text of so many tokens, images and videos (more than one in time); before each frame of one, two more tokens."""
     tokens: list[int] = []
     grids: list[Grid] = []
     for part in parts:
         if isinstance(part, int):
             tokens += [TEXT] * part
+            continue
+        grids.append(part)
+        time, size = part[0], math.prod(part) // MERGE**2
+        if apart and time > 1:
+            tokens += [TEXT, TEXT, START, *[VIDEO] * (size // time), END] * time
         else:
-            grids.append(part)
-            kind = VIDEO if part[0] > 1 else IMAGE
-            tokens += [START, *[kind] * (math.prod(part) // MERGE**2), END]
+            tokens += [START, *[VIDEO if time > 1 else IMAGE] * size, END]
     images = Images(torch.zeros(1, 1), torch.tensor(grids)) if grids else Images()
     return Sample(torch.tensor(tokens), torch.full((len(tokens),), IGNORE_INDEX), images)
 
@@ -65,40 +69,49 @@ def walk(tokens: list[int], grids: list[Grid]) -> list[tuple[int, int, int]]:
     return positions
 
 
-def positions_of(batch: Batch) -> torch.Tensor:
-    return mrope_positions(batch, (IMAGE, VIDEO), MERGE)
+def positions_of(batch: Batch, apart: bool = False) -> torch.Tensor:
+    return mrope_positions(batch, (IMAGE, VIDEO), MERGE, apart)
 
 
-SAMPLES = {
-    "text": sample_of(5),
-    "image": sample_of(2, (1, 4, 6), 3),
-    "images": sample_of((1, 2, 2), 1, (1, 8, 4), (1, 2, 10), 4),
-    "long video": sample_of(3, (9, 4, 6), 5),  # longer than its 2 rows and 3 columns
-    "video first": sample_of((2, 4, 4), 1, (1, 6, 2), 2),
-    "views at the end": sample_of(1, (1, 4, 4), (5, 2, 2)),
-    "one token": empty_sample(),
+PARTS = {
+    "text": (5,),
+    "image": (2, (1, 4, 6), 3),
+    "images": ((1, 2, 2), 1, (1, 8, 4), (1, 2, 10), 4),
+    "long video": (3, (9, 4, 6), 5),  # longer than its 2 rows and 3 columns
+    "video first": ((2, 4, 4), 1, (1, 6, 2), 2),
+    "views at the end": (1, (1, 4, 4), (5, 2, 2)),
+}
+SAMPLES = {name: sample_of(*parts) for name, parts in PARTS.items()} | {"one token": empty_sample()}
+APART = {name: sample_of(*parts, apart=True) for name, parts in PARTS.items()} | {"one token": empty_sample()}
+# What get_rope_index of 4.57.1 gave for these samples: Qwen2VLModel's, and Qwen3VLModel's for frames that stand apart
+RECORDED = {
+    apart: json.loads((Path(__file__).parent / f"mrope_{kind}transformers_4_57_1.json").read_text())
+    for apart, kind in ((False, ""), (True, "qwen3_vl_"))
 }
 
-RECORDED = json.loads((Path(__file__).parent / "mrope_transformers_4_57_1.json").read_text())
 
-
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("make", [collate, pack])
-def test_positions_equal_a_walk_by_the_rule(make) -> None:
-    samples = list(SAMPLES.values())
+def test_positions_equal_a_walk_by_the_rule(make, apart: bool) -> None:
+    samples = list((APART if apart else SAMPLES).values())
     batch = make(samples, 8)
     rows, starts = (range(len(samples)), [0] * len(samples)) if make is collate else ([0] * len(samples), None)
     starts = starts or [0, *batch.lengths.cumsum(0).tolist()[:-1]]
-    found = positions_of(batch)
+    found = positions_of(batch, apart)
     assert found.shape == (3, *batch.tokens.shape)
     for sample, row, start in zip(samples, rows, starts, strict=True):
-        expected = walk(sample.tokens.tolist(), sample.images.grids)
+        grids = sample.images.grids
+        frames = [(1, height, width) for time, height, width in grids for _ in range(time)]
+        expected = walk(sample.tokens.tolist(), frames if apart else grids)
         assert list(map(tuple, found[:, row, start : start + len(sample.tokens)].T.tolist())) == expected
 
 
-@pytest.mark.parametrize("name", RECORDED)
-def test_positions_are_those_of_transformers_4_57(name: str) -> None:
-    """What Qwen2VLModel.get_rope_index of 4.57.1 gave for these samples, a long video among them."""
-    assert positions_of(collate([SAMPLES[name]]))[:, 0].tolist() == RECORDED[name]
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_positions_are_those_of_transformers_4_57(name: str, apart: bool) -> None:
+    """A long video is among them."""
+    sample = (APART if apart else SAMPLES)[name]
+    assert positions_of(collate([sample]), apart)[:, 0].tolist() == RECORDED[apart][name]
 
 
 def test_positions_equal_transformers_where_no_video_is_long() -> None:
@@ -123,7 +136,9 @@ def test_positions_equal_transformers_where_no_video_is_long() -> None:
     [
         ("qwen2_vl", {"mrope_section": (2, 3, 4)}, r"model.mrope_section=\[2, 3, 4\]: must be three numbers, .* 8"),
         ("qwen2_vl", {"mrope_section": (5, 3)}, r"model.mrope_section=\[5, 3\]: must be three numbers"),
-        ("qwen2_vl", {"mrope_section": None, "kv_channels": 20}, "model.mrope_section=null: must be three numbers"),
+        ("qwen2_vl", {"mrope_section": None, "kv_channels": 20}, "model.kv_channels=20: must be a multiple of 16, or"),
+        ("qwen3_vl", {"mrope_section": (4, 8, 4)}, r"\[4, 8, 4\]: height and width take turns .* more than a third"),
+        ("qwen3_vl", {"mrope_section": None, "kv_channels": 48}, "model.kv_channels=48: must be a multiple of 32, or"),
         ("qwen2_vl", {"rope_scaling_factor": 8.0}, "model.rope_scaling_factor=8.0: must be null"),
         ("gpt", {"mrope_section": (2, 3, 3)}, r"model.mrope_section=\[2, 3, 3\]: must be null"),
     ],
@@ -135,6 +150,7 @@ def test_sections_that_make_no_head(name: str, settings: dict, message: str) -> 
 
 def test_sections_follow_from_the_head() -> None:
     assert replace(TINY["qwen2_vl"], mrope_section=None, kv_channels=128).mrope_section == (16, 24, 24)
+    assert replace(TINY["qwen3_vl"], mrope_section=None, kv_channels=128).mrope_section == (24, 20, 20)
 
 
 def test_angles_equal_megatrons() -> None:
@@ -145,6 +161,17 @@ def test_angles_equal_megatrons() -> None:
         expected = theirs(positions, [16, 24, 24], parallel_state.get_context_parallel_group())
         found = MultimodalRotary(1e6)(positions, [16, 24, 24])
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("sections", [(24, 20, 20), (26, 20, 18), (24, 19, 21)])
+def test_interleaved_angles_equal_hugging_faces(sections: tuple[int, int, int]) -> None:
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": sections, "mrope_interleaved": True}
+    theirs = Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig(head_dim=128, rope_parameters=rope))
+    positions = positions_of(collate(list(APART.values())), apart=True)
+    cosine, sine = theirs(torch.zeros(1), positions)
+    found = MultimodalRotary(5e6, interleaved=True)(positions, sections)[:, :, 0].transpose(0, 1)
+    torch.testing.assert_close(found.cos(), cosine, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.sin(), sine, rtol=0, atol=1e-5)
 
 
 def test_text_has_the_angles_of_ordinary_rope() -> None:

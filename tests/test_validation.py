@@ -35,7 +35,9 @@ from nemo_vlm.training.module import Plan, TrainingModule
 from nemo_vlm.training.validation import Validation, check
 
 HELD_OUT = 13  # samples: a global batch of 8, and one that must be filled
-OVERLAPPED = OptimConfig(name="distributed_fused_adam", lr=1e-2, overlap_grad_sync=True, overlap_param_sync=True)
+OVERLAPPED = OptimConfig(
+    name="distributed_fused_adam", lr=1e-2, overlap_grad_sync=True, overlap_param_sync=True, eps=1e-6
+)
 
 
 def llava(**settings) -> RunConfig:

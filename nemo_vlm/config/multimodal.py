@@ -42,3 +42,29 @@ class MediaConfig:
     mm_mlp_adapter_lr_ratio: float = 1.0  # of model.optim.lr
     image_token: str = "<image>"  # placeholder in the text, one token for each feature
     image_token_index: int | None = None  # null: as the tokenizer says
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """The tokens that stand for features; settled before a model is built."""
+        assert self.image_token_index is not None, "placeholders are settled before a model is built"
+        return (self.image_token_index,)
+
+    @property
+    def image_text(self) -> str:
+        """An image's placeholder with what stands around it."""
+        return self.image_token
+
+    @property
+    def video_placeholder(self) -> str:
+        """What stands in a text where a video goes; an image's, where the model does not tell them apart."""
+        return self.image_token
+
+    @property
+    def video_text(self) -> str:
+        """The placeholder with what stands around it."""
+        return self.image_text
+
+    @property
+    def media_break(self) -> str:
+        """What the chat template puts between an image or a video that is given apart and the texts beside it."""
+        return "\n"

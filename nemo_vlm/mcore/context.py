@@ -34,11 +34,13 @@ class Split:
     Attributes:
         lengths: of the samples, padding included: multiples of 2 * ranks.
         held: [part] positions in the row that this rank holds; padding repeats the position in front of it.
+        padding: [part] whether each of them is padding.
         places: [s] where each position of the row is among those of all ranks, one rank's behind another's.
     """
 
     lengths: list[int]
     held: Tensor
+    padding: Tensor
     places: Tensor
 
     def part(self, whole: Tensor, dim: int) -> Tensor:
@@ -77,7 +79,8 @@ def split(lengths: list[int], ranks: int, rank: int, multiple: int, device: torc
     chunk = within * (2 * ranks) // full[sample]
     order = torch.minimum(chunk, 2 * ranks - 1 - chunk).argsort(stable=True)  # one rank's behind another's
     places = order.argsort()[within < real[sample]]
-    return Split(padded, position[order].chunk(ranks)[rank].to(device), places.to(device))
+    held, padding = (each[order].chunk(ranks)[rank].to(device) for each in (position, within >= real[sample]))
+    return Split(padded, held, padding, places.to(device))
 
 
 class ContextParallelAttention(CoreAttention):

@@ -15,6 +15,8 @@ from nemo_vlm.mcore.attention import packed_batch
 from nemo_vlm.mcore.cache import Cache
 from nemo_vlm.mcore.config import BuildContext, forget_attention_choice, language_config
 from nemo_vlm.mcore.context import split_batch
+from nemo_vlm.mcore.deepstack import DeepStackLayer, take_features, with_unused
+from nemo_vlm.mcore.experts import PADDING, loss_weights, prepare
 from nemo_vlm.mcore.groups import Stage
 from nemo_vlm.mcore.layers import layer_spec, norm_class
 from nemo_vlm.mcore.rotary import MultimodalRotary
@@ -25,6 +27,8 @@ def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTMo
     assert model.vocab_size is not None, "the vocabulary size is settled before a model is built"
     config = language_config(model, build)
     layer = layer_spec(config, build.kernels, causal=True, own_positions=bool(model.mrope_section))
+    if model.deepstack_layers:
+        layer.module = DeepStackLayer
     forget_attention_choice()
     gpt = GPTModel(
         config,
@@ -42,8 +46,10 @@ def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTMo
         scatter_embedding_sequence_parallel=False,  # vision features are merged into the whole sequence first
         vp_stage=stage.chunk,
     )
+    if model.num_moe_experts:
+        prepare(gpt.decoder)
     if model.mrope_section:
-        gpt.rotary_pos_emb = MultimodalRotary(model.rotary_base)
+        gpt.rotary_pos_emb = MultimodalRotary(model.rotary_base, model.mrope_interleaved)
     if stage.last:
         gpt.output_layer.register_forward_hook(HidePadding(model.vocab_size))
     return gpt
@@ -89,7 +95,8 @@ def decode(
     """Run this stage's layers.
 
     Args:
-        embeddings: [s, b, h] on the first stage; elsewhere None, the schedule has set the input.
+        embeddings: [s, b, h], or wider, see mcore.deepstack, on the first stage; elsewhere None, the schedule has set
+            the input.
         cache: for generation, see decode_cached.
         positions: [3, b, s], where the model has M-RoPE.
     Returns:
@@ -100,7 +107,7 @@ def decode(
         return decode_cached(gpt, embeddings, batch.tokens.shape[1], cache, positions)
     if gpt.config.context_parallel_size > 1:
         return decode_split(gpt, embeddings, batch, labels, positions)
-    return run_layers(gpt, embeddings, labels, positions, packed_batch(batch))
+    return run_layers(gpt, embeddings, labels, positions, packed_batch(batch), loss_weights(batch))
 
 
 def decode_split(
@@ -111,7 +118,9 @@ def decode_split(
     positions = None if positions is None else split.part(positions, 2)
     embeddings = None if embeddings is None else split.part(embeddings, 0)
     labels = None if labels is None else split.part(labels, 1)
-    output = run_layers(gpt, embeddings, labels, positions, packed_batch(batch, split.lengths))
+    weights = loss_weights(batch)
+    weights = None if weights is None else split.part(weights, 1).masked_fill(split.padding, PADDING)
+    output = run_layers(gpt, embeddings, labels, positions, packed_batch(batch, split.lengths), weights)
     return split.whole(output) if gpt.post_process else output
 
 
@@ -121,11 +130,25 @@ def run_layers(
     labels: Tensor | None,
     positions: Tensor | None,
     packed: PackedSeqParams | None,
+    weights: Tensor | None,
 ) -> Tensor:
-    """Megatron's forward pass, from embeddings that are whole on every tensor-parallel rank."""
+    """Megatron's forward pass, from embeddings that are whole on every tensor-parallel rank; weights: loss_weights'."""
     if embeddings is not None and gpt.config.sequence_parallel:
         embeddings = tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
-    return gpt(None, positions, None, decoder_input=embeddings, labels=labels, packed_seq_params=packed)
+    if weights is not None and gpt.config.sequence_parallel:
+        weights = tensor_parallel.scatter_to_sequence_parallel_region(weights.T).T
+    embeddings, features = take_features(gpt, embeddings)
+    output = gpt(
+        None,
+        positions,
+        None,
+        decoder_input=embeddings,
+        labels=labels,
+        packed_seq_params=packed,
+        padding_mask=weights,
+        extra_block_kwargs={"context": features},
+    )
+    return with_unused(gpt, output, features)
 
 
 def decode_cached(
@@ -141,9 +164,10 @@ def decode_cached(
         On the last stage the logits [b, 1, vocab / tp] behind the last token of each row, elsewhere hidden states.
     """
     frequencies = cached_frequencies(gpt, width, cache, positions)
-    hidden = gpt.decoder(embeddings, attention_mask=cache, rotary_pos_emb=frequencies)
+    embeddings, features = take_features(gpt, embeddings)
+    hidden = gpt.decoder(embeddings, attention_mask=cache, context=features, rotary_pos_emb=frequencies)
     if not gpt.post_process:
-        return hidden
+        return with_unused(gpt, hidden, features)
     tied = gpt.share_embeddings_and_output_weights
     weight = gpt.shared_embedding_or_output_weight() if tied else None
     logits, _ = gpt.output_layer(cache.last(hidden), weight=weight)

@@ -81,4 +81,4 @@ class Forward:
         if outputs:
             whole = gather_from_tensor_model_parallel_region(outputs[0].float())
             logits.copy_(whole[..., : self.vocab_size])
-        return groups.from_last_stage(logits)
+        return groups.from_first_of_experts(groups.from_last_stage(logits))

@@ -19,19 +19,32 @@ class MultimodalRotary(torch.nn.Module):
     all context-parallel ranks; here they are those of this rank.
     """
 
-    def __init__(self, base: float) -> None:
+    def __init__(self, base: float, interleaved: bool = False) -> None:
         super().__init__()
-        self.base = base
+        self.base, self.axes = base, interleaved_axes if interleaved else chunked_axes
 
     def forward(self, position_ids: Tensor, mrope_section: Sequence[int], **unused: Any) -> Tensor:
         """Angles [s, b, 1, d] fp32 of positions [3, b, s].
 
         Args:
-            mrope_section: frequencies that each axis gets, one axis behind the other; d / 2 in all.
+            mrope_section: frequencies that each axis gets; d / 2 in all.
         """
-        axes = torch.arange(3).repeat_interleave(torch.tensor(mrope_section)).to(position_ids.device)
+        axes = self.axes(mrope_section).to(position_ids.device)
         half = position_ids.permute(2, 1, 0)[..., axes] * frequencies(len(axes), self.base, position_ids.device)
         return torch.cat([half, half], -1)[:, :, None]
+
+
+def chunked_axes(sections: Sequence[int]) -> Tensor:
+    """The axis of each frequency where an axis has a run of them: Qwen2-VL's."""
+    return torch.arange(3).repeat_interleave(torch.tensor(sections))
+
+
+def interleaved_axes(sections: Sequence[int]) -> Tensor:
+    """Where they take turns, and time has what height and width leave: Qwen3-VL's."""
+    axes = torch.zeros(sum(sections), dtype=torch.int64)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = axis
+    return axes
 
 
 class RotatedAttention(SelfAttention):
@@ -92,7 +105,12 @@ def grid_angles(height: int, width: int, merge_size: int, head_size: int, device
     rows, columns = torch.meshgrid(
         torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
     )
-    blocks = torch.stack([rows, columns], -1).unflatten(1, (-1, merge_size)).unflatten(0, (-1, merge_size))
-    positions = blocks.transpose(1, 2).reshape(-1, 2, 1)
+    positions = block_by_block(torch.stack([rows, columns], -1), merge_size)[..., None]
     half = (positions * frequencies(head_size // 4, VISION_BASE, device)).flatten(1)
     return torch.cat([half, half], -1)
+
+
+def block_by_block(grid: Tensor, merge_size: int) -> Tensor:
+    """Values [rows, columns, n] of a frame's patches -> [rows * columns, n], in the order of their blocks."""
+    blocks = grid.unflatten(1, (-1, merge_size)).unflatten(0, (-1, merge_size))
+    return blocks.transpose(1, 2).flatten(0, 3)

@@ -1,4 +1,4 @@
-"""A vision transformer from Megatron layers: CLIP, SigLIP, Qwen2-VL's, and what differs from them by a few switches."""
+"""A vision transformer from Megatron layers: CLIP, SigLIP, Qwen's, and what differs from them by a few switches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +22,8 @@ from nemo_vlm.mcore.attention import packed_sequences
 from nemo_vlm.mcore.config import ACTIVATIONS, BuildContext, encoder_config
 from nemo_vlm.mcore.groups import without_tensor_parallel
 from nemo_vlm.mcore.layers import layer_spec, norm_class
-from nemo_vlm.mcore.rotary import grid_angles
+from nemo_vlm.mcore.mlp import ShardedList
+from nemo_vlm.mcore.rotary import block_by_block, grid_angles
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +42,16 @@ class VisionShape:
     temporal_patch_size: int | None = None  # Qwen's patches reach over so many frames
     merge_size: int | None = None  # Qwen's patches come in blocks of so many along an edge, with rotary positions
     table_size: int | None = None  # learned positions of a square view
+    taps: tuple[int, ...] = ()  # layers whose outputs are wanted beside the last one's (Qwen3-VL's DeepStack)
     class_token: bool = False  # CLIP puts a class token in front
     pre_norm: bool = False  # CLIP normalises the embeddings
     post_norm: bool = False  # CLIP and SigLIP have a norm behind the last layer
-    patch_bias: bool = False  # SigLIP's patch convolution has a bias
+    patch_bias: bool = False  # SigLIP's and Qwen3-VL's patch convolution has a bias
     pooling_head: bool = False  # SigLIP's, behind all that runs here
 
 
 class VisionTransformer(MegatronModule):
-    """Images to the hidden states of one layer; parts are named as in Megatron's CLIPViTModel.
+    """Images to the hidden states of one layer, or of several; parts are named as in Megatron's CLIPViTModel.
 
     Args:
         depth: layers that run. The others, and what stands behind the last, are only carried along for export.
@@ -75,7 +76,7 @@ class VisionTransformer(MegatronModule):
         layers = [
             build_module(spec, config=config, layer_number=i + 1, pg_collection=groups) for i in range(shape.num_layers)
         ]
-        self.layers = torch.nn.ModuleList(layers)
+        self.layers = ShardedList(layers)
         self.ln_post = norm(config, hidden, shape.layernorm_epsilon) if shape.post_norm else torch.nn.Identity()
         self.head = pooling_head(shape) if shape.pooling_head else torch.nn.Identity()
         for unused in (self.layers[depth:], self.ln_post, self.head):
@@ -91,7 +92,8 @@ class VisionTransformer(MegatronModule):
                 parameter.tensor_model_parallel = False
 
     def forward(self, images: Images) -> Tensor:
-        """Hidden states [patches, h] of views after `depth` layers, without class tokens.
+        """Hidden states [patches, h] of views after `depth` layers, without class tokens, and beside them those of the
+        taps: [patches, (1 + taps) h].
 
         Frames of one size run as a batch, others packed, each seeing only itself.
         """
@@ -106,12 +108,14 @@ class VisionTransformer(MegatronModule):
         else:
             hidden, packed = hidden[:, None], packed_sequences(lengths, hidden.device)
         rotary = self.rotary_angles(frames[:1] if batched else frames)
-        hidden = self.ln_pre(hidden)
+        hidden, tapped = self.ln_pre(hidden), []
         for start, stop, recompute in recompute_runs(self.depth, self.step):
             if recompute and torch.is_grad_enabled():
-                hidden = checkpoint(self.run_layers, start, stop, hidden, rotary, packed, use_reentrant=False)
+                hidden, *found = checkpoint(self.run_layers, start, stop, hidden, rotary, packed, use_reentrant=False)
             else:
-                hidden = self.run_layers(start, stop, hidden, rotary, packed)
+                hidden, *found = self.run_layers(start, stop, hidden, rotary, packed)
+            tapped += found
+        hidden = torch.cat([hidden, *tapped], -1) if tapped else hidden
         hidden = hidden.transpose(0, 1).flatten(0, 1)
         if not self.shape.class_token:
             return hidden
@@ -133,47 +137,43 @@ class VisionTransformer(MegatronModule):
         return torch.cat([known[size] for size in frames])[:, None, None]
 
     def with_positions(self, patches: Tensor, frames: list[tuple[int, int]]) -> Tensor:
-        """Patches [n, h] of frames with what stands in front of each, and the position table added."""
+        """Patches [n, h] of frames with the class token in front of each, and the position table added."""
         if self.shape.table_size is None:
             return patches
-        sizes = [height * width for height, width in frames]
-        return torch.cat([self.with_table(*each) for each in zip(patches.split(sizes), frames, strict=True)])
+        known = {size: self.table(size) for size in set(frames)}
+        if self.class_token is not None:
+            split = patches.split([height * width for height, width in frames])
+            patches = torch.cat([torch.cat([self.class_token[0], frame]) for frame in split])
+        return patches + torch.cat([known[size] for size in frames])
 
-    def with_table(self, patches: Tensor, size: tuple[int, int]) -> Tensor:
-        """A frame's patches [height * width, h] with the class token in front and the position table added.
+    def table(self, size: tuple[int, int]) -> Tensor:
+        """Learned positions [class token + height * width, h] of a frame, in the order of its patches.
 
-        Of another size than the tower's own, the table is interpolated, as HF's interpolate_pos_encoding.
+        Of another size than the tower's own, they are interpolated, as by HF's interpolate_pos_encoding, and Qwen3-VL's
+        fast_pos_embed_interpolate.
         """
-        table = self.position_embeddings.weight
+        table, merge_size = self.position_embeddings.weight, self.shape.merge_size
         first = 0 if self.class_token is None else 1
         edge = math.isqrt(len(table) - first)
+        square = table[first:].unflatten(0, (edge, edge))
         if size != (edge, edge):
-            square = table[first:].unflatten(0, (edge, edge)).permute(2, 0, 1)[None].float()
-            resized = F.interpolate(square, size=size, mode="bicubic", align_corners=False)
-            table = torch.cat([table[:first], resized[0].flatten(1).T.to(table.dtype)])
-        if self.class_token is not None:
-            patches = torch.cat([self.class_token[0], patches])
-        return patches + table
+            whole = square.permute(2, 0, 1)[None].float()
+            mode, corners = ("bicubic", False) if merge_size is None else ("bilinear", True)
+            square = F.interpolate(whole, size=size, mode=mode, align_corners=corners)[0].permute(1, 2, 0)
+        return torch.cat([table[:first], block_by_block(square, merge_size or 1).to(table.dtype)])
 
     def run_layers(
         self, start: int, stop: int, hidden: Tensor, rotary: Tensor | None, packed: PackedSeqParams | None
-    ) -> Tensor:
-        for layer in self.layers[start:stop]:
-            hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed)
-        return hidden
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """As MegatronModule's, which would take the list of layers for one unsharded module."""
-        layers, self.layers = self.layers, torch.nn.ModuleList()
-        try:
-            shards = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        finally:
-            self.layers = layers
-        for i, layer in enumerate(layers):
-            shards |= sharded_state_dict_default(
-                layer, f"{prefix}layers.{i}.", sharded_offsets, metadata, self.tp_group
+    ) -> list[Tensor]:
+        """The output of the last of those layers, and of each that is tapped."""
+        tapped = []
+        for number in range(start, stop):
+            hidden, _ = self.layers[number](
+                hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed
             )
-        return shards
+            if number in self.shape.taps:
+                tapped.append(hidden)
+        return [hidden, *tapped]
 
 
 def patch_convolution(shape: VisionShape) -> torch.nn.Conv2d | torch.nn.Conv3d:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -14,9 +15,9 @@ def merge(embeddings: Tensor, tokens: Tensor, features: Tensor, placeholder_ids:
     Args:
         embeddings: [s, b, h] word embeddings.
         tokens: [b, s].
-        features: [n, h], one for each placeholder in the batch, whichever it is.
+        features: [n, w], one for each placeholder in the batch, whichever it is; w is h or more.
     Returns:
-        [s, b, h].
+        [s, b, w]; behind word embeddings stand zeros.
     Raises:
         ValueError: the counts differ.
     """
@@ -24,5 +25,6 @@ def merge(embeddings: Tensor, tokens: Tensor, features: Tensor, placeholder_ids:
     count = int(mask.sum())
     if count != len(features):
         raise ValueError(f"{count} placeholders of images and videos in the tokens, {len(features)} vision features")
-    by_sample = embeddings.transpose(0, 1)
+    behind = features.shape[-1] - embeddings.shape[-1]
+    by_sample = (F.pad(embeddings, (0, behind)) if behind else embeddings).transpose(0, 1)
     return by_sample.masked_scatter(mask.unsqueeze(-1), features.to(embeddings.dtype)).transpose(0, 1).contiguous()

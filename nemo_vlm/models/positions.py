@@ -1,4 +1,7 @@
-"""Rotary positions with an axis each for time, height and width: M-RoPE of Qwen2-VL (arXiv:2409.12191, section 2.1)."""
+"""Rotary positions with an axis each for time, height and width: M-RoPE of Qwen2-VL (arXiv:2409.12191, section 2.1).
+
+Qwen3-VL writes the time of each frame of a video into the text before it, so its views are single frames.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from torch import Tensor
 from nemo_vlm.batch import Batch
 
 
-def mrope_positions(batch: Batch, placeholder_ids: Sequence[int], merge_size: int) -> Tensor:
+def mrope_positions(
+    batch: Batch, placeholder_ids: Sequence[int], merge_size: int, frames_apart: bool = False
+) -> Tensor:
     """The position of each token of each sample, by the rule of get_rope_index in transformers 4.57.
 
     Text counts on, the same on all axes. A view's tokens stand at the place where it begins, plus their time, row and
@@ -20,13 +25,15 @@ def mrope_positions(batch: Batch, placeholder_ids: Sequence[int], merge_size: in
     Args:
         placeholder_ids: the tokens that stand for features of views.
         merge_size: patches along an edge of the block that a token stands for.
+        frames_apart: what stands at each time of a video is a view of its own, with text between them.
     Returns:
         [3, b, s] int64 on the device of the tokens, from 0 in each sample. Nothing is copied back from there.
     """
     tokens = batch.tokens
     steps, offsets = torch.ones_like(tokens), tokens.new_zeros(3, *tokens.shape)
     if len(batch.images):
-        advances, places = view_tokens(batch.images.image_grid_thw, merge_size)
+        grids = batch.images.image_grid_thw
+        advances, places = view_tokens(single_frames(grids) if frames_apart else grids, merge_size)
         seen = torch.isin(tokens, torch.tensor(placeholder_ids, device=tokens.device))
         # A count that is wrong is told of by models.merge
         numbers = (seen.flatten().cumsum(0) - 1).clamp(0, len(advances) - 1).view(tokens.shape)
@@ -35,6 +42,12 @@ def mrope_positions(batch: Batch, placeholder_ids: Sequence[int], merge_size: in
     before = steps.flatten().cumsum(0).view(tokens.shape) - steps
     starts = first_tokens(batch).to(tokens.device)
     return before - before.flatten()[starts] + offsets
+
+
+def single_frames(grids: Tensor) -> Tensor:
+    """[views, 3] -> [frames, 3], each with a time of 1."""
+    frames = grids.repeat_interleave(grids[:, 0], 0)
+    return torch.cat([torch.ones_like(frames[:, :1]), frames[:, 1:]], 1)
 
 
 def view_tokens(grids: Tensor, merge_size: int) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nemo_vlm.config.dynamic import DynamicConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.mcore.config import BuildContext
-from nemo_vlm.mcore.mlp import LinearStack
+from nemo_vlm.mcore.mlp import LinearStack, Mergers
 from nemo_vlm.models.adapter import DOWNSAMPLE, num_linear_layers
 
 
@@ -26,10 +27,21 @@ def build_projector(kind: str, in_size: int, out_size: int, build: BuildContext)
     return LinearStack([in_size] + [out_size] * count, build)
 
 
-def build_merger(in_size: int, merge_size: int, out_size: int, epsilon: float, build: BuildContext) -> nn.Module:
-    """HF's PatchMerger: patches are normalised, the merge_size x merge_size of a block joined, and projected."""
-    joined = in_size * merge_size**2
-    return LinearStack([joined, joined, out_size], build, in_size, epsilon)
+def build_merger(config: DynamicConfig, build: BuildContext, joined_first: bool = False) -> LinearStack:
+    """HF's PatchMerger: patches are normalised, those of a block joined, and projected.
+
+    Args:
+        joined_first: they are joined and then normalised, as for DeepStack.
+    """
+    vision, joined = config.mm_cfg.vision_encoder, config.mm_cfg.projector_input_size
+    norm_size = joined if joined_first else vision.hidden_size
+    return LinearStack([joined, joined, config.hidden_size], build, norm_size, vision.layernorm_epsilon)
+
+
+def build_mergers(config: DynamicConfig, build: BuildContext) -> Mergers:
+    """Qwen3-VL's: of the tower's last layer, and for DeepStack."""
+    deepstack = [build_merger(config, build, joined_first=True) for _ in range(config.deepstack_layers)]
+    return Mergers(build_merger(config, build), deepstack)
 
 
 def fuse_neighbours(features: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:

@@ -6,12 +6,14 @@ from torch import Tensor, nn
 
 from nemo_vlm.batch import Batch, Images
 from nemo_vlm.config import LanguageConfig
+from nemo_vlm.config.dynamic import DynamicConfig, DynamicVisionConfig
 from nemo_vlm.mcore.cache import Cache
 from nemo_vlm.mcore.config import BuildContext
 from nemo_vlm.mcore.gpt import build_gpt, decode, embed
 from nemo_vlm.mcore.groups import Stage
-from nemo_vlm.mcore.vit import VisionTransformer
+from nemo_vlm.mcore.vit import VisionShape, VisionTransformer
 from nemo_vlm.models.merge import merge
+from nemo_vlm.models.positions import mrope_positions
 
 
 class VisionLanguageModel(nn.Module):
@@ -35,7 +37,7 @@ class VisionLanguageModel(nn.Module):
         return decode(self.language_model, embeddings, batch, labels, cache, self.positions(batch, cache))
 
     def embed(self, batch: Batch, together: bool) -> Tensor:
-        """Word embeddings [s, b, h] with vision features at the placeholders.
+        """Word embeddings [s, b, h] with vision features at the placeholders, or wider, see mcore.deepstack.
 
         Args:
             together: other ranks may have images where this one has none, as in training and validation.
@@ -45,7 +47,7 @@ class VisionLanguageModel(nn.Module):
         return merge(embeddings, batch.tokens, features, self.config.placeholder_ids)
 
     def encode(self, images: Images) -> Tensor:
-        """Features [tokens, h] of all views, in order.
+        """Features [tokens, h] of all views, in order, or wider.
 
         No image is still a smallest one to compute: ranks gather and reduce the tower's weights together, so all must
         run it.
@@ -61,3 +63,26 @@ class VisionLanguageModel(nn.Module):
     def positions(self, batch: Batch, cache: Cache | None) -> Tensor | None:
         """[3, b, s] of M-RoPE; None: each token's place in its sample."""
         return None
+
+
+def dynamic_positions(config: DynamicConfig, batch: Batch, cache: Cache | None) -> Tensor | None:
+    """[3, b, s] of M-RoPE; None of tokens behind a prompt, where the cache counts on."""
+    if cache is not None and cache.filled:
+        return None
+    merge_size = config.mm_cfg.vision_encoder.spatial_merge_size
+    return mrope_positions(batch, config.mm_cfg.placeholder_ids, merge_size, config.frames_apart)
+
+
+def dynamic_shape(vision: DynamicVisionConfig) -> VisionShape:
+    """The tower of Qwen2-VL; later ones add to it."""
+    return VisionShape(
+        patch_size=vision.patch_dim,
+        num_layers=vision.num_layers,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.ffn_hidden_size,
+        num_attention_heads=vision.num_attention_heads,
+        activation=vision.activation,
+        layernorm_epsilon=vision.layernorm_epsilon,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+    )

@@ -114,6 +114,11 @@ class MultimodalConfig(MediaConfig):
         return rows * columns
 
     @property
+    def image_text(self) -> str:
+        around = (self.image_start_token, self.image_end_token) if self.use_im_start_end else ("", "")
+        return self.image_token.join(around)
+
+    @property
     def projector_input_size(self) -> int:
         """Width of what the projector makes one token of."""
         return (4 if self.mm_mlp_adapter_type == DOWNSAMPLE else 1) * self.vision_encoder.hidden_size
@@ -134,11 +139,6 @@ class Config(LanguageConfig):
     @property
     def media(self) -> MultimodalConfig:
         return self.mm_cfg
-
-    @property
-    def image_text(self) -> str:
-        mm = self.mm_cfg
-        return f"{mm.image_start_token}{mm.image_token}{mm.image_end_token}" if mm.use_im_start_end else mm.image_token
 
     @property
     def image_facts(self) -> dict[str, int]:

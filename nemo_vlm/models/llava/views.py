@@ -12,6 +12,7 @@ from nemo_vlm.config import DataConfig
 from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform, image_size, load_image, named, patchify, unpatchify
 from nemo_vlm.models.llava.config import Config, MultimodalConfig
 from nemo_vlm.models.multimodal import Media
+from nemo_vlm.models.tokens import PlaceholderRun, Runs
 from nemo_vlm.models.video import FrameSampling, Video, frame_size
 
 
@@ -25,11 +26,11 @@ class Views:
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """All that `num_features` depends on, beside the files."""
+        """All that `runs` depends on, beside the files."""
         return self.transform, self.patch_size, self.sampling, self.mm_cfg.mm_mlp_adapter_type
 
-    def num_features(self, media: Media) -> int:
-        """Tokens of an image or a video; where all images take the same, the file is not opened.
+    def runs(self, media: Media) -> Runs:
+        """Of an image or a video one; where all images take the same, the file is not opened.
 
         Raises:
             SampleError: it must be, and cannot.
@@ -39,7 +40,7 @@ class Views:
             count = self.sampling.count(media)
         if self.transform.mode == "keep":
             size = frame_size(media) if isinstance(media, Video) else image_size(media)
-        return count * self.of_size(*size)
+        return (PlaceholderRun(count * self.of_size(*size)),)
 
     def of_size(self, width: int, height: int) -> int:
         grids = [(h // self.patch_size, w // self.patch_size) for h, w in self.transform.view_sizes(width, height)]

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_vlm.config.dynamic import DynamicMediaConfig, DynamicVisionConfig
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.mapping import SEPARATE_NORMS, Rule, Variant, rename
+from nemo_vlm.mapping import SEPARATE_NORMS, Rule, Variant
 from nemo_vlm.models.hf_decoder import decoder_config, decoder_fields
-from nemo_vlm.models.qwen2_vl.config import Config, MultimodalConfig, VisionConfig
-from nemo_vlm.models.rules import decoder_rules, fused_vision_layer_rules
+from nemo_vlm.models.qwen2_vl.config import Config
+from nemo_vlm.models.rules import decoder_rules, fused_vision_layer_rules, merger_rules, patch_rule
 
 HF_TYPES = ("qwen2_vl",)  # model_type in config.json
 VISION_TYPES = ()
@@ -45,33 +46,16 @@ LAYERNORM_EPSILON = 1e-6  # of the tower; a constant in Hugging Face's code
 def rules(config: Config) -> list[Rule]:
     language = decoder_rules(config, "language_model.", "model.", "lm_head.weight")
     tower = vision_rules(config.mm_cfg.vision_encoder, "vision_model.", "visual.")
-    return language + tower + merger_rules(config, "visual.merger.")
+    names, width = ("ln_q", "mlp.0", "mlp.2"), config.mm_cfg.vision_encoder.hidden_size
+    return language + tower + merger_rules(config, "vision_projection.", "visual.merger.", names, width)
 
 
-def vision_rules(vision: VisionConfig, ours: str, theirs: str) -> list[Rule]:
+def vision_rules(vision: DynamicVisionConfig, ours: str, theirs: str) -> list[Rule]:
     """HF Qwen2VisionTransformerPretrainedModel without its merger."""
-    patch = (3, vision.temporal_patch_size, vision.patch_dim, vision.patch_dim)
-    rules: list[Rule] = [
-        rename(f"{ours}conv1.weight", f"{theirs}patch_embed.proj.weight", (vision.hidden_size, *patch))
-    ]
+    rules: list[Rule] = [patch_rule(vision, ours, theirs)]
     for layer in range(vision.num_layers):
-        prefixes = f"{ours}layers.{layer}.", f"{theirs}blocks.{layer}."
-        rules += fused_vision_layer_rules(
-            *prefixes, vision.num_attention_heads, vision.hidden_size, vision.ffn_hidden_size
-        )
+        rules += fused_vision_layer_rules(vision, f"{ours}layers.{layer}.", f"{theirs}blocks.{layer}.", "fc")
     return rules
-
-
-def merger_rules(config: Config, theirs: str) -> list[Rule]:
-    """HF PatchMerger."""
-    width = config.mm_cfg.vision_encoder.hidden_size
-    inner, ours = config.mm_cfg.projector_input_size, "vision_projection."
-    shapes = [("norm", "ln_q", (width,)), ("0", "mlp.0", (inner, inner)), ("1", "mlp.2", (config.hidden_size, inner))]
-    return [
-        rename(f"{ours}{name}.{kind}", f"{theirs}{their_name}.{kind}", shape if kind == "weight" else shape[:1])
-        for name, their_name, shape in shapes
-        for kind in ("weight", "bias")
-    ]
 
 
 def hf_config(config: Config) -> dict[str, Any]:
@@ -108,7 +92,7 @@ def hf_config(config: Config) -> dict[str, Any]:
     }
 
 
-def vision_hf_config(vision: VisionConfig, out_size: int) -> dict[str, Any]:
+def vision_hf_config(vision: DynamicVisionConfig, out_size: int) -> dict[str, Any]:
     """HF Qwen2VLVisionConfig, whose `hidden_size` is the language model's."""
     ratio, rest = divmod(vision.ffn_hidden_size, vision.hidden_size)
     branch = "model.mm_cfg.vision_encoder"
@@ -143,8 +127,8 @@ def from_hf(hf: Mapping[str, Any], names: set[str], path: str) -> Config:
     text, tied = hf["text_config"], hf["tie_word_embeddings"]
     fields = decoder_fields({**text, "tie_word_embeddings": tied}, path)
     sections = text["rope_parameters"]["mrope_section"]
-    mm_cfg = MultimodalConfig(
-        vision_encoder=VisionConfig(**vision_from_hf(hf["vision_config"], path)),
+    mm_cfg = DynamicMediaConfig(
+        vision_encoder=DynamicVisionConfig(**vision_from_hf(hf["vision_config"], path)),
         image_token_index=hf["image_token_id"],
         video_token_index=hf["video_token_id"],
         vision_start_token_index=hf["vision_start_token_id"],
@@ -154,7 +138,7 @@ def from_hf(hf: Mapping[str, Any], names: set[str], path: str) -> Config:
 
 
 def vision_from_hf(hf: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """VisionConfig's fields of an HF Qwen2VLVisionConfig.
+    """DynamicVisionConfig's fields of an HF Qwen2VLVisionConfig.
 
     Raises:
         ConfigError: it has something that is not built here.
