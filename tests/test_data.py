@@ -77,7 +77,9 @@ def test_every_family_makes_samples_of_any_data(name: str, digits_folder: Path, 
         config = replace(config, mm_cfg=replace(config.mm_cfg, **unsettled))
     tokenizer.add_tokens(list(VISION_TOKENS), special_tokens=True)
     parts = family(name, "processor")
-    processor = parts.Processor(parts.settle(config, tokenizer), DataConfig(system_message=""), tokenizer)
+    processor = parts.Processor(
+        parts.settle(config, tokenizer), DataConfig(conv_template="v1", system_message=""), tokenizer
+    )
     dataset = RecordDataset([RecordFile(digits_folder / "heldout.json")], None, processor)
     sample = dataset[0]
     answer = dataset.record(0)["conversations"][1]["value"]

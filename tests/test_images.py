@@ -25,6 +25,7 @@ from nemo_vlm.models.images import CLIP, ImageTransform, image_size, load_image
 from nemo_vlm.models.llava.config import Config
 from nemo_vlm.models.llava.views import Views
 from nemo_vlm.models.multimodal import media_of
+from nemo_vlm.models.tokens import PlaceholderRun
 from nemo_vlm.models.video import Decord, FrameSampling, PyAv, Video
 
 SHAPES = [(50, 80), (80, 50), (33, 33), (300, 101), (2000, 20)]
@@ -233,7 +234,7 @@ def test_features_are_counted_without_pixels(tmp_path: Path, video, adapter: str
     for media in (tmp_path / "wide.png", tmp_path / "high.png", Video(video)):
         grids = views.pixels([media]).grids
         found = sum(config.mm_cfg.features_of_grid(*grid[1:]) for grid in grids)
-        assert views.num_features(media) == found
+        assert views.runs(media) == (PlaceholderRun(found),)
         assert len(grids) == (5 if tiles else 1) * (3 if isinstance(media, Video) else 1)
     assert image_size(tmp_path / "wide.png") == (90, 41)
 

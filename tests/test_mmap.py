@@ -284,15 +284,25 @@ def idxmap_documents(count: int) -> list[list[int]]:
     return found
 
 
+GATHERED = {"moe_token_dispatcher_type": "allgather"}
+
+
+@pytest.mark.parametrize("settings", [{"ub_tp_comm_overlap": True}, GATHERED], ids=["overlap", "allgather"])
 @pytest.mark.parametrize("data", [{}, RESET, {"data_impl": "sft_idxmap"}], ids=["text", "documents", "idxmap"])
-def test_every_batch_fills_the_buffers_of_overlapping_tensor_parallelism(data: dict, tmp_path: Path) -> None:
-    """The last of the validation too, which empty samples fill; three ranks do not divide a row of eight."""
+def test_every_batch_is_of_one_length_where_it_must(data: dict, settings: dict, tmp_path: Path) -> None:
+    """For the buffers of overlapping tensor parallelism, and where ranks gather each other's tokens for experts.
+
+    The last of the validation too, which empty samples fill; three ranks do not divide a row of eight.
+    """
     found = idxmap_documents(60) if "data_impl" in data else make_documents(60)
     with written(tmp_path / "a", numpy.int32) as builder:
         for ids in found:
             builder.add(ids)
-    step, parallel = StepConfig(2, 8, ub_tp_comm_overlap=True), ParallelConfig(3, sequence_parallel=True)
-    run = make_run(str(tmp_path / "a"), step, splits_string="80,20", **data)
+    parallel = ParallelConfig(3, sequence_parallel=True)
+    run = make_run(str(tmp_path / "a"), StepConfig(2, 8, **settings), splits_string="80,20", **data)
+    if settings == GATHERED:
+        parallel = replace(parallel, expert_model_parallel_size=2, expert_tensor_parallel_size=1)
+        run = replace(run, model=replace(run.model, num_moe_experts=4))
     run = replace(run, parallel=parallel, trainer=TrainerConfig(precision="bf16-mixed"))
     options.check(run)
     laid_out = Layout(1, 12, 3, 1, True, (1,), 2, 1)

@@ -21,8 +21,9 @@ from test_families import build, one_rank, run_of, to_hugging_face, whole
 from tiny_hf import qwen2_vl_tokenizer
 
 from nemo_vlm import options
-from nemo_vlm.batch import IGNORE_INDEX, collate, join
+from nemo_vlm.batch import IGNORE_INDEX, Sample, collate, join
 from nemo_vlm.config import DataConfig, ParallelConfig
+from nemo_vlm.config.dynamic import DynamicVisionConfig
 from nemo_vlm.data.media import Frames
 from nemo_vlm.data.tokenizer import QWEN2, QWEN2_VL
 from nemo_vlm.errors import ConfigError, SampleError
@@ -33,17 +34,9 @@ from nemo_vlm.models.base import family
 from nemo_vlm.models.chat import chat_template
 from nemo_vlm.models.conversation import chat_text
 from nemo_vlm.models.dynamic import MAX_RATIO, smart_resize
-from nemo_vlm.models.qwen2_vl.config import Config, VisionConfig
-from nemo_vlm.models.qwen2_vl.processor import (
-    IMAGES,
-    TOKENS,
-    VIDEOS,
-    Processor,
-    data_from_hf,
-    hf_processor,
-    settle,
-    views_of,
-)
+from nemo_vlm.models.dynamic_processor import IMAGES, TOKENS, VIDEOS
+from nemo_vlm.models.qwen2_vl.config import Config
+from nemo_vlm.models.qwen2_vl.processor import Processor, data_from_hf, hf_processor, settle, views_of
 from nemo_vlm.models.text import in_front
 from nemo_vlm.models.video import Decord, FrameFiles, PyAv, RateSampling, Video
 
@@ -90,7 +83,12 @@ def test_pixels_are_hugging_faces(tmp_path: Path, lowest: int, highest: int) -> 
     assert torch.equal(ours.image_grid_thw, expected["image_grid_thw"])
     assert torch.equal(ours.pixel_values, expected["pixel_values"])
     counts = [theirs.get_number_of_image_patches(*size[::-1]) // 4 for size in SIZES]
-    assert [views.num_features(path) for path in paths] == counts
+    assert [features(views, path) for path in paths] == counts
+
+
+def features(views: Any, media: Any) -> int:
+    """Tokens that stand for an image or a video."""
+    return sum(run.count for run in views.runs(media))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "1", "I;16", "CMYK"])
@@ -111,14 +109,14 @@ def test_images_are_upright(tmp_path: Path, suffix: str) -> None:
         expected = theirs(ImageOps.exif_transpose(Image.open(path)), return_tensors="pt")
         found = views.pixels([path])
         assert torch.equal(found.pixel_values, expected["pixel_values"])
-        assert views.num_features(path) == found.image_grid_thw.prod() // 4
+        assert features(views, path) == found.image_grid_thw.prod() // 4
 
 
 def test_a_narrow_image_is_left_out(tmp_path: Path) -> None:
     assert smart_resize(MAX_RATIO, 1, 28, 56**2, 10**6) == (812, 28)
     path = saved(tmp_path, noise(MAX_RATIO + 1, 1))
     views = views_of(Config(), DataConfig())
-    for ask in (views.num_features, lambda media: views.pixels([media])):
+    for ask in (views.runs, lambda media: views.pixels([media])):
         with pytest.raises(SampleError, match=f"{path}: 201 x 1 pixels: one side is more than 200 times") as caught:
             ask(path)
         assert caught.value.reason == "narrow_image"
@@ -249,7 +247,7 @@ def test_a_videos_patches_are_its_frames(video: Path, reader: Any, monkeypatch: 
     halves = found.pixel_values.view(6, 24, 3, 2, 14 * 14)
     for number, frame in enumerate(frames):
         assert torch.equal(halves[number // 2, :, :, number % 2], frame.view(24, 3, 2, -1)[:, :, 0])
-    assert views.num_features(Video(video)) == 6 * 24 // 4
+    assert features(views, Video(video)) == 6 * 24 // 4
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
@@ -285,7 +283,7 @@ def test_frames_in_files_are_a_video(tmp_path: Path) -> None:
     last = found.pixel_values.view(4, 16, 3, 2, 196)[-1]
     assert torch.equal(last[:, :, 0], last[:, :, 1])
     with pytest.raises(SampleError, match="does not exist") as caught:
-        views.num_features(Video(Frames((tmp_path / "none.png",))))
+        views.runs(Video(Frames((tmp_path / "none.png",))))
     assert caught.value.reason == "missing_image"
 
 
@@ -324,11 +322,9 @@ def test_conversations_are_written_as_in_qwens_template(
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": ("user", "assistant")[n % 2], "content": parts(t)} for n, t in enumerate(said)]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    features = {"image": processor.views.num_features(image), "video": processor.views.num_features(Video(video))}
-    for kind in features:
-        whole = whole.replace(
-            f"<|vision_start|><|{kind}_pad|>", f"<|vision_start|>{f'<|{kind}_pad|>' * features[kind]}"
-        )
+    counts = {"image": features(processor.views, image), "video": features(processor.views, Video(video))}
+    for kind in counts:
+        whole = whole.replace(f"<|vision_start|><|{kind}_pad|>", f"<|vision_start|>{f'<|{kind}_pad|>' * counts[kind]}")
     spelled = "<|im_end|><|image_pad|>"  # in a question it is text: no single token
     if spelled in text:
         assert tokenizer.decode(made.tokens).count("<|im_end|>") == 3 + 1
@@ -339,7 +335,7 @@ def test_conversations_are_written_as_in_qwens_template(
         assert [*made.tokens.tolist(), tokenizer("\n")["input_ids"][0]] == tokenizer(whole)["input_ids"]
     trained = tokenizer.decode(made.labels[made.labels != IGNORE_INDEX])
     assert trained == "".join(f"{answer}<|im_end|>" for answer in said[1::2])
-    visual = sum(features[kind] * text.count(f"<{kind}>") for kind in features)
+    visual = sum(counts[kind] * text.count(f"<{kind}>") for kind in counts)
     assert processor.length(given) == (len(made.tokens), visual)
     assert visual == int(made.images.image_grid_thw.prod(1).sum()) // 4
     assert visual == int(torch.isin(made.tokens, torch.tensor(processor.config.placeholder_ids)).sum())
@@ -403,8 +399,8 @@ def test_messages_in_parts_suit_every_template(tokenizer: Any, template: str) ->
     said = "<image>and<video>: same?"
     config = processor_of(tokenizer).config
     (message,) = given = [{"role": "user", "content": parts(said)}]
-    found = tagged(chat_text(given, codec, config.media_break), config)
-    assert found == chat_text([{**message, "content": said}], codec, config.media_break)
+    found = tagged(chat_text(given, codec, config.in_text.media_break), config)
+    assert found == chat_text([{**message, "content": said}], codec, config.in_text.media_break)
     assert said in found
     if "im_start" in template:
         theirs = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
@@ -425,22 +421,23 @@ def test_a_processed_prompt_has_hugging_faces_logits(tmp_path: Path, video: Path
     with video.open("rb") as file:
         frames = [theirs(one, return_tensors="pt")["pixel_values"] for one in Decord(file).read([0, 20, 40, 60])]
     halves = torch.stack(frames).view(2, 2, 8, 3, 2, 196)[..., 0, :]  # pairs, frames, patches, channels, pixels
-    with one_rank(processor.config):
-        model, weights = build("qwen2_vl", processor.config, one_process(processor.config))
+    seen = transformers.Qwen2VLImageProcessorPil(size={"shortest_edge": 56**2, "longest_edge": SMALL.max_pixels})(
+        Image.open(image), return_tensors="pt"
+    )
+    seen |= {"pixel_values_videos": halves.permute(0, 2, 3, 1, 4).reshape(16, -1)}
+    assert_logits("qwen2_vl", processor, made, {**seen, "video_grid_thw": torch.tensor([[2, 2, 4]])}, tmp_path)
+
+
+def assert_logits(name: str, processor: Any, made: Sample, seen: dict[str, Any], folder: Path) -> None:
+    """Of random weights, equal to those of Hugging Face's class, which sees this and finds positions by itself."""
+    config, ids = processor.config, made.tokens[None]
+    with one_rank(config):
+        model, weights = build(name, config, one_process(config))
         logits = model(collate([replace(made, labels=torch.full_like(made.tokens, IGNORE_INDEX))]))
-        hugging_face = to_hugging_face("qwen2_vl", processor.config, whole(weights), tmp_path)
-    expected = hugging_face(
-        input_ids=ids,
-        mm_token_type_ids=sum(
-            (ids == token).int() * kind for kind, token in enumerate(processor.config.placeholder_ids, 1)
-        ),
-        **transformers.Qwen2VLImageProcessorPil(size={"shortest_edge": 56**2, "longest_edge": SMALL.max_pixels})(
-            Image.open(image), return_tensors="pt"
-        ),
-        pixel_values_videos=halves.permute(0, 2, 3, 1, 4).reshape(16, -1),
-        video_grid_thw=torch.tensor([[2, 2, 4]]),
-    ).logits
-    assert (logits[..., : processor.config.vocab_size] - expected).abs().max() <= 1e-4
+        hugging_face = to_hugging_face(name, config, whole(weights), folder)
+    kinds = sum((ids == token).int() * kind for kind, token in enumerate(config.placeholder_ids, 1))
+    expected = hugging_face(input_ids=ids, mm_token_type_ids=kinds, **seen).logits
+    assert (logits[..., : config.vocab_size] - expected).abs().max() <= 1e-4
 
 
 def test_our_chat_template_is_qwens(tokenizer: Any) -> None:
@@ -524,4 +521,4 @@ def test_frames_have_one_rule() -> None:
 def test_a_tower_has_sizes_above_zero(key: str) -> None:
     for size in (0, -64):
         with pytest.raises(ConfigError, match=f"^model.mm_cfg.vision_encoder.{key}={size}: must be 1 or more"):
-            VisionConfig(**{key: size})
+            DynamicVisionConfig(**{key: size})

@@ -21,8 +21,10 @@ from nemo_vlm.data.loader import Share, training_loader
 from nemo_vlm.door import CONF, store_defaults
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import resolve
+from nemo_vlm.models.llava.config import Config
 from nemo_vlm.models.templates import TEMPLATES
 from nemo_vlm.models.text import ConversationText
+from nemo_vlm.planning.contact_sheet import MARGIN
 from nemo_vlm.planning.show_data import Shown, patches
 
 
@@ -80,7 +82,7 @@ def test_text_pictures_and_skipped_samples(folder: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     place = folder / "datasets/digits_vqa"
     records = json.loads((place / "train.json").read_text())[:3]
-    records[1]["image"] = "nowhere.png"
+    records[1]["image"] = f"{'nowhere/' * 40}x.png"
     (place / "three.json").write_text(json.dumps(records))
     three = ("model.data.data_path=datasets/digits_vqa/three.json", "model.data.dataloader_type=single", "n=3")
     experiment.show(tree(*three, "picture=sheet/out.png"))
@@ -93,6 +95,8 @@ def test_text_pictures_and_skipped_samples(folder: Path, capsys: pytest.CaptureF
     assert patches(time=2, rows=20, columns=28) == "28 x 20 x 2"  # of a video
     with Image.open(folder / "sheet/out.png") as picture:
         assert picture.getextrema() != ((255, 255),) * 3  # not a white sheet
+        margin = picture.crop((picture.width - MARGIN, 0, *picture.size))
+        assert {colour for _, colour in margin.getcolors()} == {(255,) * 3, (153,) * 3}  # lines between; no text is cut
     found = lines(capsys, *three)
     assert [bool(line["skipped"]) for line in found] == [False, True, False]
     assert found[1]["id"] == records[1]["id"]
@@ -105,11 +109,22 @@ def test_trained_text_is_what_the_assistant_says_and_its_end(template: str) -> N
     said = [{"from": who, "value": text} for who, text in [("human", "Q1"), ("gpt", " two  words "), ("human", "Q2")]]
     said += [{"from": "gpt", "value": "A red square"}]
     said = said[:2] if TEMPLATES[template].captions else said
-    encoder = ConversationText(DataConfig(conv_template=template), codec, 10_000)
+    encoder = ConversationText(Config(encoder_seq_length=10_000), DataConfig(conv_template=template), codec)
     sample = Sample(*encoder.train({}, encoder.turns({"conversations": said}), []).shifted())
     before, after = TEMPLATES[template].around_answer
     shown = Shown(0, "", None, sample, Codec(codec), {}, [], before)
     assert shown.as_json()["trained_text"] == [turn["value"] + after.format(eos="</s>") for turn in said[1::2]]
+
+
+@pytest.mark.parametrize(
+    ("model", "begins"), [("qwen2_vl_tiny", "<|im_start|>system\n"), ("qwen3_vl_tiny", "<|im_start|>user")]
+)
+def test_each_family_has_its_own_template(model: str, begins: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """Whatever the data are; what they name goes before it."""
+    experiment.show(tree("n=1", f"model={model}", "data=digit_pairs"))
+    assert capsys.readouterr().out.splitlines()[1].startswith(begins.strip())
+    composed = tree(f"model={model}", "data=llava_pretrain")
+    assert composed["model"]["data"]["conv_template"] == "plain"
 
 
 def test_sizes_are_those_of_the_images_that_are_left(folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -27,7 +27,7 @@ from nemo_vlm.models.chat import chat_template
 from nemo_vlm.models.llava.config import Config
 from nemo_vlm.models.templates import STEERLM_LABEL, TEMPLATES, VICUNA_SYSTEM, Turn, segments
 from nemo_vlm.models.text import ConversationText
-from nemo_vlm.models.tokens import Encoded, MediaTokens, SegmentEncoder, trained_texts
+from nemo_vlm.models.tokens import Encoded, MediaTokens, PlaceholderRun, SegmentEncoder, trained_texts
 from nemo_vlm.sources.opening import with_tokenizer
 from nemo_vlm.sources.source import Source
 from nemo_vlm.sources.tokenizers import load_tokenizer
@@ -229,7 +229,7 @@ def record(*said: str, **more: Any) -> dict[str, Any]:
 def test_jinja_is_the_same_text(template: str, system: str | None, front: bool, tokenizers: dict[str, Any]) -> None:
     tokenizer, data = tokenizers["bytes"], DataConfig(conv_template=template, system_message=system)
     data = replace(data, sep_image_conv_front=front)
-    text = ConversationText(data, tokenizer, 1, MediaTokens(4))
+    text = ConversationText(Config(), data, tokenizer, MediaTokens(4))
     jinja = chat_template(Config(), data, with_bos=True)
     for number, turns in enumerate(conversations(template, seed=1)):
         said = record(*(text for turn in turns for text in (f"{turn.question} <image>", turn.answer)))
@@ -261,14 +261,19 @@ def made_text(tokenizers: dict[str, Any], limit: int, **data: Any) -> Conversati
     tokenizer = tokenizers["bytes"]
     around = (tuple(tokenizer.convert_tokens_to_ids([token])) for token in ("<extra_id_4>", "<extra_id_5>"))
     media = MediaTokens(tokenizer.convert_tokens_to_ids("<image>"), *around)
-    return ConversationText(DataConfig(system_message="", **data), tokenizer, limit, media)
+    return ConversationText(Config(encoder_seq_length=limit), DataConfig(system_message="", **data), tokenizer, media)
 
 
 LONG = record("<image>\nWhat is this?", "It is a cat.", "And <image> <video>?", "It is a cat and a cat and a cat.")
 
 
 def sample(text: ConversationText, given: dict[str, Any], counts: list[int]) -> Encoded:
-    return text.train(given, text.turns(given), counts)
+    return text.train(given, text.turns(given), runs(*counts))
+
+
+def runs(*counts: int) -> list[list[PlaceholderRun]]:
+    """Of an image each."""
+    return [[PlaceholderRun(count)] for count in counts]
 
 
 def test_truncation_cuts_no_image(tokenizers: dict[str, Any]) -> None:
@@ -287,7 +292,7 @@ def test_truncation_cuts_no_image(tokenizers: dict[str, Any]) -> None:
             assert error.reason == "too_long"
             break
         left, learnt = encoded.shifted()
-        kept = text.num_media(encoded)
+        kept = text.num_runs(encoded)
         assert len(left) == len(encoded) - 1 <= limit
         assert left.equal(tokens[: len(left)]) and learnt.equal(labels[: len(left)])
         assert int((left == image).sum()) == sum(counts[:kept])
@@ -295,7 +300,7 @@ def test_truncation_cuts_no_image(tokenizers: dict[str, Any]) -> None:
         assert learnt[-1] != IGNORE_INDEX
         seen.append(kept)
     assert set(seen) == {3, 1}  # both media of the second question, or neither
-    prompt = made_text(tokenizers, 10_000).prompt(LONG, Turn("<image>\nWhat is this?", None), counts[:1])
+    prompt = made_text(tokenizers, 10_000).prompt(LONG, Turn("<image>\nWhat is this?", None), runs(*counts[:1]))
     assert limit == len(prompt) - 1  # one more, and the first token of an answer were left
 
 
@@ -350,10 +355,10 @@ def test_images_to_the_front(tokenizers: dict[str, Any]) -> None:
 
 def test_prompts_leave_room(text: ConversationText) -> None:
     short, turn = len(text.prompt(LONG, Turn("a", None), [])), Turn("<image>", None)
-    assert len(text.prompt(LONG, turn, [39 - short - 2])) < 40
+    assert len(text.prompt(LONG, turn, runs(39 - short - 2))) < 40
     with pytest.raises(ConfigError, match="leave no room for an answer in model.encoder_seq_length=40"):
-        text.prompt(LONG, turn, [40])
-    assert text.raw("<image>a", [3], add_special_tokens=False)[:5].tolist() == [
+        text.prompt(LONG, turn, runs(40))
+    assert text.raw("<image>a", runs(3), add_special_tokens=False)[:5].tolist() == [
         *text.media.front,
         *[4] * 3,
         *text.media.back,

@@ -194,21 +194,25 @@ def test_records_of_any_kind_are_read_as_energon_reads_them(tars: Path) -> None:
 
 @pytest.fixture(scope="module")
 def make_run():
-    """A run of a small Qwen2-VL, and its processor."""
+    """A run of a small Qwen2-VL, or another of its kind, and its processor."""
+    views = {
+        "qwen2_vl": {"conv_template": "qwen2", "video_min_pixels": 3136},
+        "qwen3_vl": {"conv_template": "chatml", "min_pixels": 4096, "video_total_min_pixels": 4096},
+    }
 
-    def make(**data: Any) -> tuple[RunConfig, Any]:
-        config, parts = family("qwen2_vl", "tiny").config(), family("qwen2_vl", "processor")
+    def make(name: str = "qwen2_vl", **data: Any) -> tuple[RunConfig, Any]:
+        config, parts = family(name, "tiny").config(), family(name, "processor")
         names = ("image_token_index", "video_token_index", "vision_start_token_index", "vision_end_token_index")
         open_mm = replace(config.mm_cfg, **dict.fromkeys(names))
         config = replace(config, vocab_size=None, encoder_seq_length=256, mm_cfg=open_mm)
         made = RunConfig(
-            family="qwen2_vl",
+            family=name,
             trainer=TrainerConfig(),
             exp_manager=ExpManagerConfig(),
             model=parts.settle(config, TOKENIZER),
             parallel=ParallelConfig(),
             step=StepConfig(2, 4),
-            data=DataConfig(num_workers=0, conv_template="qwen2", video_min_pixels=3136, **data),
+            data=DataConfig(num_workers=0, **views[name], **data),
             optim=OptimConfig(),
             tokenizer=TokenizerConfig(),
         )
@@ -235,11 +239,12 @@ def same(ours: Iterator[list[Batch]], theirs: Iterator[list[Batch]]) -> int:
     return count
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_any_format_is_drawn_alike_and_goes_on_in_the_middle(packing: bool, tars: Path, make_run) -> None:
+@pytest.mark.parametrize(("name", "packing"), [("qwen2_vl", False), ("qwen2_vl", True), ("qwen3_vl", True)])
+def test_any_format_is_drawn_alike_and_goes_on_in_the_middle(name: str, packing: bool, tars: Path, make_run) -> None:
     prepare_mllm.prepare(RecordFile(tars / "mixed.json"), tars / "mllm.json", 0.0)
-    sharegpt, mllm = (make_run(data_path=str(tars / name), packing=packing) for name in ("mixed.json", "mllm.json"))
-    energon = make_run(data_impl="energon", data_path=str(tars / "mixed"), packing=packing)
+    files = (str(tars / file) for file in ("mixed.json", "mllm.json"))
+    sharegpt, mllm = (make_run(name, data_path=file, packing=packing) for file in files)
+    energon = make_run(name, data_impl="energon", data_path=str(tars / "mixed"), packing=packing)
     assert same(batches(energon, 8), batches(sharegpt, 8)) == same(batches(mllm, 8), batches(sharegpt, 8)) >= 32
     for made in (sharegpt, mllm, energon):  # the second epoch has begun
         assert same(batches(made, 4, consumed=16), iter(list(batches(made, 8))[4:])) >= 16

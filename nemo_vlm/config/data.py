@@ -19,7 +19,8 @@ OF_JSON = ("datasets_exclude", "image_folder", "video_folder")  # of records tha
 # Of images and videos; which of them a family follows, its LanguageConfig.media_settings says
 RATES = ("video_fps", "video_min_frames", "video_max_frames")  # which num_frames takes the place of
 LIMITS = (
-    *("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels", "video_total_pixels"),
+    *("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels"),
+    *("video_total_min_pixels", "video_total_pixels"),
     *RATES,
     "max_visual_tokens",
 )
@@ -30,6 +31,7 @@ OF_MEDIA = (
 PAIRS = (
     ("min_pixels", "max_pixels"),
     ("video_min_pixels", "video_max_pixels"),
+    ("video_total_min_pixels", "video_total_pixels"),
     ("video_min_frames", "video_max_frames"),
 )
 
@@ -61,22 +63,25 @@ class DataConfig:
     # the 100th on (the 8th, while none could be used), it may be as many more as chance makes of it
     max_skip_fraction: float = 0.01
     # a demo data set that is written on first use
-    prepare: Literal["digits", "digit_pairs", "docstrings", "docstring_questions"] | None = None
-    # how conversations are written; v1_fork is the guide's fork's v1
-    conv_template: Literal[
-        "plain",
-        "v1",
-        "v1_fork",
-        "llama_2",
-        "llama_3",
-        "nvgpt",
-        "nv_steerlm",
-        "nv_dpo",
-        "mistral",
-        "yi_34b",
-        "chatml",
-        "qwen2",
-    ] = "v1"
+    prepare: Literal["digits", "digit_pairs", "digit_captions", "docstrings", "docstring_questions"] | None = None
+    # how conversations are written; v1_fork is the guide's fork's v1; null: as the family's own chat template has it
+    conv_template: (
+        Literal[
+            "plain",
+            "v1",
+            "v1_fork",
+            "llama_2",
+            "llama_3",
+            "nvgpt",
+            "nv_steerlm",
+            "nv_dpo",
+            "mistral",
+            "yi_34b",
+            "chatml",
+            "qwen2",
+        ]
+        | None
+    ) = None
     system_message: str | None = None  # null: the template's own
     sep_image_conv_front: bool = False  # all images in front of the first question, as the fork has it: <image>\n
     too_long: Literal["truncate", "drop"] = "truncate"  # a sample beyond encoder_seq_length; never within an image
@@ -87,11 +92,14 @@ class DataConfig:
     max_pixels: int | None = None
     video_min_pixels: int | None = None  # of each frame of a video
     video_max_pixels: int | None = None
-    video_total_pixels: int | None = None  # of a video's temporal patches together, which lowers video_max_pixels
+    # Of a video as a whole: in Qwen3-VL of all its frames together, between which it is resized; in Qwen2-VL of its
+    # temporal patches together, which lowers video_max_pixels
+    video_total_min_pixels: int | None = None
+    video_total_pixels: int | None = None
     video_fps: float | None = None  # frames that are seen of each second; null: the family's
     video_min_frames: int | None = None
     video_max_frames: int | None = None
-    num_frames: int | None = None  # of a video, equally spaced; -1: all; null: 8 in LLaVA, by video_fps in Qwen2-VL
+    num_frames: int | None = None  # of a video, equally spaced; -1: all; null: 8 in LLaVA, else by video_fps
     max_visual_tokens: int | None = None  # of a sample, for its images and videos; one of more is left out
     splice_single_frame: Literal["first", "middle", "last"] | None = None  # only this one of them
     # cyclic: shuffled by epoch; single: in file order; modality: shuffled, like lengths together, and no global batch

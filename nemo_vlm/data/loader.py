@@ -21,7 +21,7 @@ from nemo_vlm.data.dataset import Samples
 from nemo_vlm.data.orders import Blend, Grouped
 from nemo_vlm.data.records import RecordDataset
 from nemo_vlm.layout import Layout
-from nemo_vlm.options import least_multiple, row_length
+from nemo_vlm.options import gathers_samples, least_multiple, row_length
 
 Groups = list[list[int]]  # record numbers, see Shares
 
@@ -189,12 +189,12 @@ def fitting(group: list[Sample], capacity: int, dataset: RecordDataset) -> list[
 
 
 def pad_multiple(run: RunConfig, layout: Layout, packed: bool) -> int:
-    """What the layout and 8-bit products need, or a given number; buffers of one size take only what fills them.
+    """What the layout and 8-bit products need, or a given number; where all micro-batches must be of one length, that.
 
     Args:
         packed: the rows of a micro-batch are joined into one.
     """
-    if run.step.ub_tp_comm_overlap:
+    if run.step.ub_tp_comm_overlap or gathers_samples(run):
         return row_length(run, layout) * (layout.micro_batch_size if packed else 1)
     return least_multiple(run, layout) if run.data.pad_to == "batch" else run.data.pad_to
 

@@ -172,7 +172,8 @@ class Folder:
             return path
         files = sorted(file for file in stem.iterdir() if is_image(file.name))
         if not files:
-            raise SampleError("missing_video", f"{path}: does not exist, and {stem} holds no frames")
+            missing = "holds no frames" if stem == path else f"does not exist, and {stem} holds no frames"
+            raise SampleError("missing_video", f"{path}: {missing}")
         rate = stem.with_name(f"{stem.name}.json")
         return frames(files, rate.read_bytes() if rate.is_file() else None, str(rate))
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from nemo_vlm.batch import IMAGE_TAG, VIDEO_TAG
 from nemo_vlm.config import DataConfig, LanguageConfig
 from nemo_vlm.data.codec import special_tokens
-from nemo_vlm.models.templates import BOS, EOS, TEMPLATES, Template
+from nemo_vlm.models.templates import BOS, EOS, Template, template_of
 
 TOKENS = {BOS: "(bos_token or '')", EOS: "eos_token"}
 MARKS = re.compile(f"({BOS}|{EOS})")
@@ -70,10 +69,11 @@ def chat_template(model: LanguageConfig, data: DataConfig, with_bos: bool) -> st
     Args:
         with_bos: it writes BOS itself, since the tokenizer will not.
     """
-    template = TEMPLATES[data.conv_template]
+    template = template_of(model, data)
     system = template.system if data.system_message is None else data.system_message
-    given = {"IMAGE_TAG": IMAGE_TAG, "VIDEO_TAG": VIDEO_TAG, "IMAGE": model.image_text, "VIDEO": model.video_text}
-    given |= {"BREAK": model.media_break, "SYSTEM": system}
+    media = model.in_text
+    given = {"IMAGE_TAG": IMAGE_TAG, "VIDEO_TAG": VIDEO_TAG, "IMAGE": media.image_text, "VIDEO": media.video_text}
+    given |= {"BREAK": media.media_break, "SYSTEM": system}
     texts = texts_of(template) | {"FRONT": BOS if with_bos else ""}
     values = {name: quoted(text) for name, text in given.items()}
     values |= {name: expression(text) for name, text in texts.items()}
@@ -110,12 +110,7 @@ def question(template: Template, in_front: bool) -> str:
     return f"({said} | trim)" if template.trims else said
 
 
-def ends_of_answers(tree: Mapping[str, Any], tokenizer: Any) -> list[int]:
-    """The token beside EOS that ends an answer of the template that a checkpoint was trained with, <|im_end|> say.
-
-    Args:
-        tree: the checkpoint's settings, which may name no template.
-    """
-    name = tree.get("data", {}).get("conv_template")
-    after, special = TEMPLATES[name].around_answer[1] if name else EOS, special_tokens(tokenizer)
+def ends_of_answers(model: LanguageConfig, data: DataConfig, tokenizer: Any) -> list[int]:
+    """The token beside EOS that ends an answer of the template that a model was trained with, <|im_end|> say."""
+    (_, after), special = template_of(model, data).around_answer, special_tokens(tokenizer)
     return [special[after]] if after in special and after != tokenizer.eos_token else []

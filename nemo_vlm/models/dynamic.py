@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -18,7 +18,8 @@ from nemo_vlm.batch import Images, join
 from nemo_vlm.data.media import Source
 from nemo_vlm.errors import SampleError
 from nemo_vlm.models.images import denormalised, image_size, load_image, named, resize
-from nemo_vlm.models.video import RateSampling, Reader, Video, use
+from nemo_vlm.models.tokens import PlaceholderRun, Runs
+from nemo_vlm.models.video import Reader, Video, use
 
 MAX_RATIO = 200  # of an image's sides
 ROWS_AT_ONCE = 2  # of blocks, in which an image is normalised
@@ -27,9 +28,15 @@ SLACK = 1.05  # a frame's largest size is so much above its smallest at least, w
 Grid = tuple[int, int, int]
 
 
-def smart_resize(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(width, height), multiples of `factor` near an image's own proportions; smart_resize of Qwen2VLImageProcessor.
+def smart_resize(
+    width: int, height: int, factor: int, min_pixels: int, max_pixels: int, frames: int = 1, depth: int = 1
+) -> tuple[int, int]:
+    """(width, height), multiples of `factor` near an image's own proportions; smart_resize of Qwen2VLImageProcessor,
+    and of Qwen3VLVideoProcessor, whose limits are those of all frames together.
 
+    Args:
+        frames: which the limits are for.
+        depth: frames of a patch; to whole patches their number is rounded where it is compared with the limits.
     Raises:
         SampleError: narrow_image: one side is more than 200 times the other.
     """
@@ -37,11 +44,12 @@ def smart_resize(width: int, height: int, factor: int, min_pixels: int, max_pixe
         long = f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other"
         raise SampleError("narrow_image", long)
     near = [round(side / factor) * factor for side in (width, height)]
-    if near[0] * near[1] > max_pixels:
-        scale = math.sqrt(width * height / max_pixels)
+    pixels, nearest = frames * width * height, round(frames / depth) * depth * near[0] * near[1]
+    if nearest > max_pixels:
+        scale = math.sqrt(pixels / max_pixels)
         near = [max(factor, math.floor(side / scale / factor) * factor) for side in (width, height)]
-    elif near[0] * near[1] < min_pixels:
-        scale = math.sqrt(min_pixels / (width * height))
+    elif nearest < min_pixels:
+        scale = math.sqrt(min_pixels / pixels)
         near = [math.ceil(side * scale / factor) * factor for side in (width, height)]
     return near[0], near[1]
 
@@ -67,9 +75,17 @@ class PatchFormat:
         """Pixels along an edge of a block."""
         return self.patch_size * self.merge_size
 
+    def times(self, frames: int) -> int:
+        """Patches in time of so many frames."""
+        return -(-frames // self.temporal_patch_size)
+
+    def features(self, width: int, height: int) -> int:
+        """Tokens of a moment of resized frames."""
+        return (width // self.factor) * (height // self.factor)
+
     def grid(self, frames: int, width: int, height: int) -> Grid:
         """Patches in time, height and width of so many resized frames."""
-        return -(-frames // self.temporal_patch_size), height // self.patch_size, width // self.patch_size
+        return self.times(frames), height // self.patch_size, width // self.patch_size
 
     def patches(self, frames: Sequence[Image.Image]) -> Images:
         """One view: resized frames of one size; an image is one frame, and stands in every frame of its patches.
@@ -128,12 +144,35 @@ class PixelLimits:
     max_pixels: int
     total_pixels: int | None = None
 
-    def most(self, frames: int, temporal_patch_size: int) -> int:
-        """Pixels of each of so many frames, as qwen_vl_utils (fetch_video) shares them out."""
-        if self.total_pixels is None:
-            return self.max_pixels
-        share = self.total_pixels * temporal_patch_size // frames
-        return max(min(self.max_pixels, share), int(self.min_pixels * SLACK))
+    def resized(self, size: tuple[int, int], frames: int, patches: PatchFormat) -> tuple[int, int]:
+        """(width, height) of each of so many frames, among which qwen_vl_utils (fetch_video) shares the total.
+
+        Raises:
+            SampleError: it is too narrow.
+        """
+        most = self.max_pixels
+        if self.total_pixels is not None:
+            share = self.total_pixels * patches.temporal_patch_size // frames
+            most = max(min(most, share), int(self.min_pixels * SLACK))
+        return smart_resize(*size, patches.factor, self.min_pixels, most)
+
+
+class VideoLimits(Protocol):
+    """Between what a video is resized."""
+
+    def resized(self, size: tuple[int, int], frames: int, patches: PatchFormat) -> tuple[int, int]:
+        """As PixelLimits."""
+        ...
+
+
+class Sampling(Protocol):
+    """Which frames of a video are seen."""
+
+    def count(self, reader: Reader) -> int:
+        """How many."""
+        ...
+
+    def indices(self, reader: Reader) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -142,27 +181,26 @@ class DynamicViews:
 
     format: PatchFormat
     images: PixelLimits
-    videos: PixelLimits
-    sampling: RateSampling
+    videos: VideoLimits
+    sampling: Sampling
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """All that `num_features` depends on, beside the files."""
+        """All that `runs` depends on, beside the files."""
         return (self,)
 
-    def num_features(self, media: Source | Video) -> int:
-        """Tokens of an image or a video; of the file, only what it says of its size is read.
+    def runs(self, media: Source | Video) -> Runs:
+        """The placeholders of an image or a video; of the file, only what it says of its size is read.
 
         Raises:
             SampleError: it cannot be read, or is too narrow.
         """
         with named(media):
-            grid = use(media, self._grid) if isinstance(media, Video) else self._image_grid(media)
-        return math.prod(grid) // self.format.merge_size**2
+            return use(media, self._video_runs) if isinstance(media, Video) else self._image_runs(media)
 
     def pixels(self, media: Sequence[Source | Video]) -> Images:
         """Raises:
-        SampleError: as num_features.
+        SampleError: as runs.
         """
         return join(self._view(one) for one in media)
 
@@ -174,21 +212,22 @@ class DynamicViews:
         with named(media):
             return use(media, self._video) if isinstance(media, Video) else self._image(media)
 
-    def _image_grid(self, image: Source) -> Grid:
-        return self.format.grid(1, *self._size(image_size(image, upright=True), self.images, 1))
+    def _image_runs(self, image: Source) -> Runs:
+        width, height = self.images.resized(image_size(image, upright=True), 1, self.format)
+        return (PlaceholderRun(self.format.features(width, height)),)
 
     def _image(self, source: Source) -> Images:
         image = load_image(source, upright=True)
-        return self.format.patches([resize(image, self._size(image.size, self.images, 1))])
+        return self.format.patches([resize(image, self.images.resized(image.size, 1, self.format))])
 
-    def _grid(self, reader: Reader) -> Grid:
-        frames = self.sampling.count(reader)
-        return self.format.grid(frames, *self._size(reader.size, self.videos, frames))
+    def _video_runs(self, reader: Reader) -> Runs:
+        """One, of all its moments."""
+        times = self.format.times(self.sampling.count(reader))
+        return (PlaceholderRun(times * self.format.features(*self._size(reader))),)
 
     def _video(self, reader: Reader) -> Images:
-        size = self._size(reader.size, self.videos, self.sampling.count(reader))
+        size = self._size(reader)
         return self.format.patches([resize(frame, size) for frame in reader.read(self.sampling.indices(reader))])
 
-    def _size(self, size: tuple[int, int], limits: PixelLimits, frames: int) -> tuple[int, int]:
-        most = limits.most(frames, self.format.temporal_patch_size)
-        return smart_resize(*size, self.format.factor, limits.min_pixels, most)
+    def _size(self, reader: Reader) -> tuple[int, int]:
+        return self.videos.resized(reader.size, self.sampling.count(reader), self.format)

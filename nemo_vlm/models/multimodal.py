@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from nemo_vlm.data.media import Source
 from nemo_vlm.errors import ConfigError, SampleError
 from nemo_vlm.models.templates import PLACEHOLDERS, spoken
 from nemo_vlm.models.text import ConversationText
-from nemo_vlm.models.tokens import Encoded, MediaTokens
+from nemo_vlm.models.tokens import Encoded, MediaTokens, Runs
 from nemo_vlm.models.video import Video
 
 Media = Source | Video
@@ -24,8 +25,8 @@ Media = Source | Video
 class Views(Protocol):
     """A family's way from image and video files to patches."""
 
-    def num_features(self, media: Media) -> int:
-        """Tokens of an image or a video; no pixels are decoded.
+    def runs(self, media: Media) -> Runs:
+        """The placeholders of an image or a video, and the text between them; no pixels are decoded.
 
         Raises:
             SampleError: the file must be opened to tell, and cannot be.
@@ -46,7 +47,7 @@ class Views(Protocol):
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """All that `num_features` depends on, beside the files."""
+        """All that `runs` depends on, beside the files."""
         ...
 
 
@@ -62,7 +63,7 @@ class MultimodalProcessor:
         self, config: LanguageConfig, data: DataConfig, tokenizer: Any, views: Views, media: MediaTokens
     ) -> None:
         self.config, self.data, self.tokenizer, self.views = config, data, tokenizer, views
-        self.text = ConversationText(data, tokenizer, config.encoder_seq_length, media)
+        self.text = ConversationText(config, data, tokenizer, media)
 
     def sample(self, record: Mapping[str, Any]) -> Sample:
         """Tokens, labels and pixels of a LLaVA record whose `image` and `video` list files.
@@ -101,13 +102,18 @@ class MultimodalProcessor:
         """The text, cut to its length, and what is left of the media."""
         turns = self.text.turns(record)
         media = media_of(record, spoken(turns))
-        encoded = self.text.train(record, turns, [self.views.num_features(one) for one in media])
+        runs = self._runs(media)
+        encoded = self.text.train(record, turns, runs)
         visual, most = self.text.num_media_tokens(encoded), self.data.most_visual_tokens
         if most is not None and visual > most:
             key = "max_visual_tokens" + "_per_micro_batch" * (most != self.data.max_visual_tokens)
             message = f"{visual} tokens of images and videos, more than model.data.{key}={most}"
             raise SampleError("too_many_visual_tokens", f"record {record.get('id')}: {message}")
-        return encoded, media[: self.text.num_media(encoded)]
+        ends, left = accumulate(map(len, runs)), self.text.num_runs(encoded)
+        return encoded, [one for one, end in zip(media, ends, strict=True) if end <= left]
+
+    def _runs(self, media: Sequence[Media]) -> list[Runs]:
+        return [self.views.runs(one) for one in media]
 
     def prompt(self, record: Mapping[str, Any]) -> Sample:
         """The first question alone, with the whole of it as tokens.
@@ -126,7 +132,7 @@ class MultimodalProcessor:
         """
         turns = self.text.turns(record)
         media = media_of(record, spoken(turns))[: len(PLACEHOLDERS.findall(turns[0].question))]
-        return self.text.prompt(record, turns[0], [self.views.num_features(one) for one in media]), media
+        return self.text.prompt(record, turns[0], self._runs(media)), media
 
     def tokens(self, text: str, media: Sequence[Media], add_special_tokens: bool = True) -> Tensor:
         """Ids [s] of a raw text in which <image> and <video> say where media go, a placeholder for each feature.
@@ -134,8 +140,7 @@ class MultimodalProcessor:
         Raises:
             SampleError: it is too long, media and placeholders differ in number, or a file cannot be read.
         """
-        text = text.replace(IMAGE_TAG, self.config.image_placeholder).replace(VIDEO_TAG, self.config.video_placeholder)
-        return self.text.raw(text, [self.views.num_features(one) for one in media], add_special_tokens)
+        return self.text.raw(text, self._runs(media), add_special_tokens)
 
     def pixels(self, media: Sequence[Media]) -> Images:
         """Images and videos as patches.

@@ -2,7 +2,7 @@
 
 They are NeMo's (nemo/collections/multimodal/data/neva/conversation.py and the preprocess_* of neva_dataset.py, 2.0.0),
 to the letter. Where those write <extra_id_6> and <extra_id_7> for a tokenizer's BOS and EOS, these are written here.
-NeMo's are not: v1_fork, chatml (as Qwen3's chat template has it) and qwen2.
+NeMo's are not: v1_fork, chatml (as the chat templates of Qwen3 and Qwen3-VL have it) and qwen2.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nemo_vlm.batch import IMAGE_TAG, VIDEO_TAG
+from nemo_vlm.config import DataConfig, LanguageConfig
 
 PLACEHOLDERS = re.compile(f"{IMAGE_TAG}|{VIDEO_TAG}")
 BOS, EOS = "{bos}", "{eos}"  # the tokenizer's, in a template's texts
@@ -148,6 +149,11 @@ TEMPLATES = {
     # as the chat templates of Qwen2, of Qwen2.5's base models and of Qwen2-VL
     "qwen2": replace(CHATML, system="You are a helpful assistant."),
 }
+
+
+def template_of(model: LanguageConfig, data: DataConfig) -> Template:
+    """The one that the data name, else the family's own."""
+    return TEMPLATES[data.conv_template or model.conv_template]
 
 
 def segments(template: Template, turns: Sequence[Turn], system: str | None, bos: str, eos: str) -> list[Segment]:

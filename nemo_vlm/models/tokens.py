@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -23,8 +23,24 @@ Piece = str | int | None  # text, the id of a special token, or a place where te
 
 
 @dataclass(frozen=True)
+class PlaceholderRun:
+    """Placeholders that stand together in the text: an image's, a video's, or those of a moment of a video.
+
+    Attributes:
+        count: one for each feature.
+        before: text in front of them.
+    """
+
+    count: int
+    before: str = ""
+
+
+Runs = Sequence[PlaceholderRun]  # of an image or a video
+
+
+@dataclass(frozen=True)
 class MediaTokens:
-    """What an image or a video is in the text: a placeholder for each of its features, and what stands around them.
+    """What a run of placeholders is in the text: they themselves, one for each feature, and what stands around them.
 
     Attributes:
         video: a video's placeholder; None: it has an image's.
@@ -39,14 +55,12 @@ class MediaTokens:
     def placeholders(self) -> tuple[int, ...]:
         return (self.placeholder,) if self.video is None else (self.placeholder, self.video)
 
-    @property
-    def ids(self) -> set[int]:
-        """All that is no text."""
-        return {*self.front, *self.placeholders, *self.back}
+    def placeholder_of(self, tag: str) -> int:
+        return self.placeholder if tag == IMAGE_TAG or self.video is None else self.video
 
     def of_tag(self, tag: str) -> list[int]:
-        """What stands for a tag of a record, one placeholder for all features."""
-        return self.around(self.placeholder if tag == IMAGE_TAG or self.video is None else self.video)
+        """What stands for a tag of an image or a video, one placeholder for the whole run."""
+        return self.around(self.placeholder_of(tag))
 
     def around(self, placeholder: int) -> list[int]:
         return [*self.front, placeholder, *self.back]
@@ -61,7 +75,7 @@ class Encoded:
     """A conversation.
 
     Attributes:
-        ids: [s] int64; an image or a video has one placeholder.
+        ids: [s] int64; a run of placeholders is one.
         trained: [s] bool.
         repeats: [s] int64, how often each id stands in the sample: a placeholder once for each feature.
     """
@@ -75,7 +89,7 @@ class Encoded:
 
     def cut(self, limit: int) -> Encoded:
         """What of it `limit` tokens hold. If that is not all: up to the last token that is trained on, so that no
-        image is cut in two, nor stands at the end.
+        image or video is cut in two, nor stands at the end.
         """
         if len(self) <= limit:
             return self
@@ -113,7 +127,7 @@ class SegmentEncoder:
                 first = ids == self.front and not is_trained  # what is trained on decodes to itself, without a space
                 found = self.codec.ids(piece, first) if isinstance(piece, str) else [piece]
                 ids += found
-                trained += [is_trained and not self._is_media(piece)] * len(found)
+                trained += [is_trained] * len(found)
         return ids, trained
 
     def _pieces(self, segment: Segment) -> Iterator[Piece]:
@@ -130,16 +144,13 @@ class SegmentEncoder:
             yield from media.of_tag(match[0]) if media else [None if is_spelled else self.codec.special[match[0]]]
         yield text[start:]
 
-    def _is_media(self, piece: str | int) -> bool:
-        return self.media is not None and piece in self.media.ids
-
     def repeats(self, ids: Sequence[int], counts: Sequence[int]) -> Tensor:
         """[s] int64: how often each id stands in the sample.
 
         Args:
-            counts: features of each image or video.
+            counts: features of each run of placeholders.
         Raises:
-            ValueError: there are more or fewer placeholders.
+            ValueError: there are more or fewer runs.
         """
         found = torch.ones(len(ids), dtype=torch.int64)
         if self.media is not None:
@@ -148,6 +159,27 @@ class SegmentEncoder:
                 raise ValueError(f"{len(places)} placeholders in the text, {len(counts)} images and videos")
             found[places] = torch.tensor(counts, dtype=torch.int64)
         return found
+
+
+def with_runs(segments: Sequence[Segment], media: Sequence[Runs]) -> Iterator[Segment]:
+    """Segments in which each tag of an image or a video is its runs: a tag each, behind the text in front of it.
+
+    None of that is trained on.
+
+    Raises:
+        ValueError: there are more or fewer tags.
+    """
+    count = sum(len(PLACEHOLDERS.findall(segment.text)) for segment in segments)
+    if count != len(media):
+        raise ValueError(f"{count} placeholders in the text, {len(media)} images and videos")
+    left = iter(media)
+    for segment in segments:
+        start = 0
+        for match in PLACEHOLDERS.finditer(segment.text):
+            yield replace(segment, text=segment.text[start : match.start()])
+            yield Segment("".join(run.before + match[0] for run in next(left)))
+            start = match.end()
+        yield replace(segment, text=segment.text[start:])
 
 
 def joined(pieces: Iterable[Piece]) -> Iterator[str | int]:

@@ -15,6 +15,7 @@ from nemo_vlm.files import written_whole
 WIDTH, THUMBNAIL, MARGIN, LINE, SIZE = 1400, 160, 12, 20, 15  # pixels
 MAX_IMAGES, MAX_LINES = 3, 14  # of a sample
 MAX_FRAMES = 4  # of a video, one behind the other
+WORD = re.compile(r"\n|[^\S\n]+|\S{1,80}")  # or so much of one, as of a file's name, that it has room on a line
 TRAINED, PLAIN, OF_IMAGES, HEAD = "#117733", "#222222", "#999999", "#004488"
 
 
@@ -51,8 +52,8 @@ def row_image(row: Row, font: Any) -> Image.Image:
     headline, runs, views = row
     thumbnails = [thumbnail(frames) for frames in views[:MAX_IMAGES]]
     left = 2 * MARGIN + max(len(thumbnails), 1) * (THUMBNAIL + MARGIN)
-    words = [(headline, HEAD), ("\n", HEAD)]
-    words += [(word, colour_of(run)) for run in runs for word in re.findall(r"\n|[^\S\n]+|\S+", run.text)]
+    texts = [(f"{headline}\n", HEAD), *((run.text, colour_of(run)) for run in runs)]
+    words = [(word, colour) for text, colour in texts for word in WORD.findall(text)]
     lines = wrapped(words, WIDTH - left - MARGIN, font)[:MAX_LINES]
     image = Image.new("RGB", (WIDTH, max(THUMBNAIL, LINE * len(lines)) + 2 * MARGIN), "white")
     for number, picture in enumerate(thumbnails):

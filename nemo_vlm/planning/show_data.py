@@ -27,7 +27,7 @@ from nemo_vlm.data.records import RecordDataset
 from nemo_vlm.errors import ConfigError, SampleError
 from nemo_vlm.layout import Layout
 from nemo_vlm.models.images import image_size
-from nemo_vlm.models.templates import TEMPLATES
+from nemo_vlm.models.templates import template_of
 from nemo_vlm.models.tokens import trained_texts
 from nemo_vlm.models.video import Video, frame_size
 from nemo_vlm.planning.contact_sheet import contact_sheet
@@ -170,9 +170,9 @@ def show(config: ShowConfig, run: RunConfig, layout: Layout, dataset: Samples, t
 def samples(run: RunConfig, layout: Layout, dataset: Samples, tokenizer: Any) -> Iterator[Shown]:
     """Those of the run's own numbers, each with what is known of the record that it was made of, if it can be read."""
     codec, vocabulary = Codec(tokenizer), tokenizer.get_vocab()
-    called = {run.model.video_placeholder: "video", run.model.image_placeholder: "image"}
+    called = {run.model.in_text.video_placeholder: "video", run.model.in_text.image_token: "image"}
     placeholders = {vocabulary[token]: kind for token, kind in called.items() if token in vocabulary}
-    before = TEMPLATES[run.data.conv_template].around_answer[0]
+    before = template_of(run.model, run.data).around_answer[0]
     for number, place in drawn(run, layout, dataset):
         record, name = record_of(dataset, number), dataset.origin(number).id
         for sample in dataset.samples(number):

@@ -30,7 +30,7 @@ class Processor:
 
     def __init__(self, config: Config, data: DataConfig, tokenizer: Any) -> None:
         self.config, self.data, self.tokenizer = config, data, tokenizer
-        self.text = ConversationText(data, tokenizer, config.encoder_seq_length)
+        self.text = ConversationText(config, data, tokenizer)
         self.warned = False
 
     def sample(self, record: Mapping[str, Any]) -> Sample:
