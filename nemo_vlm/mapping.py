@@ -11,13 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import Reader, Shape, Slices, check_names, whole
+from nemo_vlm.formats.stacked import Unstacked
 
 # For Variant.names: norms as modules of their own, as in Megatron's layers without Transformer Engine.
 SEPARATE_NORMS = {
@@ -36,12 +37,15 @@ class Variant:
         args_tell: whether the arguments in its checkpoints are the model's; else they are Megatron's defaults.
         embeds_first: whether the first pipeline stage has the embedding even where it has no layer; else it stands on
             the first one with layers.
+        lists_moe_layers: whether its moe_layer_freq is a list where there are experts; Megatron then stacks no layers
+            in torch_dist.
     """
 
     names: Mapping[str, str]
     pads: bool = False
     args_tell: bool = True
     embeds_first: bool = True
+    lists_moe_layers: bool = False
 
     def name_of(self, ours: str) -> str:
         """What it calls a tensor of ours."""
@@ -152,6 +156,69 @@ class Reshape:
 
     def split(self, ours: Reader, name: str, slices: Slices) -> Tensor:
         return ours.read(self.ours).reshape(self.their_shape)[slices]
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """Theirs with its last two axes the other way round; a slice is a transposed view of the same slice of theirs."""
+
+    ours: str
+    shape: Shape
+    their_name: str
+
+    @property
+    def theirs(self) -> Mapping[str, Shape]:
+        return {self.their_name: swapped(self.shape)}
+
+    def join(self, theirs: Reader, slices: Slices) -> Tensor:
+        return theirs.read(self.their_name, self.swapped(slices)).mT
+
+    def split(self, ours: Reader, name: str, slices: Slices) -> Tensor:
+        return ours.read(self.ours, self.swapped(slices)).mT
+
+    def swapped(self, slices: Slices) -> Slices:
+        """No slices, which mean all, stay none."""
+        assert len(slices) in (0, len(self.shape))
+        return swapped(slices)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Ours has an axis in front, of experts say, whose every entry is made by a rule of its own from theirs.
+
+    Attributes:
+        each: their rules, in order, all of one shape; what they call ours is known nowhere else.
+    """
+
+    ours: str
+    each: tuple[Rows, ...]
+
+    @cached_property
+    def shape(self) -> Shape:
+        return (len(self.each), *self.each[0].shape)
+
+    @cached_property
+    def owners(self) -> Mapping[str, int]:
+        """The entry that each tensor of theirs is a part of."""
+        return {name: number for number, rule in enumerate(self.each) for name in rule.theirs}
+
+    @cached_property
+    def theirs(self) -> Mapping[str, Shape]:
+        return {name: shape for rule in self.each for name, shape in rule.theirs.items()}
+
+    def join(self, theirs: Reader, slices: Slices) -> Tensor:
+        first, *rest = slices or whole(self.shape)
+        return torch.stack([rule.join(theirs, tuple(rest)) for rule in self.each[first]])
+
+    def split(self, ours: Reader, name: str, slices: Slices) -> Tensor:
+        number = self.owners[name]
+        rule = self.each[number]
+        return rule.split(Unstacked(ours, {rule.ours: (self.ours, number)}), name, slices)
+
+
+def swapped(axes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A shape, or slices, with the last two axes the other way round."""
+    return (*axes[:-2], *axes[:-3:-1])
 
 
 def rename(ours: str, theirs: str, shape: Shape) -> Rows:

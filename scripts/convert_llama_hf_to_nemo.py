@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_vlm.conversion.command import parser, run_command
+from nemo_vlm.script import parser, run_command
 
 
 def main() -> None:

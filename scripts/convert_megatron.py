@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nemo_vlm.conversion.command import parser, run_command
+from nemo_vlm.script import parser, run_command
 
 
 def size(text: str) -> int:
@@ -37,7 +37,8 @@ def main() -> None:
     flags.add_argument("--pipeline-model-parallel-size", type=size, help="of mp_rank files")
     flags.add_argument("--pipeline-layers", type=layers, help="decoder layers of each stage, 1,3")
     flags.add_argument("--num-layer-list", type=layers, help="the same as MindSpeed says it: first layers, 0,0,10,20")
-    flags.add_argument("--names", help="whose names a Qwen2-VL's tensors get: pai (the default), mindspeed, mindspeed2")
+    names = "whose names a model gets: pai (the default); a Qwen2-VL mindspeed, mindspeed2, too; a Qwen3-VL megatron"
+    flags.add_argument("--names", help=names)
     flags.add_argument("--iteration", help="a number or release; without it the input's last, and release to write")
     flags.add_argument("--hf-config", type=Path, help="a directory whose config.json describes the input")
     options = flags.parse_args()

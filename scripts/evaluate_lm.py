@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_vlm.conversion.command import PRECISIONS, Parser, run_command
+from nemo_vlm.script import PRECISIONS, Parser, run_command
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_vlm.conversion.command import Parser, run_command
+from nemo_vlm.script import Parser, run_command
 
 
 def main() -> None:

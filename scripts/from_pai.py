@@ -13,11 +13,11 @@ from __future__ import annotations
 import re
 import sys
 
-from nemo_vlm.conversion.command import Parser, run_command
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.porting.document import listing
 from nemo_vlm.porting.line import translate
 from nemo_vlm.porting.pai import FAMILIES
+from nemo_vlm.script import Parser, run_command
 
 OWN = ("--family", "--env", "--tokenizer", "--help", "-h")
 

@@ -5,7 +5,7 @@ python scripts/inspect_nemo.py run.nemo
 
 from __future__ import annotations
 
-from nemo_vlm.conversion.command import Parser, run_command
+from nemo_vlm.script import Parser, run_command
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from nemo_vlm.config import DataConfig
-from nemo_vlm.conversion.command import Parser, run_command
+from nemo_vlm.script import Parser, run_command
 
 
 def main() -> None:

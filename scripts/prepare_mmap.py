@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nemo_vlm.conversion.command import Parser, add_tokenizer, run_command, tokenizer_of
+from nemo_vlm.script import Parser, add_tokenizer, run_command, tokenizer_of
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from nemo_vlm.config import DataConfig
-from nemo_vlm.conversion.command import Parser, add_tokenizer, run_command, tokenizer_of
+from nemo_vlm.script import Parser, add_tokenizer, run_command, tokenizer_of
 
 DATA = DataConfig()
 

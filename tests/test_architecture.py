@@ -21,6 +21,7 @@ LAYERS = (
     (
         "errors",
         "command_line",
+        "script",
         "files",
         "logs",
         "heartbeat",

@@ -39,7 +39,7 @@ from nemo_vlm.formats.rank_files import RankFiles, is_gated
 from nemo_vlm.formats.rank_files_writer import Ranks, write
 from nemo_vlm.formats.reader import InMemory
 from nemo_vlm.formats.safetensors import Safetensors
-from nemo_vlm.formats.stacked import Unstacked
+from nemo_vlm.formats.stacked import single_layers
 from nemo_vlm.formats.store import Folder, Tar
 from nemo_vlm.formats.torch_dist import TorchDist
 from nemo_vlm.mcore import groups
@@ -279,7 +279,10 @@ def contents_of(folder: Path, shape: tuple) -> TorchDist:
 @pytest.mark.parametrize("shape", [(), (2**40, 3)])
 def test_what_cannot_be_stacked_stays(shape: tuple, tmp_path: Path) -> None:
     reader = dist(tmp_path, [], shape, "decoder.layers.x")
-    assert Unstacked(reader).names() == {"decoder.layers.x"} and Unstacked(reader).shape("decoder.layers.x") == shape
+    assert (
+        single_layers(reader).names() == {"decoder.layers.x"}
+        and single_layers(reader).shape("decoder.layers.x") == shape
+    )
 
 
 def test_a_type_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -417,7 +420,7 @@ def test_a_directory_of_megatrons_reads(by_megatron, tmp_path: Path) -> None:
         assert reader.shape("decoder.layers.mlp.linear_fc1.weight") == (4, 192, 48)
         assert reader.read("optimizer.exp_avg").tolist() == [float(rank) for rank in range(4) for _ in range(3)]
         assert {"rng_state/shard_0_4", "rng_state/shard_3_4"} < reader.objects
-        layers = Unstacked(reader)
+        layers = single_layers(reader)
         assert layers.names() == set(full) | {"optimizer.exp_avg"}
         for name, tensor in full.items():
             found = unpadded(layers, name, tensor)
@@ -557,7 +560,7 @@ def test_megatron_reads_a_directory_of_ours(by_megatron, tmp_path: Path) -> None
     """Stacked as Megatron would; the vocabulary without padding."""
     full = by_megatron[1]
     torch_dist_writer.write(tmp_path, InMemory(full), {"iteration": 7, "args": argparse.Namespace(num_layers=4)})
-    reader = Unstacked(TorchDist(Folder(tmp_path)))
+    reader = single_layers(TorchDist(Folder(tmp_path)))
     assert reader.names() == set(full) and all(torch.equal(reader.read(name), full[name]) for name in full)
     run, layout = sharded(RUN, "tp2_pp2")
     assert all(run_ranks(load_by_megatron, 4, run, layout, tmp_path, full))

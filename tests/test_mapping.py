@@ -10,15 +10,20 @@ from torch import Tensor
 
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import InMemory, Slices
-from nemo_vlm.mapping import Ours, Reshape, Theirs, fuse_gate_up, fuse_qkv, rename
+from nemo_vlm.mapping import Ours, Reshape, Stacked, Swapped, Theirs, fuse_gate_up, fuse_qkv, rename
 
-HEADS, GROUPS, SIZE, WIDTH, FFN = 6, 2, 4, 5, 7
+HEADS, GROUPS, SIZE, WIDTH, FFN, EXPERTS = 6, 2, 4, 5, 7, 3
 RULES = [
     fuse_qkv("qkv", ["q", "k", "v"], HEADS, GROUPS, SIZE, (WIDTH,)),
     fuse_qkv("qkv_bias", ["qb", "kb", "vb"], HEADS, GROUPS, SIZE, ()),
     fuse_gate_up("fc1", "gate", "up", FFN, (WIDTH,)),
     rename("norm", "their_norm", (WIDTH,)),
     Reshape("class_token", (1, 1, WIDTH), "class", (WIDTH,)),
+    Swapped("fc2", (EXPERTS, WIDTH, FFN), "down"),
+    Stacked(
+        "experts_fc1",
+        tuple(fuse_gate_up("one", f"gate{expert}", f"up{expert}", FFN, (WIDTH,)) for expert in range(EXPERTS)),
+    ),
 ]
 THEIRS = {
     name: torch.randn(shape)
@@ -33,6 +38,8 @@ THEIRS = {
         "up": (FFN, WIDTH),
         "their_norm": (WIDTH,),
         "class": (WIDTH,),
+        "down": (EXPERTS, FFN, WIDTH),
+        **{f"{part}{expert}": (FFN, WIDTH) for part in ("gate", "up") for expert in range(EXPERTS)},
     }.items()
 }
 
@@ -64,17 +71,30 @@ def test_query_groups_stand_one_after_another() -> None:
     assert torch.equal(Ours(RULES, InMemory(THEIRS)).read("qkv"), expected)
 
 
+def test_experts_are_turned_and_stacked() -> None:
+    ours = Ours(RULES, InMemory(THEIRS))
+    assert torch.equal(ours.read("fc2")[1], THEIRS["down"][1].T)
+    assert torch.equal(ours.read("experts_fc1")[2], torch.cat([THEIRS["gate2"], THEIRS["up2"]]))
+
+
 def test_every_slice_is_right_and_reads_only_itself() -> None:
     ours, whole = Ours(RULES, Counting(THEIRS)), Ours(RULES, InMemory(THEIRS))
-    for name in ("qkv", "qkv_bias", "fc1", "norm"):
+    for name in ("qkv", "qkv_bias", "fc1", "norm", "fc2", "experts_fc1"):
         rows = whole.shape(name)[0]
-        for first, last in itertools.combinations_with_replacement(range(rows + 1), 2):
+        pairs = itertools.combinations if "experts" in name else itertools.combinations_with_replacement
+        for first, last in pairs(range(rows + 1), 2):
             slices = (slice(first, last), *(slice(1, 3) for _ in whole.shape(name)[1:]))
             Counting.count = 0
             part = ours.read(name, slices)
             assert torch.equal(part, whole.read(name)[slices])
             assert Counting.count == part.numel()
-    assert torch.equal(Theirs(RULES, whole).read("q", (slice(3, 9), slice(0, 2))), THEIRS["q"][3:9, 0:2])
+    with pytest.raises(AssertionError):
+        ours.read("fc2", (slice(0, 1), slice(1, 3)))  # axes could not be told apart
+    theirs = Theirs(RULES, whole)
+    for name in ("q", "up1"):
+        assert torch.equal(theirs.read(name, (slice(3, 6), slice(0, 2))), THEIRS[name][3:6, 0:2])
+    down = (slice(1, 2), slice(3, 5), slice(0, 3))
+    assert torch.equal(theirs.read("down", down), THEIRS["down"][down])
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from test_formats import BOMBS
 
 from nemo_vlm.archive import Archive
 from nemo_vlm.config import ParallelConfig
-from nemo_vlm.conversion.command import run_command
 from nemo_vlm.conversion.convert import Target, to_nemo
 from nemo_vlm.conversion.jobs import Run
 from nemo_vlm.conversion.megatron import Export, convert, to_megatron
@@ -35,6 +34,7 @@ from nemo_vlm.formats import torch_dist_writer
 from nemo_vlm.formats.reader import InMemory, chosen
 from nemo_vlm.mapping import Theirs
 from nemo_vlm.models.base import family
+from nemo_vlm.script import run_command
 from nemo_vlm.sources.megatron import open_megatron
 from nemo_vlm.sources.nemo1 import open_nemo1
 from nemo_vlm.sources.nemo1_settings import image_size
@@ -143,6 +143,7 @@ def run_script(monkeypatch, capsys, *flags: object) -> tuple[int, str]:
 
 def test_the_script_goes_both_ways(tmp_path: Path, monkeypatch, capsys) -> None:
     source, first = source_of("llava"), tmp_path / "first"
+    source.tree["data"] = {"image_aspect_ratio": "pad"}
     to_megatron(source, Target(first), EXPORTS["tp2_pp2"])
     flags = ("--format", "mp_rank", "--tensor-model-parallel-size", 2, "--pipeline-layers", "3,1", "--iteration", "20")
     assert run_script(monkeypatch, capsys, "--input", first, "--output", tmp_path / "second", *flags) == (0, "")
@@ -152,10 +153,15 @@ def test_the_script_goes_both_ways(tmp_path: Path, monkeypatch, capsys) -> None:
     assert_same(Archive(tmp_path / "a.nemo"), source.reader)
     flags = ("--output", tmp_path / "third", "--format", "torch_dist", "--precision", "fp32")
     assert run_script(monkeypatch, capsys, "--input", tmp_path / "a.nemo", *flags)[0] == 0
+    assert open_megatron(tmp_path / "third").settings["data"].image_aspect_ratio == "pad"
     third = open_megatron(tmp_path / "third").reader
     assert all(torch.equal(third.read(name), source.reader.read(name).float()) for name in source.reader.names())
     code, said = run_script(monkeypatch, capsys, "--input", first, "--output", first, "--format", "torch_dist")
     assert code == 2 and said == f"{first}: is the source itself; give another name for the output"
+    source.tree["data"] = {"image_aspect_ratio": "keep"}  # which no file beside the weights could say
+    with pytest.raises(ConfigError, match="image_aspect_ratio=keep: Hugging Face's LlavaProcessor cannot"):
+        to_megatron(source, Target(tmp_path / "fourth"), EXPORTS["torch_dist"])
+    assert not (tmp_path / "fourth").exists()
 
 
 def bomb(folder: Path, export: str) -> None:

@@ -27,7 +27,7 @@ from nemo_vlm.mcore.ranks import first_replica
 from nemo_vlm.mcore.weights import Bounds
 from nemo_vlm.models.base import family
 from nemo_vlm.models.build import build_chunks
-from nemo_vlm.sources.huggingface import canonical
+from nemo_vlm.sources.huggingface import as_in_file, canonical
 from nemo_vlm.sources.starting import TRAINING
 from nemo_vlm.typed import plain
 
@@ -70,11 +70,25 @@ def qwen2_vl(width: int, ffn: int, heads: int, layers: int, **other: Any) -> dic
     return qwen(width, ffn, heads, layers, **alike | other)
 
 
+def qwen3_vl(width: int, ffn: int, heads: int, layers: int, **other: Any) -> dict[str, Any]:
+    """config.json of Qwen/Qwen3-VL-8B-Instruct, with what differs in others."""
+    alike = {"max_position_embeddings": 262144, "model_type": "qwen3_vl_text", "rope_theta": 5000000.0}
+    return qwen3(width, ffn, heads, layers, **alike | other)
+
+
+def qwen3_vl_moe(width: int, ffn: int, heads: int, layers: int, expert: int) -> dict[str, Any]:
+    """config.json of Qwen/Qwen3-VL-30B-A3B-Instruct; `expert` is the width inside one."""
+    experts = {"num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": expert}
+    alike = {"model_type": "qwen3_vl_moe_text", "num_key_value_heads": 4, "router_aux_loss_coef": 0.001}
+    return qwen3_vl(width, ffn, heads, layers, **alike | experts)
+
+
 QWEN_SMALL = {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
 QWEN_LARGE = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5}
 LLAMA3 = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
 # As on the hub: meta-llama/Llama-2-*-hf, lmsys/vicuna-*-v1.5, meta-llama/Meta-Llama-3-*, llava-hf/llava-1.5-*-hf,
-# xtuner/llava-llama-3-8b-v1_1-transformers, Qwen/Qwen2.5-*, Qwen/Qwen3-*.
+# xtuner/llava-llama-3-8b-v1_1-transformers, Qwen/Qwen2.5-*, Qwen/Qwen3-*, Qwen/Qwen2-VL-*-Instruct,
+# Qwen/Qwen3-VL-*-Instruct.
 HUB = {
     "llama2_7b": llama(4096, 11008, 32, 32),
     "llama2_13b": llama(5120, 13824, 40, 40),
@@ -102,6 +116,12 @@ HUB = {
     "qwen2_vl_2b": qwen2_vl(1536, 8960, 12, 28, **QWEN_SMALL),
     "qwen2_vl_7b": qwen2_vl(3584, 18944, 28, 28),
     "qwen2_vl_72b": qwen2_vl(8192, 29568, 64, 80, num_key_value_heads=8),
+    "qwen3_vl_2b": qwen3_vl(2048, 6144, 16, 28, tie_word_embeddings=True),
+    "qwen3_vl_4b": qwen3_vl(2560, 9728, 32, 36, tie_word_embeddings=True),
+    "qwen3_vl_8b": qwen3_vl(4096, 12288, 32, 36),
+    "qwen3_vl_32b": qwen3_vl(5120, 25600, 64, 64),
+    "qwen3_vl_30b_a3b": qwen3_vl_moe(2048, 6144, 32, 48, 768),
+    "qwen3_vl_235b_a22b": qwen3_vl_moe(4096, 12288, 64, 94, 1536),
 }
 CLIP = {  # openai/clip-vit-large-patch14-336
     "hidden_size": 1024,
@@ -123,20 +143,49 @@ VISION = {  # Qwen/Qwen2-VL-*-Instruct
     "temporal_patch_size": 2,
     "hidden_act": "quick_gelu",
 }
+VISION3 = {  # Qwen/Qwen3-VL-*-Instruct from 8B on
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "hidden_act": "gelu_pytorch_tanh",
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
+VISION3_SMALL = VISION3 | {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
+QWEN_VL_TOKENS = {
+    "image_token_index": 151655,
+    "video_token_index": 151656,
+    "vision_start_token_index": 151652,
+    "vision_end_token_index": 151653,
+}
 TOKENS = {  # on the hub
     "llava": {"image_token_index": 32000},
-    "qwen2_vl": {
-        "image_token_index": 151655,
-        "video_token_index": 151656,
-        "vision_start_token_index": 151652,
-        "vision_end_token_index": 151653,
-    },
+    "qwen2_vl": QWEN_VL_TOKENS,
+    "qwen3_vl": QWEN_VL_TOKENS,
 }
 ALIKE = {"vicuna_7b": "llama2_7b", "vicuna_13b": "llama2_13b"}
 PRESETS = [name for name in HUB if name not in ALIKE]
 # Of the Qwens one that is tied, one that is not and one with norms of queries and keys are built under layouts.
 LANGUAGE_MODELS = ("qwen2_5_0_5b", "qwen2_5_7b", "qwen3_4b")
 BUILT = [name for name in PRESETS if "qwen" not in name or name in LANGUAGE_MODELS or name.startswith("qwen2_vl")]
+# Tensor- and expert-parallel ranks, and pipelines, that the Qwen3-VLs are built under.
+QWEN3_VL = {
+    "qwen3_vl_2b": (2, 1, PIPELINE),
+    "qwen3_vl_4b": (4, 1, (4,)),
+    "qwen3_vl_8b": (8, 1, (2,)),
+    "qwen3_vl_32b": (8, 1, (4,)),
+    "qwen3_vl_30b_a3b": (4, 4, (4,)),
+    "qwen3_vl_235b_a22b": (4, 16, (2,)),
+}
 LAYOUTS = [
     (name, tensor)
     for name in BUILT
@@ -172,6 +221,10 @@ def test_numbers_are_the_hubs(name: str) -> None:
     if "qwen2_vl" in name:
         assert {key: config["vision_config"][key] for key in VISION} == VISION
         assert rope["mrope_section"] == [16, 24, 24]
+    elif "qwen3_vl" in name:
+        vision = VISION3_SMALL if name.endswith(("_2b", "_4b")) else VISION3
+        assert {key: config["vision_config"][key] for key in vision} == vision
+        assert (rope["mrope_section"], rope["mrope_interleaved"]) == ([24, 20, 20], True)
     elif "vision_config" in config:
         assert {key: config["vision_config"][key] for key in CLIP} == CLIP
         assert (config["vision_feature_layer"], config["vision_feature_select_strategy"]) == (-2, "default")
@@ -192,7 +245,7 @@ def test_tensors_are_transformers(name: str) -> None:
     mapping = family(run.family, "mapping")
     theirs = canonical(InMemory(dict(model.named_parameters())), mapping.HF_VARIANTS)  # tied ones once
     back = mapping.from_hf(config.to_dict(), theirs.names(), name)
-    rules = mapping.rules(back)
+    rules = as_in_file(mapping.rules(back), theirs)  # experts as transformers 5 has them in memory
     assert {name: theirs.shape(name) for name in theirs.names()} == {
         name: shape for rule in rules for name, shape in rule.theirs.items()
     }
@@ -210,11 +263,12 @@ def architecture(tree: dict[str, Any]) -> dict[str, Any]:
 
 def one_layer(run: RunConfig) -> RunConfig:
     """A layer of each kind."""
-    model = replace(run.model, num_layers=1)
+    model, one = run.model, {}
     if run.family in TOKENS:
-        tower = replace(model.mm_cfg.vision_encoder, num_layers=1)
-        model = replace(model, mm_cfg=replace(model.mm_cfg, vision_encoder=tower))
-    return replace(run, model=model)
+        taps = {"deepstack_visual_indexes": (0,)} if model.deepstack_layers else {}
+        tower = replace(model.mm_cfg.vision_encoder, num_layers=1, **taps)
+        one = {"mm_cfg": replace(model.mm_cfg, vision_encoder=tower)}
+    return replace(run, model=replace(model, num_layers=1, **one))
 
 
 def held(run: RunConfig, where: Layout, stage: int, tensor_rank: int) -> tuple[Boxes, dict[str, tuple[int, ...]]]:
@@ -229,16 +283,16 @@ def held(run: RunConfig, where: Layout, stage: int, tensor_rank: int) -> tuple[B
     return boxes, {region.name: region.shape for region in regions}
 
 
-def pipelines(tensor: int) -> list[list[tuple[int, int]]]:
-    """Pipelines of all lengths; every stage with its last or its first tensor-parallel rank, a single one with both."""
-    ends = (tensor - 1, 0)
-    turns = [[(stage, ends[stage % 2]) for stage in range(length)] for length in PIPELINE]
-    return turns if tensor == 1 else [[(0, 0)], *turns]
+def pipelines(ranks: int, lengths: tuple[int, ...] = PIPELINE) -> list[list[tuple[int, int]]]:
+    """Pipelines of these lengths; every stage with the last or the first rank of a copy, a single one with both."""
+    ends = (ranks - 1, 0)
+    turns = [[(stage, ends[stage % 2]) for stage in range(length)] for length in lengths]
+    return turns if ranks == 1 or 1 not in lengths else [[(0, 0)], *turns]
 
 
 def kind(name: str) -> str:
-    """A tensor's name without its layer's number."""
-    return re.sub(r"layers\.\d+\.", "layers.0.", name)
+    """A tensor's name without its layer's number, or its merger's."""
+    return re.sub(r"(layers|deepstack)\.\d+\.", r"\1.0.", name)
 
 
 def disjoint(one: Bounds, other: Bounds) -> bool:
@@ -257,16 +311,32 @@ def tiles(boxes: list[Bounds], shape: tuple[int, ...]) -> bool:
     return inside and apart and sum(map(volume, pieces)) == math.prod(shape)
 
 
+def place(run: RunConfig, tensor: int, expert: int, pipeline: int) -> Layout:
+    """As few ranks as hold a copy; an expert is on one of them, where there are expert-parallel ranks."""
+    where = layout(run, tensor, pipeline)
+    ranks = max(tensor, expert) * pipeline
+    return replace(where, expert=expert, expert_tensor=1 if expert > 1 else tensor, ranks_per_node=ranks)
+
+
 @pytest.mark.parametrize(("name", "tensor"), LAYOUTS)
 def test_every_layout_has_the_same_tensors(name: str, tensor: int) -> None:
-    run = preset(name)
+    check_layouts(preset(name), tensor, 1, PIPELINE)
+
+
+@pytest.mark.parametrize("name", QWEN3_VL)
+def test_layouts_of_qwen3_vl_have_the_same_tensors(name: str) -> None:
+    check_layouts(preset(name), *QWEN3_VL[name])
+
+
+def check_layouts(run: RunConfig, tensor: int, expert: int, lengths: tuple[int, ...]) -> None:
+    """Pipelines of these lengths under so many tensor- and expert-parallel ranks."""
     shapes = {rule.ours: rule.shape for rule in family(run.family, "mapping").rules(run.model)}
-    small = one_layer(run)
-    ranks = [held(small, layout(small, tensor, 1), 0, rank)[0] for rank in range(tensor)]
+    small, copy = one_layer(run), max(tensor, expert)
+    ranks = [held(small, place(small, tensor, expert, 1), 0, rank)[0] for rank in range(copy)]
     for tensor_name in ranks[0]:
         assert tiles([box for rank in ranks for box in rank[tensor_name]], shapes[tensor_name]), tensor_name
-    for places in pipelines(tensor):
-        where = layout(run, tensor, len(places))
+    for places in pipelines(copy, lengths):
+        where = place(run, tensor, expert, len(places))
         names = []
         for stage, rank in places:
             boxes, found = held(run, where, stage, rank)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from nemo_vlm.data.tokenizer import train_tokenizer
@@ -64,9 +65,11 @@ def make_llama(folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def qwen_tokenizer(folder: Path, special: Sequence[str] = ("<|im_start|>",)) -> Any:
+def qwen_tokenizer(
+    folder: Path, special: Sequence[str] = ("<|im_start|>",), texts: Sequence[str] = TEXTS, size: int = 300
+) -> Any:
     """As Qwen's, saved with the vocab.json and merges.txt that the hub has beside it; the EOS ends a turn."""
-    bpe = json.loads(train_tokenizer(TEXTS, 300).backend_tokenizer.to_str())["model"]
+    bpe = json.loads(train_tokenizer(texts, size).backend_tokenizer.to_str())["model"]
     vocabulary = {token: number for token, number in bpe["vocab"].items() if number >= 5}  # no special tokens of ours
     vocabulary = {token: number for number, token in enumerate(vocabulary)}
     made = transformers.Qwen2Tokenizer(
@@ -103,6 +106,29 @@ def qwen2_vl_tokenizer(folder: Path) -> Any:
     return made
 
 
+HALVES: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+QWEN3_VL_TEMPLATE = (  # Qwen3-VL's, without its numbering of images and without tools
+    "{% if messages[0]['role'] == 'system' %}<|im_start|>system\n{% if messages[0]['content'] is string %}"
+    "{{ messages[0]['content'] }}{% else %}{% for content in messages[0]['content'] %}{% if 'text' in content %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endif %}{% for message in messages %}"
+    "{% if message['role'] == 'user' or message['role'] == 'assistant' %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen3_vl_tokenizer(folder: Path) -> Any:
+    """Which joins a question's last mark with the bracket of the time behind it, as Qwen's does."""
+    joined = [f"Which{mark}<{second}.5 seconds>" for mark in ("?", " (", "。") for second in range(10)]
+    made = qwen_tokenizer(folder, ["<|im_start|>", *VISION_TOKENS], TEXTS + joined, 330)
+    made.chat_template = QWEN3_VL_TEMPLATE
+    made.save_pretrained(folder)
+    return made
+
+
 def make_qwen2_vl(folder: Path, tied: bool = False, **settings: Any) -> Path:
     """A Qwen2-VL that sees 4 to 16 tokens of an image or of two frames; HF's processor of videos needs torchvision."""
     made = qwen2_vl_tokenizer(folder)
@@ -123,6 +149,39 @@ def make_qwen2_vl(folder: Path, tied: bool = False, **settings: Any) -> Path:
     transformers.Qwen2VLImageProcessorPil(size=size).save_pretrained(folder)
     (folder / "video_preprocessor_config.json").write_text(json.dumps({"size": size}))
     return folder
+
+
+def make_qwen3_vl(folder: Path, moe: bool = False, tied: bool = False, on_hub: bool = True, **settings: Any) -> Path:
+    """A Qwen3-VL that sees 4 to 16 tokens of an image or of two frames; on_hub: experts' axes as on the hub."""
+    made = qwen3_vl_tokenizer(folder)
+    names, kind = ("vision_start", "vision_end", "image", "video"), "Qwen3VLMoe" if moe else "Qwen3VL"
+    text = LLAMA | dict(rms_norm_eps=1e-6, vocab_size=len(made) + 17, num_hidden_layers=4, hidden_size=64)
+    if moe:
+        text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, mlp_only_layers=[])
+    rope = dict(rope_type="default", rope_theta=5e6, mrope_section=[4, 2, 2], mrope_interleaved=True)
+    tower = dict(depth=4, hidden_size=48, intermediate_size=80, num_heads=4, deepstack_visual_indexes=[0, 1, 3])
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text | dict(rope_parameters=rope) | settings,
+        vision_config=tower | dict(num_position_embeddings=16, out_hidden_size=64),
+        tie_word_embeddings=tied,
+        **{f"{name}_token_id": made.convert_tokens_to_ids(t) for name, t in zip(names, VISION_TOKENS, strict=True)},
+    )
+    random_weights(getattr(transformers, f"{kind}ForConditionalGeneration")(config)).save_pretrained(folder)
+    if moe and on_hub:
+        turn_experts(folder / "model.safetensors")
+    size = {"shortest_edge": 4 * 32 * 32, "longest_edge": 16 * 32 * 32}
+    transformers.Qwen2VLImageProcessorPil(patch_size=16, size=size, **HALVES).save_pretrained(folder)
+    videos = {"video_processor_type": "Qwen3VLVideoProcessor", "size": size, "patch_size": 16, **HALVES}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(videos | {"cap_pixels_per_frame": False}))
+    return folder
+
+
+def turn_experts(file: Path) -> None:
+    """The hub's layout of experts to that of transformers 5, or back."""
+    found = load_file(file)
+    for name in [name for name in found if ".mlp.experts." in name]:
+        found[name] = found[name].mT.contiguous()
+    save_file(found, file, {"format": "pt"})
 
 
 def make_qwen(folder: Path, kind: str = "qwen2", **settings: Any) -> Path:

@@ -13,8 +13,7 @@ from typing import IO
 import torch
 
 from nemo_vlm.archive import TOKENIZER, self_contained, write_members
-from nemo_vlm.conversion.command import PRECISIONS
-from nemo_vlm.conversion.huggingface import write_companions
+from nemo_vlm.conversion.huggingface import misread, write_companions
 from nemo_vlm.conversion.settings import archive_tree
 from nemo_vlm.conversion.stream import Cast, Meter, check_space
 from nemo_vlm.errors import ConfigError
@@ -23,6 +22,7 @@ from nemo_vlm.formats import safetensors
 from nemo_vlm.formats.safetensors import TensorSpec
 from nemo_vlm.mapping import Rule, Theirs
 from nemo_vlm.models.base import family
+from nemo_vlm.script import PRECISIONS
 from nemo_vlm.sources.source import Source
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,8 @@ def to_huggingface(source: Source, target: Target) -> None:
     output = prepared(source, target.output)
     check_free(output)
     rules = rules_of(source)
+    if reason := misread(rules):
+        log.warning("%s: %s", output, reason)
     reader = Cast(Theirs(rules, source.reader), target.dtype)
     specs = reader.specs(name for rule in rules for name in rule.theirs)
     check_space(output, sum(spec.num_bytes for spec in specs))

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import yaml
 
-from nemo_vlm.conversion.command import PRECISIONS
 from nemo_vlm.conversion.convert import Target, to_huggingface
 from nemo_vlm.conversion.jobs import of_family
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import written_whole
+from nemo_vlm.script import PRECISIONS
 from nemo_vlm.sources.huggingface import is_huggingface
 from nemo_vlm.sources.megatron import is_megatron
 from nemo_vlm.sources.opening import open_source

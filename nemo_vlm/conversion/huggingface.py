@@ -1,23 +1,25 @@
-"""A directory of Hugging Face, beside the weights: configuration, tokenizer, processor, chat template."""
+"""What stands beside the weights in Hugging Face's and Megatron's directories: config.json, tokenizer, processor."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nemo_vlm.data.tokenizer import open_tokenizer
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.safetensors import TensorSpec
+from nemo_vlm.mapping import Rule, Swapped
 from nemo_vlm.models.base import family
 from nemo_vlm.models.chat import chat_template, ends_of_answers
 from nemo_vlm.sources.source import Source, save_files
 
 log = logging.getLogger(__name__)
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
@@ -29,23 +31,50 @@ def write_companions(source: Source, specs: list[TensorSpec], folder: Path) -> N
     processor = family(source.family, "processor").hf_processor(model, data)
     write_json(folder / CONFIG, config)  # for the tokenizer, which may ask what model it is of
     kept = {name: span for name, span in source.files.items() if not name.endswith("processor_config.json")}
-    save_files(kept, folder)
+    name_for_older(save_files(kept, folder) / TOKENIZER)
     for name, content in processor.items():
         write_json(folder / name, content)
     tokenizer = tokenizer_of(source, folder)
     write_json(folder / CONFIG, with_special_tokens(config, tokenizer, folder / GENERATION))
     if tokenizer is None:
-        log.warning("%s holds no tokenizer: the export goes without tokenizer, processor and chat template", source)
+        log.warning("%s holds no tokenizer: the export goes without tokenizer and chat template", source)
         return
     check_tokenizer(tokenizer, model, source)
     if not (folder / GENERATION).exists():
-        ends = [tokenizer.eos_token_id, *ends_of_answers(source.tree, tokenizer)]
+        ends = [tokenizer.eos_token_id, *ends_of_answers(model, data, tokenizer)]
         more = {"eos_token_id": ends} if len(ends) > 1 else {}  # generate would go on behind an answer
         write_json(folder / GENERATION, special_tokens(tokenizer) | more)
     if not has_template(folder, tokenizer, bool(processor)):
         with_bos = not processor or tokenizer("")["input_ids"] == []
         (folder / TEMPLATES[0]).write_text(chat_template(model, data, with_bos))
         (folder / TEMPLATES[1]).unlink(missing_ok=True)
+
+
+def name_for_older(path: Path) -> None:
+    """Let transformers 4.57 read a tokenizer_config.json that transformers 5 has written, which reads both names."""
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    named = dict(settings)
+    if named.get("tokenizer_class") == "TokenizersBackend":
+        named["tokenizer_class"] = "PreTrainedTokenizerFast"
+        named.setdefault("model_input_names", ["input_ids", "attention_mask"])  # of 5; generate refuses 4's third
+    if isinstance(named.get("extra_special_tokens"), list):
+        named["additional_special_tokens"] = named.pop("extra_special_tokens")
+    if named != settings:
+        write_json(path, named)
+
+
+def misread(rules: Iterable[Rule]) -> str:
+    """What transformers 5 would take for something else in an export, if anything.
+
+    It tells the hub's layout of experts from its own by their shape.
+    """
+    square = [rule.their_name for rule in rules if isinstance(rule, Swapped) and rule.shape[-1] == rule.shape[-2]]
+    if not square:
+        return ""
+    return (
+        f"transformers 5, which tells layouts by shape, reads square experts ('{square[0]}') the wrong way round; "
+        "transformers 4.57 and nemo_vlm read them right"
+    )
 
 
 def write_json(path: Path, content: Any) -> None:

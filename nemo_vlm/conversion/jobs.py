@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from nemo_vlm.conversion.command import choose_device
 from nemo_vlm.conversion.convert import Check, Target, dtype_of, to_huggingface, to_nemo
 from nemo_vlm.conversion.huggingface import TEMPLATES
 from nemo_vlm.conversion.settings import merged, with_settings
@@ -17,6 +16,7 @@ from nemo_vlm.conversion.verify import check_tensors, verify
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import Joined, chosen
 from nemo_vlm.formats.store import Folder
+from nemo_vlm.script import choose_device
 from nemo_vlm.sources.huggingface import PROCESSOR_FILES, companions, is_huggingface
 from nemo_vlm.sources.megatron import is_megatron
 from nemo_vlm.sources.opening import open_source

@@ -12,11 +12,10 @@ from typing import Any, Literal
 import torch
 
 from nemo_vlm.config import ParallelConfig
-from nemo_vlm.conversion.command import choose_device
 from nemo_vlm.conversion.convert import Target, dtype_of, prepared, rules_of, to_huggingface, to_nemo
-from nemo_vlm.conversion.huggingface import CONFIG, write_json
+from nemo_vlm.conversion.huggingface import write_companions
 from nemo_vlm.conversion.jobs import Run, check_of
-from nemo_vlm.conversion.stream import Cast, Meter, check_space
+from nemo_vlm.conversion.stream import Cast, Meter, check_space, runs
 from nemo_vlm.conversion.verify import same_bits
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import folder_written_whole
@@ -25,8 +24,10 @@ from nemo_vlm.formats.rank_files_writer import Ranks
 from nemo_vlm.formats.reader import Renamed
 from nemo_vlm.layout import stage_layers
 from nemo_vlm.models.base import family
+from nemo_vlm.script import choose_device
 from nemo_vlm.sources.megatron import DECODER, EMBEDDINGS, RELEASE, TRACKER, is_megatron, open_megatron
 from nemo_vlm.sources.megatron_args import to_args
+from nemo_vlm.sources.megatron_experts import with_single_experts
 from nemo_vlm.sources.opening import open_source
 from nemo_vlm.sources.source import Source
 
@@ -89,8 +90,11 @@ def convert(
 
 
 def to_megatron(source: Source, target: Target, export: Export) -> None:
-    """Write a directory, which takes its name when every tensor in it has been read back and is equal, bit by bit."""
-    output, model, names = prepared(source, target.output), source.model, names_of(source, export)
+    """Write a directory, which takes its name when every tensor in it has been read back and is equal, bit by bit.
+
+    Beside the weights stands what Hugging Face's directory has there: Megatron's arguments say nothing of images.
+    """
+    output, names = prepared(source, target.output), names_of(source, export)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output={output}: is there already; give another name")
     cast = Cast(source.reader, target.dtype)
@@ -99,13 +103,13 @@ def to_megatron(source: Source, target: Target, export: Export) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     meter = Meter(specs, str(output))
     with folder_written_whole(output) as folder:
-        write_json(folder / CONFIG, family(source.family, "mapping").hf_config(model))
-        source.save_files(folder)
+        write_companions(source, specs, folder)
         (folder / TRACKER).write_text(f"{export.iteration}\n")
         write_weights(source, cast, folder / export.folder, replace(export, names=names))
         written = open_megatron(folder).reader
-        for name, tensor in meter.tensors(cast):
-            if not same_bits(written.read(name), tensor):
+        wanted = [(spec.name, rows) for spec in specs for rows in runs(spec)]
+        for (name, rows), (_, part) in zip(wanted, meter.parts(cast), strict=True):
+            if not same_bits(written.read(name, rows), part):
                 raise ConfigError(
                     f"{output}: the tensor '{name}' reads back differently: the disk is not to be trusted"
                 )
@@ -135,11 +139,13 @@ def write_weights(source: Source, cast: Cast, folder: Path, export: Export) -> N
     dtype = cast.dtype(EMBEDDINGS)
     half = {"bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16}
     divisor = model.make_vocab_size_divisible_by if variant.pads else 1
-    args = {**to_args(model), "params_dtype": dtype, **half, "make_vocab_size_divisible_by": divisor}
+    listed = variant.lists_moe_layers and model.num_moe_experts is not None
+    more = {"moe_layer_freq": [1] * model.num_layers} if listed else {}
+    args = {**to_args(model), **more, "params_dtype": dtype, **half, "make_vocab_size_divisible_by": divisor}
     folder.mkdir()
     if export.kind == "torch_dist":
         common: dict[str, Any] = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0}
-        decoders = {match["front"] for name in reader.names() if (match := LAYER.match(name))}
+        decoders = {match["front"] for name in reader.names() if not listed and (match := LAYER.match(name))}
         torch_dist_writer.write(folder, reader, {**common, "iteration": export.number}, decoders)
         return
     layers = stages_of(source, export)
@@ -152,7 +158,7 @@ def write_weights(source: Source, cast: Cast, folder: Path, export: Export) -> N
         gated=(decoder,),
         tied=model.share_embeddings_and_output_weights,
     )
-    rank_files_writer.write(folder, reader, ranks, args, export.number)
+    rank_files_writer.write(folder, with_single_experts(reader), ranks, args, export.number)
 
 
 def stages_of(source: Source, export: Export) -> tuple[int, ...]:

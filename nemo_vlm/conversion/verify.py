@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from nemo_vlm.batch import IMAGE_TAG, VIDEO_TAG, Batch, Sample, collate
-from nemo_vlm.conversion.stream import Cast
+from nemo_vlm.conversion.huggingface import misread
+from nemo_vlm.conversion.stream import Cast, runs
 from nemo_vlm.data.media import Frames
 from nemo_vlm.data.tokenizer import open_tokenizer
 from nemo_vlm.errors import ConfigError, Failure, RunError
 from nemo_vlm.formats.reader import Reader
+from nemo_vlm.formats.safetensors import TensorSpec
 from nemo_vlm.formats.store import Folder
 from nemo_vlm.mapping import Theirs
 from nemo_vlm.models.base import family
@@ -57,9 +59,14 @@ def check_tensors(source: Reader, made: Reader, dtype: torch.dtype | None) -> No
     """
     wanted = Cast(source, dtype)
     for name in sorted(wanted.names()):
-        one, other = wanted.read(name), made.read(name)
-        if not same_bits(one, other):
+        if not same_tensor(wanted, made, name):
             raise RunError(Failure(f"verification failed: {made}: the tensor '{name}' is not that of {source}"))
+
+
+def same_tensor(one: Reader, other: Reader, name: str) -> bool:
+    """Whether two readers have the same, part by part: the experts of a layer may be gigabytes."""
+    spec, found = (TensorSpec(name, reader.shape(name), reader.dtype(name)) for reader in (one, other))
+    return spec == found and all(same_bits(one.read(name, part), other.read(name, part)) for part in runs(spec))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -103,16 +110,17 @@ def left_out(source: Source, theirs: Path | None) -> str:
     """
     if importlib.util.find_spec("megatron") is None:
         raise ConfigError("verification runs the model on Megatron-Core, which is not installed; add --no-verify")
+    mapping = family(source.family, "mapping")
     parameters = sum(torch.Size(source.reader.shape(name)).numel() for name in source.reader.names())
     copies = 2 if theirs is None else 1  # the tensors for transformers, and its model
     needed, free = int(ROOM * 4 * copies * parameters), available_memory()
     if needed > free:
         return f"{parameters:,} parameters in fp32 need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
     try:
-        family(source.family, "mapping").hf_config(source.model)
+        mapping.hf_config(source.model)
     except ConfigError as error:  # it has no place for the model, of which a .nemo can be made all the same
         return str(error)
-    return ""
+    return misread(mapping.rules(source.model))
 
 
 def available_memory() -> int:

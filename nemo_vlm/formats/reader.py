@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nemo_vlm.errors import ConfigError
 
-Slices = tuple[slice, ...]
+Slices = tuple[slice, ...]  # one for each dimension, or none, which means all
 Shape = tuple[int, ...]
 
 

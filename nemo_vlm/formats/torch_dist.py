@@ -10,7 +10,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -39,9 +39,27 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Entry:
+    """A tensor; its chunks are sorted by where they begin."""
+
     shape: Shape
     dtype: torch.dtype
     chunks: list[Chunk]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where each chunk begins along the first axis."""
+        return [chunk.offsets[0] for chunk in self.chunks]
+
+    @cached_property
+    def longest(self) -> int:
+        return max((chunk.sizes[0] for chunk in self.chunks), default=0)
+
+    def near(self, wanted: list[tuple[int, int]]) -> range:
+        """The chunks that may hold something of a box; experts of many layers have thousands that do not."""
+        if not wanted:
+            return range(len(self.chunks))
+        start, stop = wanted[0]
+        return range(bisect_right(self.starts, start - self.longest), bisect_left(self.starts, stop))
 
 
 class TorchDist:
@@ -85,7 +103,8 @@ class TorchDist:
         wanted = [s.indices(size)[:2] for s, size in zip(slices or whole(entry.shape), entry.shape, strict=True)]
         shape = [max(stop - start, 0) for start, stop in wanted]
         result, filled = torch.empty(0, dtype=entry.dtype), 0
-        for number, chunk in enumerate(entry.chunks):
+        for number in entry.near(wanted):
+            chunk = entry.chunks[number]
             box = overlap(chunk, wanted)
             if box is None:
                 continue
@@ -151,7 +170,7 @@ def entry_of(name: str, fields: dict[str, Any], places: dict[Shape, tuple[str, i
             raise ValueError(f"a chunk of {sizes} at {offsets} in the tensor '{name}' of shape {shape}")
     if both := overlapping([box for box in boxes if 0 not in box[1]]):
         raise ValueError(f"the chunks at {both[0][0]} and {both[1][0]} of the tensor '{name}' overlap")
-    return Entry(shape, dtype, [Chunk(offsets, sizes, places.get(offsets)) for offsets, sizes in boxes])
+    return Entry(shape, dtype, [Chunk(offsets, sizes, places.get(offsets)) for offsets, sizes in sorted(boxes)])
 
 
 def numbers(sizes: Any) -> Shape:

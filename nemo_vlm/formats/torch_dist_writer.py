@@ -6,8 +6,9 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch.distributed import ProcessGroup, checkpoint
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from nemo_vlm.formats.reader import Reader, Shape
+from nemo_vlm.formats.reader import Reader, Shape, Slices, whole
+from nemo_vlm.formats.stacked import EXPERTS
 
 LAYER = re.compile(r"(?P<front>(?:|.*\.)layers\.)(?P<number>\d+)\.(?P<rest>.*)")
 # Modules whose `_extra_state` Megatron's reader insists on; Transformer Engine keeps its scales there, if it has any.
-WITH_STATE = re.compile(r"(?P<module>.*\.(?:linear_qkv|linear_proj|linear_fc1|linear_fc2))\.weight")
+WITH_STATE = re.compile(r"(?P<module>.*\.(?:linear_qkv|linear_proj|linear_fc1|linear_fc2))\.weight\d*")
 
 
 @dataclass(frozen=True)
@@ -100,26 +102,46 @@ def write(
     layers = {name: LAYER.fullmatch(name) for name in sorted(reader.names())}
     equal = {name: layer for name, layer in layers.items() if layer and layer["front"] in stacked}
     counts = Counter(layer["front"] + layer["rest"] for layer in equal.values())
-    pieces, objects = [], []
+    pieces: list[Piece] = []
+    objects: list[str] = []
     for name in layers:
-        key, number, count = name, 0, 1
+        key, places = name, []
         if layer := equal.get(name):
-            key, number = layer["front"] + layer["rest"], int(layer["number"])
-            count = counts[key]
-        pieces.append(piece_of(reader, name, key, (number, count) if layer else None))
+            key = layer["front"] + layer["rest"]
+            places = [(int(layer["number"]), counts[key])]
+        pieces += pieces_of(reader, name, key, places)
         if state := WITH_STATE.fullmatch(key):
-            objects.append(f"{state['module']}._extra_state/shard_{number}_{count}")
+            experts = range(reader.shape(name)[0]) if EXPERTS.fullmatch(name) else ()
+            sharded = [[*places, (expert, len(experts))] for expert in experts] or [places or [(0, 1)]]
+            objects += [f"{state['module']}._extra_state/{shard(axes)}" for axes in sharded]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")  # this process writes alone
         save(pieces, folder, objects=objects)
     write_common(folder, common)
 
 
-def piece_of(reader: Reader, name: str, key: str, layer: tuple[int, int] | None) -> Piece:
-    """A whole tensor, or one layer (number, of how many) of a stacked one."""
+def pieces_of(reader: Reader, name: str, key: str, places: list[tuple[int, int]]) -> Iterator[Piece]:
+    """A tensor, whole, or expert by expert: as Megatron reads it, and no more than that is in memory.
+
+    Args:
+        places: its place (number, of how many) along each axis in front that stacks it with others.
+    """
     shape, dtype = reader.shape(name), reader.dtype(name)
-    start = (0,) * len(shape)
-    if layer is None:
-        return Piece(key, shape, start, shape, dtype, lambda: reader.read(name))
-    number, count = layer
-    return Piece(key, (count, *shape), (number, *start), (1, *shape), dtype, lambda: reader.read(name).unsqueeze(0))
+    first, counts = tuple(number for number, _ in places), tuple(count for _, count in places)
+    ones = (1,) * len(places)
+    runs = [(slice(e, e + 1),) for e in range(shape[0])] if EXPERTS.fullmatch(name) else [whole(shape[:1])]
+    for run in runs:
+        slices = (*run, *whole(shape[1:]))
+        offsets, sizes = tuple(s.start for s in slices), tuple(s.stop - s.start for s in slices)
+        read = partial(read_box, reader, name, slices, (*ones, *sizes))
+        yield Piece(key, (*counts, *shape), (*first, *offsets), (*ones, *sizes), dtype, read)
+
+
+def read_box(reader: Reader, name: str, slices: Slices, shape: Shape) -> Tensor:
+    return reader.read(name, slices).contiguous().view(shape)
+
+
+def shard(places: list[tuple[int, int]]) -> str:
+    """How Megatron names the object at a place along axes that it is divided along."""
+    numbers, counts = (".".join(map(str, values)) for values in zip(*places, strict=True))
+    return f"shard_{numbers}_{counts}"

@@ -1,4 +1,4 @@
-"""config.json of a decoder, written and read: Hugging Face's LlamaConfig, Qwen2Config and Qwen3Config (dense)."""
+"""config.json of a decoder, written and read: HF LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import Any
 from nemo_vlm.config import LanguageConfig
 from nemo_vlm.errors import ConfigError
 
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # by model_type
+CLASSES = {  # by model_type
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+# Of all mixtures of experts here: every layer has experts, and the chosen ones' weights sum to 1.
+ALL_MOE = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
 # What Megatron-Core's RotaryEmbedding has fixed beside the factor, and Llama 3.1 and 3.2 use.
 LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -37,6 +44,7 @@ def decoder_config(config: LanguageConfig) -> dict[str, Any]:
         "rope_scaling": rope_scaling(config),
         "hidden_act": "silu",
         **(biases(config) if kind == "llama" else full_attention(config, kind)),
+        **({} if config.num_moe_experts is None else expert_settings(config)),
         "tie_word_embeddings": config.share_embeddings_and_output_weights,
     }
 
@@ -47,8 +55,12 @@ def decoder_type(config: LanguageConfig) -> str:
         raise ConfigError("model.qk_layernorm=true: Hugging Face's Qwen3 needs model.bias and model.qkv_bias false")
     if config.bias and not config.qkv_bias:
         raise ConfigError("model.qkv_bias=false: Hugging Face's Llama needs it to be true where model.bias is")
+    if config.num_moe_experts is not None and not config.qk_layernorm:
+        raise ConfigError(
+            f"model.num_moe_experts={config.num_moe_experts}: Hugging Face's Qwen3-MoE needs model.qk_layernorm=true"
+        )
     if config.qk_layernorm:
-        return "qwen3"
+        return "qwen3" if config.num_moe_experts is None else "qwen3_moe"
     return "qwen2" if config.qkv_bias and not config.bias else "llama"
 
 
@@ -66,7 +78,18 @@ def full_attention(config: LanguageConfig, kind: str) -> dict[str, Any]:
     """What the Qwens on the hub say beside Llama's fields: no sliding windows."""
     windows = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_layers}
     rest = {"attention_dropout": 0.0, "use_cache": True}
-    return windows | rest | ({"attention_bias": False} if kind == "qwen3" else {})
+    return windows | rest | ({} if kind == "qwen2" else {"attention_bias": False})
+
+
+def expert_settings(config: LanguageConfig) -> dict[str, Any]:
+    return {
+        "num_experts": config.num_moe_experts,
+        "moe_intermediate_size": config.moe_ffn_hidden_size,
+        "num_experts_per_tok": config.moe_router_topk,
+        "router_aux_loss_coef": config.moe_aux_loss_coeff,
+        "output_router_logits": False,
+        **ALL_MOE,
+    }
 
 
 def rope_scaling(config: LanguageConfig) -> dict[str, Any] | None:
@@ -103,6 +126,7 @@ def decoder_fields(hf: Mapping[str, Any], path: str) -> dict[str, Any]:
         "encoder_seq_length": hf["max_position_embeddings"],
         "init_method_std": hf["initializer_range"],
         **(llama_fields(hf, path) if hf["model_type"] == "llama" else qwen_fields(hf, path)),
+        **(expert_fields(hf, path) if "moe_intermediate_size" in hf else {}),
         **rope_fields(hf, path),
     }
 
@@ -114,12 +138,25 @@ def llama_fields(hf: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def qwen_fields(hf: Mapping[str, Any], path: str) -> dict[str, Any]:
-    if set(hf["layer_types"]) - {"full_attention"}:
+    if set(hf["layer_types"]) - {"full_attention"} if "layer_types" in hf else hf.get("use_sliding_window"):
         raise ConfigError(f"{path}: use_sliding_window={hf['use_sliding_window']} is not supported, only False")
-    third = hf["model_type"] == "qwen3"
+    third = hf["model_type"].startswith("qwen3")
     if third and hf["attention_bias"]:
         raise ConfigError(f"{path}: attention_bias={hf['attention_bias']} is not supported, only False")
     return {"qkv_bias": not third, "qk_layernorm": third}
+
+
+def expert_fields(hf: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Of Qwen3MoeConfig, or Qwen3VLMoeTextConfig, whose class always has the weights sum to 1."""
+    for key, right in ALL_MOE.items():
+        if key in hf and hf[key] != right:
+            raise ConfigError(f"{path}: {key}={hf[key]} is not supported, only {right}")
+    return {
+        "num_moe_experts": hf["num_local_experts" if "num_local_experts" in hf else "num_experts"],  # 4 says the latter
+        "moe_ffn_hidden_size": hf["moe_intermediate_size"],
+        "moe_router_topk": hf["num_experts_per_tok"],
+        "moe_aux_loss_coeff": hf["router_aux_loss_coef"],
+    }
 
 
 def rope_fields(hf: Mapping[str, Any], path: str) -> dict[str, Any]:

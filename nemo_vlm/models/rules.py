@@ -1,18 +1,49 @@
-"""What families share of weights in Hugging Face's names: a Llama-style decoder, a vision layer."""
+"""What families share of weights in Hugging Face's names: a Llama-style decoder, experts, a vision layer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nemo_vlm.config import LanguageConfig
-from nemo_vlm.mapping import Rows, Rule, fuse_gate_up, fuse_qkv, regroup_qkv, rename
+from nemo_vlm.config.dynamic import DynamicConfig, DynamicVisionConfig
+from nemo_vlm.mapping import Rows, Rule, Stacked, Swapped, fuse_gate_up, fuse_qkv, regroup_qkv, rename
+
+ExpertRules = Callable[[LanguageConfig, str, str], list[Rule]]  # of a layer, by prefixes of ours and theirs
 
 
-def decoder_rules(config: LanguageConfig, ours: str, theirs: str, their_head: str) -> list[Rule]:
-    """HF LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM.
+def joint_experts(config: LanguageConfig, ours: str, theirs: str) -> list[Rule]:
+    """HF Qwen3VLMoeTextExperts, all of a layer in two tensors, as the hub and transformers 4.57 have their axes."""
+    count, width, ffn = expert_sizes(config)
+    return [
+        Swapped(f"{ours}linear_fc1.weight", (count, 2 * ffn, width), f"{theirs}gate_up_proj"),
+        Swapped(f"{ours}linear_fc2.weight", (count, width, ffn), f"{theirs}down_proj"),
+    ]
+
+
+def single_experts(config: LanguageConfig, ours: str, theirs: str) -> list[Rule]:
+    """HF Qwen3MoeSparseMoeBlock, every expert a module of its own."""
+    count, width, ffn = expert_sizes(config)
+    fronts = [f"{theirs}{expert}." for expert in range(count)]
+    fc1 = [fuse_gate_up("", f"{front}gate_proj.weight", f"{front}up_proj.weight", ffn, (width,)) for front in fronts]
+    fc2 = [rename("", f"{front}down_proj.weight", (width, ffn)) for front in fronts]
+    return [Stacked(f"{ours}linear_fc1.weight", tuple(fc1)), Stacked(f"{ours}linear_fc2.weight", tuple(fc2))]
+
+
+def expert_sizes(config: LanguageConfig) -> tuple[int, int, int]:
+    """How many experts, the width of their input, and that between their layers."""
+    return config.num_moe_experts or 0, config.hidden_size, config.moe_ffn_hidden_size or config.ffn_hidden_size
+
+
+def decoder_rules(
+    config: LanguageConfig, ours: str, theirs: str, their_head: str, experts: ExpertRules = joint_experts
+) -> list[Rule]:
+    """HF LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3VLMoeTextModel and, by `experts`, its kin.
 
     Args:
         ours: prefix of our language model, "language_model.".
         theirs: prefix of their decoder, "model.".
         their_head: name of their output layer's weight; unused where embeddings are tied.
+        experts: the rules of a layer's experts, where the model has any.
     """
     vocabulary = (config.vocab_size or 0, config.hidden_size)
     rules: list[Rule] = [
@@ -22,22 +53,23 @@ def decoder_rules(config: LanguageConfig, ours: str, theirs: str, their_head: st
     if not config.share_embeddings_and_output_weights:
         rules.append(rename(f"{ours}output_layer.weight", their_head, vocabulary))
     for layer in range(config.num_layers):
-        rules += decoder_layer_rules(config, f"{ours}decoder.layers.{layer}.", f"{theirs}layers.{layer}.")
+        prefixes = f"{ours}decoder.layers.{layer}.", f"{theirs}layers.{layer}."
+        rules += attention_rules(config, *prefixes)
+        rules += (
+            ffn_rules(config, *prefixes) if config.num_moe_experts is None else moe_rules(config, *prefixes, experts)
+        )
     return rules
 
 
-def decoder_layer_rules(config: LanguageConfig, ours: str, theirs: str) -> list[Rule]:
-    width, ffn, heads = config.hidden_size, config.ffn_hidden_size, config.num_attention_heads
+def attention_rules(config: LanguageConfig, ours: str, theirs: str) -> list[Rule]:
+    width, heads = config.hidden_size, config.num_attention_heads
     groups, head_size = config.num_query_groups or heads, config.kv_channels or 0
     rules: list[Rule] = [
         rename(f"{ours}self_attention.linear_qkv.layer_norm_weight", f"{theirs}input_layernorm.weight", (width,)),
-        rename(f"{ours}mlp.linear_fc1.layer_norm_weight", f"{theirs}post_attention_layernorm.weight", (width,)),
         fused_qkv(ours, f"{theirs}self_attn.", heads, groups, head_size, width),
         rename(
             f"{ours}self_attention.linear_proj.weight", f"{theirs}self_attn.o_proj.weight", (width, heads * head_size)
         ),
-        gate_up(ours, theirs, "weight", ffn, (width,)),
-        rename(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight", (width, ffn)),
     ]
     if config.bias or config.qkv_bias:
         rules.append(fused_qkv(ours, f"{theirs}self_attn.", heads, groups, head_size))
@@ -49,12 +81,33 @@ def decoder_layer_rules(config: LanguageConfig, ours: str, theirs: str) -> list[
             for part in "qk"
         ]
     if config.bias:
+        rules.append(rename(f"{ours}self_attention.linear_proj.bias", f"{theirs}self_attn.o_proj.bias", (width,)))
+    return rules
+
+
+def ffn_rules(config: LanguageConfig, ours: str, theirs: str) -> list[Rule]:
+    width, ffn = config.hidden_size, config.ffn_hidden_size
+    rules: list[Rule] = [
+        rename(f"{ours}mlp.linear_fc1.layer_norm_weight", f"{theirs}post_attention_layernorm.weight", (width,)),
+        gate_up(ours, theirs, "weight", ffn, (width,)),
+        rename(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight", (width, ffn)),
+    ]
+    if config.bias:
         rules += [
-            rename(f"{ours}self_attention.linear_proj.bias", f"{theirs}self_attn.o_proj.bias", (width,)),
             gate_up(ours, theirs, "bias", ffn),
             rename(f"{ours}mlp.linear_fc2.bias", f"{theirs}mlp.down_proj.bias", (width,)),
         ]
     return rules
+
+
+def moe_rules(config: LanguageConfig, ours: str, theirs: str, experts: ExpertRules) -> list[Rule]:
+    """Router and experts; the norm in front stands alone, since no linear layer follows it directly."""
+    width = config.hidden_size
+    rules: list[Rule] = [
+        rename(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", (width,)),
+        rename(f"{ours}mlp.router.weight", f"{theirs}mlp.gate.weight", (config.num_moe_experts or 0, width)),
+    ]
+    return rules + experts(config, f"{ours}mlp.experts.experts.", f"{theirs}mlp.experts.")
 
 
 def fused_qkv(
@@ -92,13 +145,18 @@ def vision_layer_rules(ours: str, theirs: str, num_heads: int, width: int, ffn_s
     return rules
 
 
-def fused_vision_layer_rules(ours: str, theirs: str, num_heads: int, width: int, ffn_size: int) -> list[Rule]:
-    """HF Qwen2VLVisionBlock."""
+def fused_vision_layer_rules(vision: DynamicVisionConfig, ours: str, theirs: str, fc: str) -> list[Rule]:
+    """HF Qwen2VLVisionBlock, Qwen3VLVisionBlock.
+
+    Args:
+        fc: what their linear layers of the MLP are called, without the number.
+    """
+    width, ffn_size, num_heads = vision.hidden_size, vision.ffn_hidden_size, vision.num_attention_heads
     qkv, head_size = "self_attention.linear_qkv", width // num_heads
     shapes = {
         "self_attention.linear_proj": ("attn.proj", width, width),
-        "mlp.linear_fc1": ("mlp.fc1", ffn_size, width),
-        "mlp.linear_fc2": ("mlp.fc2", width, ffn_size),
+        "mlp.linear_fc1": (f"mlp.{fc}1", ffn_size, width),
+        "mlp.linear_fc2": (f"mlp.{fc}2", width, ffn_size),
     }
     rules: list[Rule] = []
     for kind in ("weight", "bias"):
@@ -112,3 +170,25 @@ def fused_vision_layer_rules(ours: str, theirs: str, num_heads: int, width: int,
             shape = (rows, columns) if kind == "weight" else (rows,)
             rules.append(rename(f"{ours}{name}.{kind}", f"{theirs}{their_name}.{kind}", shape))
     return rules
+
+
+def patch_rule(vision: DynamicVisionConfig, ours: str, theirs: str) -> Rows:
+    """The convolution over patches, in HF's PatchEmbed."""
+    patch = (3, vision.temporal_patch_size, vision.patch_dim, vision.patch_dim)
+    return rename(f"{ours}conv1.weight", f"{theirs}patch_embed.proj.weight", (vision.hidden_size, *patch))
+
+
+def merger_rules(config: DynamicConfig, ours: str, theirs: str, names: tuple[str, str, str], norm: int) -> list[Rule]:
+    """HF PatchMerger, Qwen3VLVisionPatchMerger.
+
+    Args:
+        names: theirs, of the norm and the two linear layers.
+        norm: what the norm normalises, in numbers.
+    """
+    inner, out = config.mm_cfg.projector_input_size, config.hidden_size
+    shapes = zip(("norm", "0", "1"), names, ((norm,), (inner, inner), (out, inner)), strict=True)
+    return [
+        rename(f"{ours}{name}.{kind}", f"{theirs}{their_name}.{kind}", shape if kind == "weight" else shape[:1])
+        for name, their_name, shape in shapes
+        for kind in ("weight", "bias")
+    ]

@@ -19,7 +19,7 @@ from nemo_vlm.formats import torch_file
 from nemo_vlm.formats.reader import InMemory, Reader, Renamed, chosen
 from nemo_vlm.formats.safetensors import Safetensors
 from nemo_vlm.formats.store import Folder, Span
-from nemo_vlm.mapping import Ours
+from nemo_vlm.mapping import Ours, Rule, Swapped, rename
 from nemo_vlm.models.base import FAMILIES, family
 from nemo_vlm.sources.source import Source
 from nemo_vlm.typed import plain
@@ -66,7 +66,7 @@ def open_huggingface(path: Path) -> Source:
                 config = mapping.from_hf(hf, theirs.names(), called)
             if config.share_embeddings_and_output_weights:
                 theirs = without_copied_head(theirs)
-            ours, files = Ours(mapping.rules(config), theirs), companions(store)
+            ours, files = Ours(as_in_file(mapping.rules(config), theirs), theirs), companions(store)
             tree = {"family": name, **plain(config), "data": processing(name, config, files)}
             return Source(path, tree, ours, files)
         if kind in mapping.VISION_TYPES:
@@ -192,6 +192,28 @@ def without_copied_head(theirs: Renamed) -> Renamed:
             raise ConfigError(f"{theirs}: tie_word_embeddings is true, but {head} is not {embedding}")
     kept = {name: original for name, original in theirs.originals.items() if name not in heads}
     return Renamed(theirs.reader, kept)
+
+
+def as_in_file(rules: list[Rule], theirs: Reader) -> list[Rule]:
+    """The rules for a file whose experts have their axes as on the hub, or as transformers 5 keeps and saves them.
+
+    The latter is ours. Shapes tell, unless a tensor is square; of the two of a layer at most one is.
+
+    Raises:
+        ConfigError: some are laid out in the one way, and some in the other.
+    """
+    turned = {rule.their_name: rule for rule in rules if isinstance(rule, Swapped)}
+    shapes = {name: theirs.shape(name) for name in sorted(turned.keys() & theirs.names())}
+    not_hubs = [name for name, shape in shapes.items() if shape != turned[name].theirs[name]]
+    not_fives = [name for name, shape in shapes.items() if shape != turned[name].shape]
+    if not_hubs and not not_fives:
+        return [rename(rule.ours, rule.their_name, rule.shape) if isinstance(rule, Swapped) else rule for rule in rules]
+    if not_hubs and not_fives and not set(not_hubs) & set(not_fives):
+        raise ConfigError(
+            f"{theirs}: the tensor '{not_fives[0]}' is laid out as on the hub, '{not_hubs[0]}' as transformers 5 saves "
+            "it; all experts must be one or the other"
+        )
+    return rules
 
 
 def processing(name: str, config: Any, files: Mapping[str, Span]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats import torch_file
 from nemo_vlm.formats.rank_files import RankFiles, is_gated
 from nemo_vlm.formats.reader import Reader, Renamed, Shape, Slices, listed, whole
-from nemo_vlm.formats.stacked import Unstacked
+from nemo_vlm.formats.stacked import single_layers
 from nemo_vlm.formats.store import Folder, Span
 from nemo_vlm.formats.torch_dist import METADATA, TorchDist
 from nemo_vlm.formats.unpickle import Record
@@ -30,6 +30,7 @@ from nemo_vlm.mapping import SEPARATE_NORMS, Variant, check
 from nemo_vlm.models.base import FAMILIES, family
 from nemo_vlm.sources.huggingface import companions, known_types, processing, read_hf_config
 from nemo_vlm.sources.megatron_args import check_args, from_args
+from nemo_vlm.sources.megatron_experts import with_joint_experts
 from nemo_vlm.sources.source import Source
 from nemo_vlm.typed import plain
 
@@ -220,7 +221,7 @@ def translated(weights: TorchDist | RankFiles, name: str, config: LanguageConfig
         ConfigError: a tensor is missing, left over, or of another shape.
     """
     mapping = family(name, "mapping")
-    reader = weights if isinstance(weights, RankFiles) else Unstacked(weights)
+    reader = with_joint_experts(weights) if isinstance(weights, RankFiles) else single_layers(weights)
     needed = {rule.ours: rule.shape for rule in mapping.rules(config)}
     check_objects(weights)
     kept = {original for original in reader.names() if not LEFT_OUT.fullmatch(original)}

@@ -30,18 +30,27 @@ FIXED = {
     "normalization": "RMSNorm",
     POSITIONS: "rope",
     "rotary_percent": 1.0,
-    "num_experts": None,
     "rotary_interleaved": False,
     "apply_layernorm_1p": False,
     "apply_residual_connection_post_layernorm": False,
     "multi_latent_attention": False,
     "window_size": None,
 }
+# What all with experts have, beside a moe_layer_freq that names every layer.
+FIXED_MOE = {
+    "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": False,
+    "moe_router_enable_expert_bias": False,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_latent_size": None,
+}
+FREQUENCY = "moe_layer_freq"
 # Sizes and numbers that a config.json beside the arguments says, too.
 COMPARED = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
     *("rotary_base", EPSILON, "add_bias_linear", UNTIED),
     *("qk_layernorm", "mrope_section"),
+    *("num_experts", "moe_ffn_hidden_size", "moe_router_topk"),
 )
 
 
@@ -67,6 +76,20 @@ def to_args(config: LanguageConfig) -> dict[str, Any]:
         "rotary_seq_len_interpolation_factor": config.seq_len_interpolation_factor,
         "use_rope_scaling": bool(scaled),
         **scaled,
+        "num_experts": config.num_moe_experts,
+        **({} if config.num_moe_experts is None else moe_args(config)),
+    }
+
+
+def moe_args(config: LanguageConfig) -> dict[str, Any]:
+    return {
+        **FIXED_MOE,
+        FREQUENCY: 1,
+        "moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+        "moe_router_topk": config.moe_router_topk,
+        "moe_aux_loss_coeff": config.moe_aux_loss_coeff,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_grouped_gemm": True,
     }
 
 
@@ -97,6 +120,7 @@ def from_args(args: Mapping[str, Any], called: str) -> Config:
             rotary_base=float(args["rotary_base"]),
             seq_len_interpolation_factor=args["rotary_seq_len_interpolation_factor"],
             rope_scaling_factor=args["rope_scaling_factor"] if args.get("use_rope_scaling") else None,
+            **({} if args.get("num_experts") is None else moe_fields(args)),
         )
     except KeyError as error:
         raise ConfigError(f"{called}: its arguments lack {error}; give --hf-config") from None
@@ -104,12 +128,21 @@ def from_args(args: Mapping[str, Any], called: str) -> Config:
         raise ConfigError(f"{called}: its arguments are damaged ({' '.join(str(error).split())})") from None
 
 
+def moe_fields(args: Mapping[str, Any]) -> dict[str, Any]:
+    same_name = {name: args[name] for name in ("moe_ffn_hidden_size", "moe_router_topk", "moe_aux_loss_coeff")}
+    return {"num_moe_experts": args["num_experts"], **same_name}
+
+
 def check_fixed(args: Mapping[str, Any], called: str) -> None:
     """Raises ConfigError where an argument asks for what is not built here."""
-    wrong = [name for name, right in FIXED.items() if name in args and not same(args[name], right)]
+    fixed: dict[str, Any] = dict(FIXED)
+    if args.get("num_experts") is not None:
+        listed = args.get(FREQUENCY)
+        fixed |= {**FIXED_MOE, FREQUENCY: listed if isinstance(listed, list) and set(map(repr, listed)) == {"1"} else 1}
+    wrong = [name for name, right in fixed.items() if name in args and not same(args[name], right)]
     if wrong:
         given = ", ".join(f"{name}={args[name]}" for name in wrong)
-        right = ", ".join(f"{name}={FIXED[name]}" for name in wrong)
+        right = ", ".join(f"{name}={fixed[name]}" for name in wrong)
         raise ConfigError(f"{called}: its arguments {given} are not supported, only {right}")
 
 

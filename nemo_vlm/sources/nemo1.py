@@ -20,7 +20,7 @@ from nemo_vlm.archive import INSIDE, open_store, read_config
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.rank_files import RankFiles, is_gated
 from nemo_vlm.formats.reader import Joined, Reader, Renamed, chosen
-from nemo_vlm.formats.stacked import Unstacked
+from nemo_vlm.formats.stacked import Unstacked, single_layers
 from nemo_vlm.formats.store import Span, Store
 from nemo_vlm.formats.torch_dist import METADATA, TorchDist
 from nemo_vlm.mapping import Ours, check
@@ -79,7 +79,7 @@ def open_weights(store: Store) -> RankFiles | Unstacked:
         ConfigError: they are damaged, or in zarr.
     """
     if f"{WEIGHTS}{METADATA}" in store.names():
-        return Unstacked(TorchDist(store, WEIGHTS))
+        return single_layers(TorchDist(store, WEIGHTS))
     if any(name.startswith(WEIGHTS) and name.endswith("/.zarray") for name in store.names()):
         raise ConfigError(f"{store}: its weights are in zarr, which is not read; let NeMo save them as torch_dist")
     return RankFiles(store, "", lambda name: is_gated(ours_of(name), ("language_model.decoder.",)))

@@ -29,6 +29,7 @@ TRAINING = {
     "max_visual_tokens",
     "make_vocab_size_divisible_by",
     "init_method_std",
+    "moe_aux_loss_coeff",
     "freeze",
     "lr_ratio",
     "vision_encoder_lr_ratio",
@@ -38,6 +39,7 @@ TRAINING = {
     "pretrain_mm_mlp_adapter",
     "llm",
 }
+EXPERTS = {"num_moe_experts", "moe_ffn_hidden_size"}  # null says that there are none; of others, that nothing is known
 
 
 @dataclass
@@ -70,10 +72,17 @@ class Taken:
                 self.changed.append(f"model.data.{key}={value}")
                 data[key] = value
 
+    def drop_experts(self) -> None:
+        """The preset's auxiliary loss goes with its experts, where a checkpoint has none."""
+        key, off = "moe_aux_loss_coeff", LanguageConfig.moe_aux_loss_coeff
+        if self.tree["num_moe_experts"] is None and f"model.{key}" not in self.given and self.tree[key] != off:
+            self.changed.append(f"model.{key}={off} (not {self.tree[key]})")
+            self.tree[key] = off
+
     def _take(self, tree: dict[str, Any], values: dict[str, Any], source: Source, path: str) -> None:
         for name, value in values.items():
             key = f"{path}.{name}"
-            if name in TRAINING or value is None:
+            if name in TRAINING or value is None and name not in EXPERTS:
                 continue
             if isinstance(value, dict) and isinstance(tree[name], dict):
                 self._take(tree[name], value, source, key)
@@ -114,6 +123,8 @@ def settle(tree: Mapping[str, Any], given: Collection[str]) -> tuple[dict[str, A
         if source.tokenizer and module in (None, "language_model") and not by_hand:
             taken.tree["tokenizer"]["type"] = source.tokenizer
     taken.take_views(views)
+    if tree["num_moe_experts"] is not None:
+        taken.drop_experts()
     for key, module, path in named:
         if module == "vision_projection":
             check_projector(open_source(path, key), taken.tree, key)
@@ -132,8 +143,10 @@ def views_of(source: Source) -> dict[str, Any]:
 
 def check_projector(source: Source, tree: Mapping[str, Any], key: str) -> None:
     """Raises ConfigError where its first or last layer has another width than the tower or the language model."""
-    weights = sorted(name for name in source.reader.names() if re.fullmatch(r"vision_projection\.\d+\.weight", name))
-    mm_cfg = read(family(str(tree["family"]), "config").MultimodalConfig, tree["mm_cfg"], "model.mm_cfg")
+    layer = re.compile(r"vision_projection\.(merger\.)?\d+\.weight")
+    weights = sorted(name for name in source.reader.names() if layer.fullmatch(name))
+    config = family(str(tree["family"]), "config").Config
+    mm_cfg = read(config, {"mm_cfg": tree["mm_cfg"]}, "model").mm_cfg  # parts that do not fit make no whole yet
     inner, outer = mm_cfg.projector_input_size, tree["hidden_size"]
     shapes = [source.reader.shape(name) for name in weights]
     if shapes and (shapes[-1][0], shapes[0][1]) != (outer, inner):

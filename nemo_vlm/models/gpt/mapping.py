@@ -1,4 +1,4 @@
-"""Weights as in Hugging Face's LlamaForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM."""
+"""Weights as in Hugging Face's LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM and Qwen3MoeForCausalLM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from nemo_vlm.mapping import Rule, Variant
 from nemo_vlm.models.gpt.config import Config
 from nemo_vlm.models.hf_decoder import CLASSES, decoder_config, decoder_fields
-from nemo_vlm.models.rules import decoder_rules
+from nemo_vlm.models.rules import decoder_rules, single_experts
 
 HF_TYPES = tuple(CLASSES)  # model_type in config.json
 VISION_TYPES = ()
@@ -17,7 +17,7 @@ MEGATRON_VARIANTS = {"megatron": Variant({"language_model.": ""}, pads=True)}  #
 
 
 def rules(config: Config) -> list[Rule]:
-    return decoder_rules(config, "language_model.", "model.", "lm_head.weight")
+    return decoder_rules(config, "language_model.", "model.", "lm_head.weight", single_experts)
 
 
 def hf_config(config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the conversion scripts have in common. Imports neither torch nor what needs it, so that --help is quick."""
+"""What scripts with flags have in common. Imports neither torch nor what needs it, so that --help is quick."""
 
 from __future__ import annotations
 
