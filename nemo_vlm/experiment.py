@@ -71,12 +71,13 @@ def fit(plan: Plan, tokenizer: Any) -> None:
     from nemo_vlm.mcore.cpu import BACKENDS
     from nemo_vlm.parallel.megatron import MegatronStrategy
     from nemo_vlm.parallel.npu import NpuAccelerator
-    from nemo_vlm.training import callbacks, exp_manager
+    from nemo_vlm.training import callbacks, exp_manager, expert_loads
     from nemo_vlm.training.module import TrainingModule
 
     logs.quieten_lightning()
     saving = callbacks.SaveCheckpoints(run)
-    last_acts = [saving, callbacks.Curves(), callbacks.SaveArchive(run, tokenizer, saving)]
+    pictures = [callbacks.Curves(), expert_loads.ExpertPicture()]
+    last_acts = [saving, *pictures, callbacks.SaveArchive(run, tokenizer, saving)]
     trainer = pl.Trainer(
         strategy=MegatronStrategy(layout, run.step.seed, run.trainer.hang_timeout, BACKENDS[plan.accelerator]),
         accelerator=NpuAccelerator() if plan.accelerator == "npu" else plan.accelerator,

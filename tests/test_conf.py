@@ -63,7 +63,7 @@ def test_every_recipe_composes() -> None:
 
 def layout(run, tp: int, pp: int) -> Layout:
     parallel = replace(run.parallel, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    return Layout(1, tp * pp, tp, pp, tp > 1, stage_layers(run.model.num_layers, parallel), 1, 1)
+    return Layout(1, tp * pp, tp, pp, tp > 1, stage_layers(run.model.num_layers, parallel), 1, 1, expert_tensor=tp)
 
 
 # The full-size Qwens are test_presets.py's.

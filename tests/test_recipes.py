@@ -174,6 +174,7 @@ def test_a_long_warm_up_is_said_once(caplog) -> None:
         "model.nsys_profile.start_step=20",
         "model.precision=bf16",
         "model.cpu_offloading_weights=true",
+        "model.moe_router_load_balancing_type=none",
         "model.mm_cfg.vision_encoder.crop_size=[336,336]",
         "model.mm_cfg.llm.model_type=nvgpt",
     ],
@@ -190,6 +191,7 @@ def test_keys_of_nemo_that_go_with_this_engine(given: str) -> None:
         ("model.transformer_engine=false", "model.transformer_engine=false: take model.transformer_impl=local"),
         ("model.nsys_profile.enabled=true", "model.nsys_profile.enabled=true: start the command itself under `nsys"),
         ("model.dist_ckpt_format=zarr", "model.dist_ckpt_format=zarr: zarr is not written"),
+        ("model.moe_router_dtype=null", "model.moe_router_dtype=null: experts are chosen by the softmax"),
         ("model.precision=32", "model.precision=32: trainer.precision=bf16; give that alone"),
         ("model.optim.name=sgd", "model.optim.name=sgd: must be one of adam, adamw, fused_adam"),
         ("model.optim.sched.name=NoamAnnealing", "model.optim.sched.name=NoamAnnealing: must be one of CosineAnn"),
@@ -219,11 +221,16 @@ def test_what_another_engine_would_do_is_refused_in_one_line(given: str, message
     assert "\n" not in str(error.value)
 
 
-def test_weights_are_not_offloaded() -> None:
-    """Recipes of NeMo speak of it beside cpu_offloading=false."""
-    given = tree_of("llava_7b_pretrain", "model.cpu_offloading=true", "model.cpu_offloading_weights=true")
-    with pytest.raises(ConfigError, match="^model.cpu_offloading_weights=true: weights stay on the GPU; give false"):
-        experiment.read(given)
+@pytest.mark.parametrize(
+    ("beside", "given", "right"),
+    [
+        ("model.cpu_offloading=true", "model.cpu_offloading_weights=true", "weights stay on the GPU; give false"),
+        ("model.moe_aux_loss_coeff=1.0", "model.moe_router_load_balancing_type=none", "give model.moe_aux_loss_coeff="),
+    ],
+)
+def test_what_does_nothing_alone_is_refused_beside_what_it_would_change(beside: str, given: str, right: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{given}: {right}"):
+        experiment.read(tree_of("llava_7b_pretrain", beside, given))
 
 
 @pytest.fixture(scope="module")

@@ -129,6 +129,21 @@ def test_flops_of_qwen2_vl_count_each_frame_for_itself() -> None:
     assert qwen.visual_tokens([(1, 36, 36), (4, 10, 18)]) == 324 + 180
 
 
+def test_flops_of_qwen3_vl_are_those_of_the_experts_that_are_asked() -> None:
+    """The 30B-A3B's: 8 experts of 768, the router, and four mergers over the tower; positions are looked up."""
+    config = family("qwen3_vl", "config").Config
+    shape = dict(num_layers=48, hidden_size=2048, ffn_hidden_size=6144, vocab_size=151936)
+    heads = dict(num_attention_heads=32, num_query_groups=4, kv_channels=128)
+    qwen = config(**shape, **heads, num_moe_experts=128, moe_ffn_hidden_size=768, moe_router_topk=8)
+    attention = 2048 * (32 + 4 + 4) * 128 + 32 * 128 * 2048
+    active = 48 * (attention + 8 * 3 * 2048 * 768 + 128 * 2048) + 151936 * 2048
+    assert step_flops(qwen, 1000, 0) == pytest.approx(6 * active * 1000)
+    patches, squared = 1296 + 4 * 180, 1296**2 + 4 * 180**2
+    layers = 27 * (2 * patches * (4 * 1152**2 + 2 * 1152 * 4304) + 4 * squared * 1152)
+    mergers = 4 * 2 * (patches // 4) * (4608**2 + 4608 * 2048)
+    assert qwen.vision_flops(patches, squared) == layers + 2 * patches * 1536 * 1152 + mergers
+
+
 def test_patches_and_frames_are_counted() -> None:
     """An image of 2 x 3 patches, and a video of 4 frames of 4 x 5."""
     images = Images(torch.zeros(6 + 80, 3), torch.tensor([[1, 2, 3], [4, 4, 5]]))

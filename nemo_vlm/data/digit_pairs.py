@@ -1,4 +1,4 @@
-"""Qwen2-VL's demo data: questions about one handwritten digit, about two, and about short videos of them.
+"""The demo data of Qwen2-VL and Qwen3-VL: questions about one handwritten digit, about two, and about short videos.
 
 They are ShareGPT records with images of several sizes and videos as folders of frames; the digits are data.digits'.
 """
@@ -58,7 +58,9 @@ def _write(folder: Path) -> None:
         chance.shuffle(records)
         (folder / name).write_text(json.dumps(records, indent=1))
         texts += [turn["value"] for one in records for turn in one["conversations"]]
-    train_chat_tokenizer(texts, NUM_TOKENS, VISION_TOKENS).save_pretrained(folder / TOKENIZER)
+    tokenizer = train_chat_tokenizer(texts, NUM_TOKENS, VISION_TOKENS)
+    tokenizer.chat_template = None  # model.data.conv_template decides: Qwen3-VL has no system message of its own
+    tokenizer.save_pretrained(folder / TOKENIZER)
 
 
 def on_canvas(digit: Any, size: tuple[int, int], chance: random.Random) -> Any:

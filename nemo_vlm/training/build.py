@@ -94,7 +94,6 @@ def offload_fraction(run: RunConfig, layout: Layout, chunks: list[nn.Module]) ->
         return 1.0 if offload in (True, "static") else float(offload)
     held = [parameter for chunk in chunks for parameter in chunk.parameters()]
     trained = [parameter for parameter in held if parameter.requires_grad]
-    shards = layout.replicas if run.optim.distributed else 1
-    memory = replicated_memory(DTYPES[run.trainer.precision].itemsize, shards, held, trained)
+    memory = replicated_memory(run, layout, held, trained)
     room = torch.cuda.get_device_properties(0).total_memory * (1 - ACTIVATION_ROOM)
     return min(max((memory.total - room) / max(memory.optimizer, 1), 0.0), 1.0)

@@ -1,7 +1,7 @@
 """What is kept of a run: its folder, settings, command line and metrics; and from where it goes on.
 
 <exp_dir>/<name>/  config.yaml  cmd-args.log  git-info.log  nemo_log_globalrank-0_localrank-0.txt  metrics.csv
-                   tensorboard/  loss.png  checkpoints/  run_0/ ...
+                   tensorboard/  loss.png  experts.png  checkpoints/  run_0/ ...
 
 A run that starts from zero under a name that exists moves what the earlier one left into run_0, run_1, ...
 """
@@ -48,10 +48,12 @@ COLUMNS = (
     "padding_fraction",
     "visual_tokens",
     "visual_tokens_max_rank",
+    "aux_loss",
+    "expert_load_max",
     "skipped_steps",
     "loss_scale",
 )
-OF_ONE_RUN = ("metrics.csv", "skipped_samples.jsonl", "checkpoints", "loss.png", "tensorboard/*")
+OF_ONE_RUN = ("metrics.csv", "skipped_samples.jsonl", "checkpoints", "loss.png", "experts.png", "tensorboard/*")
 ABOUT = ("config.yaml", "git-info.log")  # written anew by each start
 RESERVED = (*OF_ONE_RUN, *ABOUT, "cmd-args.log", "nemo_log_*", "tensorboard", "mlruns", "wandb", "run_*")
 

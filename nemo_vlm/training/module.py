@@ -22,8 +22,9 @@ from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import groups
 from nemo_vlm.mcore.cpu import DeviceType
 from nemo_vlm.mcore.engine import StepResult
+from nemo_vlm.mcore.experts import ExpertLoads
 from nemo_vlm.planning.flops import peak_tflops, step_flops
-from nemo_vlm.training import durations, early_stopping, saving, skips
+from nemo_vlm.training import durations, early_stopping, expert_loads, saving, skips
 from nemo_vlm.training.build import build_engine
 from nemo_vlm.training.exp_manager import MetricsFile, Opened, begin
 from nemo_vlm.training.schedules import learning_rate
@@ -58,6 +59,7 @@ class TrainingModule(pl.LightningModule):
         self.position = Position()
         self.batch_size, self.last_time, self.skipped = 0, 0.0, False
         self.validation: Validation | None = None
+        self.experts: ExpertLoads | None = None  # the last step's
         self.faults: list[str] = []
 
     def configure_model(self) -> None:
@@ -118,7 +120,7 @@ class TrainingModule(pl.LightningModule):
         self.batch_size = batch_size_at(position.consumed_samples, self.run.step)
         position.consumed_samples += self.batch_size
         position.global_step += 1
-        self.skipped = result.skipped
+        self.skipped, self.experts = result.skipped, result.experts
         position.skipped_steps += result.skipped
         now = time.perf_counter()
         position.metrics = self._row(result, lr, now - self.last_time) | self._visual_load(micro_batches)
@@ -149,12 +151,15 @@ class TrainingModule(pl.LightningModule):
             log.warning("%s; see %s", skips.report(self.position), skips.FILE)
 
     def _log(self) -> None:
-        """Every step into metrics.csv, those that were validated into the other loggers too."""
+        """Every step into metrics.csv; some, and those that were validated, into the other loggers, layer by layer."""
         row, step = self.position.metrics, self.position.global_step
+        layers = expert_loads.by_layer(self.experts) if self.experts else {}
+        due = step % self.run.trainer.log_every_n_steps == 0 or "val_loss" in row
         for logger in self.trainer.loggers:
-            due = step % self.run.trainer.log_every_n_steps == 0 or "val_loss" in row
-            if due or isinstance(logger, MetricsFile):
+            if isinstance(logger, MetricsFile):
                 logger.log_metrics(row, step)
+            elif due:
+                logger.log_metrics(row | layers, step)
 
     def _row(self, result: StepResult, lr: float, seconds: float) -> dict[str, float]:
         """The columns of metrics.csv; mfu only where the device's peak is known."""
@@ -177,6 +182,8 @@ class TrainingModule(pl.LightningModule):
         }
         if self.engine.loss_scale is not None:
             row["loss_scale"] = self.engine.loss_scale
+        if result.experts is not None:
+            row |= expert_loads.columns(result.experts)
         peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         return row | ({"mfu": tflops / peak} if peak else {})
 

@@ -26,9 +26,9 @@ FILE = "skipped_samples.jsonl"
 TRAINING, VALIDATION = "training", "validation"
 REMEDIES = {  # where a setting is one
     "too_long": "raise model.encoder_seq_length, or show images and videos smaller (model.data.max_pixels, "
-    "video_max_pixels, num_frames)",
+    "video_max_pixels or video_total_pixels, num_frames)",
     "too_many_visual_tokens": "raise the limit, or show images and videos smaller (model.data.max_pixels, "
-    "video_max_pixels, num_frames)",
+    "video_max_pixels or video_total_pixels, num_frames)",
 }
 OF_VALIDATION = json.dumps({"split": VALIDATION})[:-1]  # how such a line begins
 
