@@ -20,11 +20,11 @@ from ported import run_of, words_of
 
 from nemo_vlm import layout as layouts
 from nemo_vlm.config import RunConfig
-from nemo_vlm.conversion.command import run_command
 from nemo_vlm.data.tokenizer import VISION_TOKENS, train_chat_tokenizer
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.porting.document import mindspeed_tables
 from nemo_vlm.porting.line import translate
+from nemo_vlm.script import run_command
 from nemo_vlm.training import schedules
 
 ROOT = Path(__file__).parents[1]
@@ -323,7 +323,7 @@ WRONG: dict[str, tuple[tuple[Tree, Tree], str, dict[str, str]]] = {
         {},
     ),
     "mask_history=true: all answers of a conversation are trained": (changed(BASIC, mask_history=True), FLAGS, {}),
-    "template=llava: the data's `conv_template` is Qwen2-VL's; must be qwen2vl": (
+    "template=llava: the model's own template holds; must be qwen2vl": (
         changed(BASIC, template="llava"),
         FLAGS,
         {},

@@ -12,9 +12,10 @@ import torch
 import transformers
 from distributed import run_ranks
 from megatron.core import parallel_state
+from ported import run_of as composed
 from test_cli import ROOT, TRAIN
 from test_cli import run as command
-from test_families import LAYOUTS, VARIANTS, build_all, micro_batches, run_of, whole
+from test_families import EXPERT_LAYOUTS, LAYOUTS, VARIANTS, build_all, micro_batches, run_of, whole
 
 from nemo_vlm.archive import write_archive
 from nemo_vlm.config import (
@@ -35,11 +36,19 @@ from nemo_vlm.models.llava.config import Config as LlavaConfig
 from nemo_vlm.models.llava.config import MultimodalConfig
 from nemo_vlm.planning import machine
 from nemo_vlm.planning import plan as planning
+from nemo_vlm.planning.memory import heaviest
+from nemo_vlm.planning.report import report
 from nemo_vlm.sources.tokenizers import load_tokenizer
 from nemo_vlm.training.build import build_engine
 from nemo_vlm.typed import model_tree
 
-PARTS = {"vision_tower": "vision_model", "multi_modal_projector": "vision_projection"}
+PARTS = {  # of Hugging Face's names, the first that is in one
+    "vision_tower": "vision_model",
+    "multi_modal_projector": "vision_projection",
+    "visual.merger": "vision_projection",
+    "visual.deepstack_merger_list": "vision_projection",
+    "visual": "vision_model",
+}
 
 
 def on_ranks(run: RunConfig, world_size: int) -> RunConfig:
@@ -48,7 +57,7 @@ def on_ranks(run: RunConfig, world_size: int) -> RunConfig:
 
 def tiny(variant: str, layout: str, **changes: Any) -> RunConfig:
     name, config = VARIANTS[variant]
-    world_size, parallel = LAYOUTS[layout] if layout != "single" else (1, ParallelConfig())
+    world_size, parallel = (LAYOUTS | EXPERT_LAYOUTS | {"single": (1, ParallelConfig())})[layout]
     step = StepConfig(micro_batch_size=1, global_batch_size=8)
     return on_ranks(run_of(name, config, parallel, step, **changes), world_size)
 
@@ -83,6 +92,51 @@ def test_counts_equal_hugging_face(variant: str, layout: str) -> None:
     assert plan["total_parameters"] == sum(expected.values())
     for entry in plan["stages"]:
         assert entry["parameters"] == sum(entry["parameters_by_part"].values())
+
+
+@pytest.mark.parametrize("layout", ["single", "fsdp", "tp2_pp2", *EXPERT_LAYOUTS])
+def test_counts_of_experts_equal_hugging_face(layout: str) -> None:
+    expected, plan = hugging_face_counts(*VARIANTS["qwen3_vl"]), planned(tiny("qwen3_vl", layout))
+    assert plan["total_parameters_by_part"] == added_up(plan) == expected
+    idle = 4 * 2 * 3 * 64 * 48  # in each of 4 layers, 2 of 4 experts
+    assert plan["active_parameters"] == sum(expected.values()) - idle
+
+
+def counted(num_layers: int) -> tuple[int, int]:
+    """Parameters of a Qwen3-VL 30B-A3B with so many decoder layers: of its experts, and the others."""
+    experts = num_layers * 128 * 3 * 2048 * 768
+    attention = 2048 * (32 + 4 + 4) * 128 + 32 * 128 * 2048 + 2 * 128
+    language = 2 * 151936 * 2048 + num_layers * (attention + 2 * 2048 + 128 * 2048) + 2048
+    block = 4 * 1152**2 + 4 * 1152 + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152
+    tower = 27 * block + (1536 + 1) * 1152 + 2304 * 1152
+    mergers = 4 * (4608**2 + 4608 + 4608 * 2048 + 2048) + 2 * 1152 + 3 * 2 * 4608
+    return experts, language + tower + mergers
+
+
+def test_30b_a3b_over_eight_nodes() -> None:
+    """With 8 ranks that share the experts of a stage: two of those that share its tensors, which are 4."""
+    assert sum(counted(48)) == 31_070_754_032
+    nodes = ("trainer.num_nodes=8", "trainer.devices=8", "trainer.precision=bf16-mixed", "model.num_layers=4")
+    sizes = ("model.expert_model_parallel_size=8", "model.optim.name=distributed_fused_adam")
+    batch = ("model.micro_batch_size=1", "model.global_batch_size=128")
+    run = composed("qwen3_vl_finetune", ["model=qwen3_vl_30b_a3b", "parallel=tp4_pp4_ep4", *nodes, *sizes, *batch])
+    plan, (experts, others) = planned(run), counted(4)
+    assert plan["total_parameters"] == experts + others
+    assert plan["active_parameters"] == experts * 8 // 128 + others
+    assert [entry["rank"] for entry in plan["stages"]] == [16 * stage + rank for stage in range(4) for rank in range(8)]
+    assert [entry["expert_rank"] for entry in plan["stages"][:8]] == list(range(8))
+    assert {len(plan["groups"][name][0]) for name in ("data", "tensor")} == {4}
+    assert [len(plan["groups"][name][0]) for name in ("expert", "expert_tensor", "expert_data")] == [8, 1, 2]
+    middle = plan["stages"][8]
+    own = experts // 4 // 8  # of one layer, an eighth
+    dense = middle["parameters"] + middle["replicated_parameters"] - own
+    assert middle["bytes"]["gradients"] == 4 * (own + dense)
+    assert middle["bytes"]["optimizer"] == 12 * own // 2 + 12 * dense // 4
+    most = heaviest(run, planning.training(run, {}).layout, trains=True).memory.total
+    assert most == max(sum(filter(None, entry["bytes"].values())) for entry in plan["stages"])
+    lines = list(report(plan))
+    assert "of them active" in lines[0] and "expert 8 (tensor 1, data 2)" in lines[1]
+    assert lines[-4].split()[:3] == ["0", "0-3", "0-7"]
 
 
 def test_llava_7b_over_two_nodes() -> None:
@@ -143,9 +197,13 @@ def test_replicated_and_tied_parameters_count_once() -> None:
     assert (first["replicated_parameters"], last["replicated_parameters"]) == (0, embedding)
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2_pp2", "tp2_dp2", "tp2_sp_cp2", "fsdp_tp2", "tp2_pp2_vpp2"])
-def test_groups_are_megatrons(layout: str) -> None:
-    run = tiny("gpt", layout)
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [("gpt", layout) for layout in ("single", "tp2_pp2", "tp2_dp2", "tp2_sp_cp2", "fsdp_tp2", "tp2_pp2_vpp2")]
+    + [("qwen3_vl", layout) for layout in ("tp2_ep2", "pp2_ep2", "cp2_ep2")],
+)
+def test_groups_are_megatrons(variant: str, layout: str) -> None:
+    run = tiny(variant, layout)
     plan, resolved = planned(run), planning.training(run, {}).layout
     ours = {
         rank: {name: of(ranks, rank) for name, ranks in plan["groups"].items()} for rank in range(resolved.world_size)
@@ -157,15 +215,20 @@ def test_groups_are_megatrons(layout: str) -> None:
                 "context": parallel_state.get_context_parallel_group(),
                 "pipeline": parallel_state.get_pipeline_model_parallel_group(),
                 "data": parallel_state.get_data_parallel_group(),
+                "expert": parallel_state.get_expert_model_parallel_group(),
+                "expert_tensor": parallel_state.get_expert_tensor_parallel_group(),
+                "expert_data": parallel_state.get_expert_data_parallel_group(),
             }
-            assert {key: torch.distributed.get_process_group_ranks(group) for key, group in found.items()} == expected
+            ranks = {key: torch.distributed.get_process_group_ranks(found[key]) for key in expected}
+            assert ranks == expected and ("expert" in ranks) == (variant == "qwen3_vl")
             place = (
                 parallel_state.get_pipeline_model_parallel_rank(),
                 parallel_state.get_tensor_model_parallel_rank(),
             )
         entries = [(entry["stage"], entry["tensor_rank"]) for entry in plan["stages"] if entry["rank"] == rank]
         assert entries in ([], [place])
-    assert len(plan["stages"]) == resolved.tensor * resolved.pipeline
+    assert len(plan["stages"]) == resolved.ranks_of_copy * resolved.pipeline
+    assert any("sequence_parallel" in note for note in plan["notes"]) == (layout == "tp2_ep2")
 
 
 def of(ranks: list[list[int]], rank: int) -> list[int]:
@@ -228,6 +291,16 @@ def test_the_distributed_optimizer_is_shared(precision: str) -> None:
     assert entry["bytes"]["optimizer"] == sum(rank["optimizer"] for rank in ranks) // 2
     padding = ranks[0]["gradients"] / entry["bytes"]["gradients"]  # of Megatron's buckets, to multiples of 128 a rank
     assert 1.0 <= padding < 1.1
+
+
+def test_experts_are_shared_by_their_own_data_parallel_ranks() -> None:
+    """Each rank is the only one with its half of the experts, and keeps all of their optimizer's state."""
+    run = tiny("qwen3_vl", "ep2", optim=OptimConfig(name="distributed_fused_adam"))
+    plan, resolved = planned(run), planning.training(run, {}).layout
+    ranks = run_ranks(engine_bytes, 2, run, resolved)
+    assert [entry["bytes"]["weights"] for entry in plan["stages"]] == [rank["weights"] for rank in ranks]
+    held = sum(entry["bytes"]["optimizer"] for entry in plan["stages"])
+    assert held == sum(rank["optimizer"] for rank in ranks)
 
 
 def test_frozen_parts_have_neither_gradients_nor_state() -> None:

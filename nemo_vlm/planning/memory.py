@@ -51,39 +51,43 @@ class Holding:
         return sum(self.sizes.values())
 
 
-def hold(run: RunConfig, layout: Layout, stage: int, tensor_rank: int, trains: bool = True) -> Holding:
+def hold(run: RunConfig, layout: Layout, stage: int, number: int = 0, trains: bool = True) -> Holding:
     """Build a rank's part of a settled run's model, without memory, and count; that of each replica is the same.
 
     Args:
         stage: the rank's place in its pipeline.
+        number: which of the ranks that hold a copy of the stage, see mcore.ranks.first_replica.
         trains: gradients and the optimizer's state are kept.
     """
     run = replace(run, step=run.step.on_paper())
-    one_replica = replace(layout, num_nodes=1, ranks_per_node=layout.tensor * layout.pipeline, fsdp=None, context=1)
-    with groups.pretend(one_replica, first_replica(one_replica)[stage][tensor_rank]):
+    ranks = layout.ranks_of_copy * layout.pipeline
+    one_replica = replace(layout, num_nodes=1, ranks_per_node=ranks, fsdp=None, context=1)
+    with groups.pretend(one_replica, first_replica(one_replica)[stage][number]):
         chunks = build_chunks(run, one_replica)
         parts = [part for chunk in chunks for part in weights.parts(chunk, run.model.vocab_size)]
     held = [parameter for chunk in chunks for parameter in chunk.parameters()]
     trained = [parameter for parameter in held if parameter.requires_grad and trains]
     sizes = {(part.name, part.bounds): math.prod(stop - start for start, stop in part.bounds) for part in parts}
-    size = DTYPES[run.trainer.precision].itemsize
     if layout.fsdp is not None:
-        memory = fsdp_memory(layout, size, held, trained)
+        memory = fsdp_memory(layout, DTYPES[run.trainer.precision].itemsize, held, trained)
     else:
-        memory = replicated_memory(size, layout.replicas if run.optim.distributed else 1, held, trained)
+        memory = replicated_memory(run, layout, held, trained)
     return Holding(sizes, num_elements(held) - sum(sizes.values()), memory)
 
 
-def replicated_memory(size: int, shards: int, held: Sequence[Tensor], trained: Sequence[Tensor]) -> RankMemory:
+def replicated_memory(run: RunConfig, layout: Layout, held: Sequence[Tensor], trained: Sequence[Tensor]) -> RankMemory:
     """Under Megatron's gradient buffers and its optimizer, which counts main weights of reduced precision as its own.
 
-    Args:
-        size: bytes of a weight.
-        shards: data- and context-parallel ranks that share the optimizer's state.
+    The distributed optimizer's state is shared by the ranks that train the same weights; of experts (Megatron's mark is
+    `allreduce`) these are others.
     """
+    size = DTYPES[run.trainer.precision].itemsize
     state = ADAM_BYTES if size == FP32_BYTES else ADAM_BYTES + FP32_BYTES
-    count = num_elements(trained)
-    return RankMemory(size * num_elements(held), FP32_BYTES * count, -(-state * count // shards))
+    experts = num_elements([parameter for parameter in trained if not getattr(parameter, "allreduce", True)])
+    others = num_elements(trained) - experts
+    sharing = (layout.replicas, layout.expert_data) if run.optim.distributed else (1, 1)
+    optimizer = sum(-(-state * count // ranks) for count, ranks in zip((others, experts), sharing, strict=True))
+    return RankMemory(size * num_elements(held), FP32_BYTES * (others + experts), optimizer)
 
 
 def fsdp_memory(layout: Layout, size: int, held: Sequence[Tensor], trained: Sequence[Tensor]) -> RankMemory:
@@ -108,6 +112,10 @@ def num_elements(tensors: Sequence[Tensor]) -> int:
 
 
 def heaviest(run: RunConfig, layout: Layout, trains: bool) -> Holding:
-    """The rank that needs most, of one rank of each pipeline stage: tensor-parallel ranks hold equally much."""
-    holdings = [hold(run, layout, stage, tensor_rank=0, trains=trains) for stage in range(layout.pipeline)]
+    """The rank that needs most, of one rank of each pipeline stage.
+
+    Those that share a stage hold equally much: tensors divide by the ranks that share them, and so do experts, which
+    are all of one size (layout.check_model, options.check_expert_sizes).
+    """
+    holdings = [hold(run, layout, stage, trains=trains) for stage in range(layout.pipeline)]
     return max(holdings, key=lambda holding: holding.memory.total)

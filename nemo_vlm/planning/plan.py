@@ -18,7 +18,7 @@ from typing import Any
 
 from nemo_vlm import checkpoints
 from nemo_vlm import layout as layouts
-from nemo_vlm.config import ExpManagerConfig, RunConfig
+from nemo_vlm.config import ExpManagerConfig, LanguageConfig, RunConfig
 from nemo_vlm.data.tokenizer import tokenizer_exists
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import written_whole
@@ -75,6 +75,8 @@ def training(run: RunConfig, env: Mapping[str, str]) -> Planned:
     if run.optim.offload is not False:
         notes.append("model.optim.offload: the optimizer's bytes are counted where they are offloaded to as well")
     layout = layouts.resolve(run, gpus, {} if given else env)  # another job's WORLD_SIZE does not matter then
+    if layout.sequence_parallel and not run.parallel.sequence_parallel:
+        notes.append("model.sequence_parallel: is on, as experts need beside tensor parallelism")
     run, found = settle(run)
     notes += [*found, *absent_data(run), *absent_checkpoint(run.exp_manager)]
     return Planned(run, layout, True, notes)
@@ -118,7 +120,8 @@ def absent_checkpoint(config: ExpManagerConfig) -> list[str]:
 
 def describe(planned: Planned) -> dict[str, Any]:
     """The plan as plain containers, fit for JSON."""
-    run, layout, stages = planned.run, planned.layout, describe_ranks(planned)
+    run, layout, holdings = planned.run, planned.layout, hold_all(planned)
+    stages = describe_ranks(layout, holdings)
     by_part: Counter[str] = Counter()
     for entry in stages:
         by_part.update(entry["parameters_by_part"])
@@ -139,6 +142,7 @@ def describe(planned: Planned) -> dict[str, Any]:
         "stages": stages,
         "total_parameters": sum(by_part.values()),
         "total_parameters_by_part": dict(by_part),
+        "active_parameters": sum(by_part.values()) - idle_parameters(run.model, holdings),
         "notes": planned.notes,
     }
 
@@ -147,36 +151,37 @@ def describe_layout(layout: Layout) -> dict[str, Any]:
     """The layout without its batch; `stage_layers` in the order of the pipeline, virtual stages counted singly."""
     fields = plain(layout)
     del fields["micro_batch_size"], fields["num_micro_batches"]
-    return fields | {"data": layout.data, "shards": layout.shards}
+    counts = {"data": layout.data, "expert_data": layout.expert_data, "shards": layout.shards}
+    return fields | counts | {"experts_apart": layout.experts_apart}
 
 
-def describe_ranks(planned: Planned) -> list[dict[str, Any]]:
+def describe_ranks(layout: Layout, holdings: list[Holding]) -> list[dict[str, Any]]:
     """An entry for each rank of the first copy of the model; the other copies are like it."""
-    ranks = first_replica(planned.layout)
-    places = [(stage, tensor_rank) for stage, row in enumerate(ranks) for tensor_rank in range(len(row))]
-    holdings = hold_all(planned, places)
-    owned = count_once(holdings)
+    ranks = first_replica(layout)
+    places = [(stage, number, rank) for stage, row in enumerate(ranks) for number, rank in enumerate(row)]
     return [
         {
             "stage": stage,
-            "tensor_rank": tensor_rank,
-            "rank": ranks[stage][tensor_rank],
+            "tensor_rank": number % layout.tensor,
+            "expert_rank": number // layout.expert_tensor % layout.expert,
+            "rank": rank,
             "parameters": sum(counts.values()),
             "parameters_by_part": counts,
             "replicated_parameters": holding.num_parameters - sum(counts.values()),
             "padding_parameters": holding.num_padding,
             "bytes": {**plain(holding.memory), "activations": None},
         }
-        for (stage, tensor_rank), holding, counts in zip(places, holdings, owned, strict=True)
+        for (stage, number, rank), holding, counts in zip(places, holdings, count_once(holdings), strict=True)
     ]
 
 
-def hold_all(planned: Planned, places: list[tuple[int, int]]) -> list[Holding]:
-    """What the ranks at each pipeline stage and tensor-parallel rank hold."""
+def hold_all(planned: Planned) -> list[Holding]:
+    """What the ranks of the first copy of the model hold, stage by stage."""
     holdings = []
-    for place in places:
-        with only_first_speaks(place):
-            holdings.append(hold(planned.run, planned.layout, *place, planned.trains))
+    for stage, row in enumerate(first_replica(planned.layout)):
+        for number in range(len(row)):
+            with only_first_speaks((stage, number)):
+                holdings.append(hold(planned.run, planned.layout, stage, number, planned.trains))
     return holdings
 
 
@@ -203,6 +208,14 @@ def count_once(holdings: list[Holding]) -> list[dict[str, int]]:
         seen |= holding.sizes.keys()
         owned.append(counts)
     return owned
+
+
+def idle_parameters(model: LanguageConfig, holdings: list[Holding]) -> int:
+    """Those of the experts that one token is not sent to, of all that one copy of the model holds."""
+    if model.num_moe_experts is None:
+        return 0
+    experts = {place: size for held in holdings for place, size in held.sizes.items() if ".experts." in place[0]}
+    return sum(experts.values()) * (model.num_moe_experts - model.moe_router_topk) // model.num_moe_experts
 
 
 def part_name(tensor_name: str) -> str:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
 from nemo_vlm.planning.machine import GIB
 
 COLUMNS = ("weights", "gradients", "optimizer")
-HEADER = ("stage", "tensor ranks", "parameters held", *COLUMNS, "total")
 
 
 def report(plan: dict[str, Any]) -> Iterator[str]:
     """The lines of a plan as planning.plan.describe gives it."""
     layout, batch = plan["layout"], plan["batch"]
     parts = ", ".join(f"{name} {count:,}" for name, count in plan["total_parameters_by_part"].items())
-    yield f"{plan['name']}: {plan['family']}, {plan['total_parameters']:,} parameters ({parts})"
+    active = f", {plan['active_parameters']:,} of them active" * (plan["active_parameters"] < plan["total_parameters"])
+    yield f"{plan['name']}: {plan['family']}, {plan['total_parameters']:,} parameters ({parts}){active}"
     nodes, ranks_per_node = layout["num_nodes"], layout["ranks_per_node"]
     yield f"world size {plan['world_size']} (nodes {nodes} x ranks {ranks_per_node}): {sizes(layout)}"
     yield f"layers of each stage: {', '.join(map(str, layout['stage_layers']))}"
@@ -28,7 +28,9 @@ def report(plan: dict[str, Any]) -> Iterator[str]:
     )
     yield from plan["notes"]
     yield f"GiB of each rank in precision {plan['precision']}, activations not counted:"
-    yield from aligned([HEADER, *rows(plan["stages"])])
+    kinds = ("tensor", "expert") if layout["experts_apart"] else ("tensor",)
+    header = ("stage", *(f"{kind} ranks" for kind in kinds), "parameters held", *COLUMNS, "total")
+    yield from aligned([header, *rows(plan["stages"], kinds)])
 
 
 def sizes(layout: dict[str, Any]) -> str:
@@ -37,7 +39,9 @@ def sizes(layout: dict[str, Any]) -> str:
     pipeline = f"pipeline {layout['pipeline']}" + f" x {layout['virtual']} virtual" * (layout["virtual"] > 1)
     context = [f"context {layout['context']}"] if layout["context"] > 1 else []
     fsdp = [f"fsdp {layout['fsdp']} over {layout['shards']}"] if layout["fsdp"] else []
-    return ", ".join([tensor, *context, pipeline, f"data {layout['data']}", *fsdp])
+    of_experts = f"expert {layout['expert']} (tensor {layout['expert_tensor']}, data {layout['expert_data']})"
+    experts = [of_experts] * layout["experts_apart"]
+    return ", ".join([tensor, *context, pipeline, f"data {layout['data']}", *experts, *fsdp])
 
 
 def shortened(ranks: list[int]) -> str:
@@ -45,17 +49,22 @@ def shortened(ranks: list[int]) -> str:
     return ", ".join(shown if len(shown) <= 8 else [*shown[:3], "...", shown[-1]])
 
 
-def rows(stages: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
-    """A row for neighbouring tensor ranks of a stage that hold equally much."""
+def rows(stages: list[dict[str, Any]], kinds: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """A row for neighbouring ranks of a stage that hold equally much."""
 
     def holding(entry: dict[str, Any]) -> tuple[int, ...]:
         held = (entry[key] for key in ("parameters", "replicated_parameters", "padding_parameters"))
         return (entry["stage"], sum(held), *(entry["bytes"][column] for column in COLUMNS))
 
     for (stage, held, *num_bytes), entries in groupby(stages, holding):
-        ranks = [entry["tensor_rank"] for entry in entries]
-        span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
-        yield (str(stage), span, f"{held:,}", *(f"{n / GIB:.3f}" for n in (*num_bytes, sum(num_bytes))))
+        alike = list(entries)
+        spans = (span([entry[f"{kind}_rank"] for entry in alike]) for kind in kinds)
+        yield (str(stage), *spans, f"{held:,}", *(f"{n / GIB:.3f}" for n in (*num_bytes, sum(num_bytes))))
+
+
+def span(ranks: list[int]) -> str:
+    first, last = min(ranks), max(ranks)
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def aligned(table: list[tuple[str, ...]]) -> Iterator[str]:

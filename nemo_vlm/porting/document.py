@@ -16,10 +16,16 @@ from nemo_vlm.porting.mindspeed_flags import FLAGS, LAUNCHER, SHELL, VARIABLES
 from nemo_vlm.porting.mindspeed_json import DATA, MODEL
 from nemo_vlm.porting.pai_converters import CONVERTERS
 from nemo_vlm.porting.pai_rules import NODES
-from nemo_vlm.porting.pai_training import QWEN2_5, QWEN2_VL, QWEN2_VL_SP, QWEN3_VL, TRAINING
+from nemo_vlm.porting.pai_training import QWEN2_5, QWEN2_VL, QWEN2_VL_SP, QWEN3_VL, QWEN3_VL_TABLE, TRAINING
 from nemo_vlm.porting.table import Argument, Workflow
 
-TOGETHER = ((QWEN2_5,), (QWEN2_VL, QWEN2_VL_SP, QWEN3_VL), CONVERTERS[:2], CONVERTERS[2:3], CONVERTERS[3:])
+TOGETHER = (
+    (QWEN2_5,),
+    (QWEN2_VL, QWEN2_VL_SP, QWEN3_VL_TABLE, QWEN3_VL),
+    CONVERTERS[:2],
+    CONVERTERS[2:3],
+    CONVERTERS[3:],
+)
 FLAGGED = (*pai_data.CONVERTERS, *mindspeed_converters.SCRIPTS, *mindspeed_converters.MM_CONVERT)
 FINETUNE = "examples/qwen2vl/finetune_qwen2vl_*.sh of MindSpeed-MM: read, with its JSON; see docs/from_mindspeed.md"
 

@@ -86,7 +86,7 @@ DATA = (
         records.most_frames,
         "missing, where versions differ: error",
     ),
-    only(f"{BASIC}.template", "qwen2vl", "the data's `conv_template` is Qwen2-VL's"),
+    only(f"{BASIC}.template", "qwen2vl", "the model's own template holds"),
     key(
         f"{BASIC}.dataset",
         "`model.data.data_path`; with commas: a list, as `[a.json,b.json]`",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.porting.pai_converters import CONVERTERS
@@ -13,7 +13,6 @@ from nemo_vlm.porting.pai_training import SIZES, TRAINING
 from nemo_vlm.porting.shell import Command
 from nemo_vlm.porting.table import Item, Note, Values, Workflow, in_order
 
-ROOT = Path(__file__).parents[2]
 WORKFLOWS = (*TRAINING, *CONVERTERS)
 FAMILIES = tuple(SIZES)
 
@@ -38,15 +37,7 @@ def translate(
         items += argument.rule(values, argument.name)
     items += workflow.fixed
     command = Command(workflow.command(values), in_order(items), *environment(values))
-    notes = [item.text for item in items if isinstance(item, Note)]
-    return command, notes + [f"{name}: not in this version yet" for name in absent(command, values)]
-
-
-def absent(command: Command, values: Values) -> list[str]:
-    """Files of the repository that the command needs and that are not there; a converter needs to know the model."""
-    data = [f"conf/data/{value}.yaml" for key, value in command.settings if key == "data"]
-    needed = [command.script, f"conf/model/{values.size.model}.yaml", *data]
-    return [name for name in needed if not (ROOT / name).exists()]
+    return command, [item.text for item in items if isinstance(item, Note)]
 
 
 def environment(values: Values) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -83,9 +74,7 @@ def fitting(versions: Sequence[Workflow], arguments: Sequence[str]) -> Workflow:
             return workflow
     latest = versions[-1]
     right = " or ".join(str(len(workflow.names)) for workflow in versions)
-    if latest.hints and count in latest.hints:
-        what = latest.hints[count]
-    elif count > len(latest.names):
+    if count > len(latest.names):
         what = f"the last is {latest.names[-1]}, and {arguments[len(latest.names)]} is one too many"
     else:
         closest = next((one for one in versions if count < len(one.names)), latest)

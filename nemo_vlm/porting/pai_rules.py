@@ -7,13 +7,19 @@ is honoured, with a note. The rules say what those scripts do, from their text: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
+from nemo_vlm import layout
+from nemo_vlm.config import ParallelConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.porting.shell import Text
 from nemo_vlm.porting.table import Item, Note, Rule, Values, one_of, rate, text, whole
 
 NODES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "KUBERNETES_CONTAINER_RESOURCE_GPU")  # of dlc
+NODE_GPUS = 8  # of a machine that dsw stands for
+PARALLEL = ("TP", "PP", "CP", "ETP", "EP")  # sizes of a layout; the last two are Qwen3-VL's
+FIRST_STAGE = "MP_PP0_LAYERS"
 SCHED = "model.optim.sched"
 CALLBACK = "exp_manager.checkpoint_callback_params"
 
@@ -29,7 +35,14 @@ def path(key: str) -> Rule:
 
 def nodes(values: Values, name: str) -> Iterator[Item]:
     """dsw is the machine that it is typed on; dlc tells a node of many who it is."""
+    need, sizes = least_ranks(values), ", ".join(f"{key}={values[key]}" for key in PARALLEL if key in values)
     if values[name] == "dsw":
+        if (count := -(-need // NODE_GPUS)) > 1:
+            yield Note(
+                f"{name}=dsw: {sizes} need {need} ranks, not the {NODE_GPUS} of one node; take ENV=dlc, or start the "
+                f"line on each of {count} nodes with trainer.num_nodes={count} behind it, and MASTER_ADDR, MASTER_PORT "
+                "and NODE_RANK in the environment"
+            )
         return
     for variable in NODES:
         if not values[variable]:
@@ -37,8 +50,20 @@ def nodes(values: Values, name: str) -> Iterator[Item]:
         if variable not in ("MASTER_ADDR", "RANK"):
             whole(1)(variable, values[variable])
     whole(0)("RANK", values["RANK"])
-    yield "trainer.num_nodes", values.number("WORLD_SIZE")
-    yield "trainer.devices", values.number("KUBERNETES_CONTAINER_RESOURCE_GPU")
+    num_nodes, gpus = values.number("WORLD_SIZE"), values.number("KUBERNETES_CONTAINER_RESOURCE_GPU")
+    if num_nodes * gpus % need:
+        raise ConfigError(
+            f"WORLD_SIZE={num_nodes}: {sizes} need a multiple of {need} ranks, and its nodes have {num_nodes} x {gpus}"
+        )
+    yield "trainer.num_nodes", num_nodes
+    yield "trainer.devices", gpus
+
+
+def least_ranks(values: Values) -> int:
+    """Of one copy of the model: its dense layers and its experts are laid out each in its own way over each stage."""
+    dense = values.number("TP") * values.number("CP")
+    experts = values.number("ETP") * values.number("EP") if "EP" in values else 1
+    return math.lcm(dense, experts) * values.number("PP")
 
 
 def least_rate(values: Values, name: str) -> Iterator[Item]:
@@ -98,14 +123,12 @@ def check_recompute(values: Values, name: str) -> None:
     if values[name] == "offload" and count >= layers:
         raise ConfigError(f"MP_AC_LAYERS={count}: must be from 1 to {layers - 1}, below the model's {layers} layers")
     if values[name] == "full":
-        first = "MP_PP0_LAYERS"
-        split = values.texts.get(first)
-        check_runs(count, [values.number(first), other_stages(values, first)] if split else [layers // stages])
+        check_runs(count, stage_layers(values))
 
 
 def check_runs(count: int, stages: Sequence[int]) -> None:
     if any(layers % count for layers in stages):
-        told = " and ".join(map(str, stages))
+        told = " and ".join(map(str, dict.fromkeys(stages)))
         raise ConfigError(f"MP_AC_LAYERS={count}: must divide the layers of a stage, {told}")
 
 
@@ -144,11 +167,6 @@ def sequence(values: Values, name: str, hindrance: str = "") -> Iterator[Item]:
         yield "model.ub_tp_comm_overlap", True
 
 
-def vision_sequence(values: Values, name: str) -> Iterator[Item]:
-    """SP of Qwen3-VL's script, which overlaps nothing of packed samples."""
-    yield from sequence(values, name, "MP_SFT_PACKING=true: as there" if values["MP_SFT_PACKING"] == "true" else "")
-
-
 offload_policy = one_of("false", "static", "auto")
 
 
@@ -183,8 +201,8 @@ def virtual(values: Values, name: str) -> Iterator[Item]:
     if not values[name]:
         return
     stages, layers = values.number("PP"), values.size.layers
-    if "MP_PP0_LAYERS" in values and values["MP_PP0_LAYERS"]:
-        raise ConfigError(f"{name}={values[name]}: does not go with MP_PP0_LAYERS; give model.pipeline_layers by hand")
+    if values.texts.get(FIRST_STAGE):
+        raise ConfigError(f"{name}={values[name]}: does not go with {FIRST_STAGE}; give model.pipeline_layers by hand")
     parts, left = divmod(layers, stages * values.number(name))
     if stages == 1 or left:
         raise ConfigError(
@@ -200,6 +218,28 @@ def virtual(values: Values, name: str) -> Iterator[Item]:
 def unheard_virtual(values: Values, name: str) -> Iterator[Item]:
     if values[name]:
         yield Note(f"{name}={values[name]}: that version of the script leaves it out; so does this line")
+
+
+def pipeline(values: Values, name: str) -> Iterator[Item]:
+    """PP, whose stages there must have as many layers each, but for the first with MP_PP0_LAYERS."""
+    yield "model.pipeline_model_parallel_size", values[name]
+    if values.size.layers % values.number(name) and not values.texts.get(FIRST_STAGE):
+        shares = ", ".join(map(str, stage_layers(values)))
+        yield Note(
+            f"{name}={values[name]}: {values.size.layers} layers do not divide by it, and Megatron stops there; here "
+            f"the stages have {shares}"
+        )
+
+
+def stage_layers(values: Values) -> tuple[int, ...]:
+    """Of the run that the line starts; MP_VP parts them further."""
+    first = values.texts.get(FIRST_STAGE)
+    if first:
+        other_stages(values, FIRST_STAGE)
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=values.number("PP"), first_pipeline_num_layers=int(first) if first else None
+    )
+    return layout.stage_layers(values.size.layers, parallel)
 
 
 def first_stage(values: Values, name: str) -> Iterator[Item]:
@@ -277,18 +317,6 @@ def pad_length(too_long: str) -> Rule:
         yield "model.data.too_long", too_long
         if values["SEQ_LEN"] != values[name]:
             yield Note(f"SEQ_LEN={values['SEQ_LEN']}: of no effect on samples; {name}={values[name]} limits them")
-
-    return rule
-
-
-def expert_size(key: str) -> Rule:
-    """EP and ETP, which the script passes on for models with experts alone."""
-
-    def rule(values: Values, name: str) -> Iterator[Item]:
-        if values.size.experts:
-            yield key, values.number(name)
-        elif values.number(name) != 1:
-            raise ConfigError(f"{name}={values[name]}: MODEL_SIZE={values['MODEL_SIZE']} has no experts; must be 1")
 
     return rule
 

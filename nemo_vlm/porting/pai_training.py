@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 from nemo_vlm.porting import pai_qwen2_5 as qwen2_5
+from nemo_vlm.porting import pai_qwen3_vl as qwen3_vl
 from nemo_vlm.porting import pai_rules as rules
 from nemo_vlm.porting.pai_rules import CALLBACK, NODES, SCHED
 from nemo_vlm.porting.table import (
@@ -40,27 +42,23 @@ SIZES = {
         "4B": Size("qwen3_vl_4b", 36),
         "8B": Size("qwen3_vl_8b", 36),
         "32B": Size("qwen3_vl_32b", 64),
-        "A3B": Size("qwen3_vl_30b_a3b", 48, experts=True),
-        "A22B": Size("qwen3_vl_235b_a22b", 94, experts=True),
+        "A3B": Size("qwen3_vl_30b_a3b", 48, experts=128),
+        "A22B": Size("qwen3_vl_235b_a22b", 94, experts=128),
     },
 }
 
 
-def model(sizes: Mapping[str, Size]) -> Argument:
-    def rule(values: Values, name: str) -> Iterator[Item]:
-        yield "model", values.size.model
+def chosen(values: Values, name: str) -> Iterator[Item]:
+    yield "model", values.size.model
 
+
+def model(sizes: Mapping[str, Size], rule: Rule = chosen, unheeded: str = "others: error") -> Argument:
     here = ", ".join(f"{name}: `model={size.model}`" for name, size in sizes.items())
-    return Argument("MODEL_SIZE", here, one_of(*sizes), rule, "others: error")
+    return Argument("MODEL_SIZE", here, one_of(*sizes), rule, unheeded)
 
 
 def size(name: str, key: str) -> Argument:
     return Argument(name, f"`{key}`", whole(1), to(key))
-
-
-def expert(name: str, key: str) -> Argument:
-    unheeded = "another than 1 for a size without experts: error"
-    return Argument(name, f"A3B, A22B: `{key}`", whole(1), rules.expert_size(key), unheeded)
 
 
 def place(name: str, key: str) -> Argument:
@@ -82,7 +80,7 @@ COMMON = {
             "MASTER_ADDR, MASTER_PORT, NODE_RANK",
             one_of("dsw", "dlc"),
             rules.nodes,
-            "others: error",
+            "dsw, a layout of more than 8 ranks: a note; dlc, ranks that it does not divide, and others: error",
         ),
         size("BATCH_SIZE", "model.micro_batch_size"),
         size("GLOBAL_BATCH_SIZE", "model.global_batch_size"),
@@ -104,7 +102,13 @@ COMMON = {
             "others, which ran in fp32: error",
         ),
         size("TP", "model.tensor_model_parallel_size"),
-        size("PP", "model.pipeline_model_parallel_size"),
+        Argument(
+            "PP",
+            "`model.pipeline_model_parallel_size`",
+            whole(1),
+            rules.pipeline,
+            "layers that do not divide by it, which did not start: uneven stages, with a note",
+        ),
         size("CP", "model.context_parallel_size"),
         Argument("SP", SEQUENCE, truth, rules.sequence),
         Argument("DO", "true: `model.optim.name=distributed_fused_adam`; false: `fused_adam`", truth, rules.optimizer),
@@ -343,15 +347,29 @@ QWEN2_VL_SP = Workflow(
     VISION,
 )
 
+
+def expert(name: str, key: str, rule: Callable[[str], Rule], also: str = "") -> Argument:
+    unheeded = "another than 1 for a size without experts"
+    return Argument(name, f"A3B, A22B: `{key}`", whole(1), rule(key), f"{unheeded}{also}: error")
+
+
+def beside_experts(name: str, rule: Rule, refused: str) -> Argument:
+    """A common argument, of whose values one does not go with experts."""
+    common = COMMON[name]
+    return replace(common, rule=rule, unheeded=f"{common.unheeded}; {refused} with A3B, A22B: error")
+
+
 QWEN3_VL = Workflow(
     "qwen3_vl",
     "examples/qwen3_vl/run_mcore_qwen.sh",
     ordered(
         " ".join(QWEN2_VL.names).replace(" DO ", " ETP EP SP DO "),
-        model(SIZES["qwen3_vl"]),
-        expert("ETP", "model.expert_tensor_parallel_size"),
-        expert("EP", "model.expert_model_parallel_size"),
-        Argument("SP", SEQUENCE, truth, rules.vision_sequence),
+        model(SIZES["qwen3_vl"], qwen3_vl.model),
+        expert("ETP", "model.expert_tensor_parallel_size", qwen3_vl.expert_size),
+        expert("EP", "model.expert_model_parallel_size", qwen3_vl.experts, ", or no divisor of 128 experts"),
+        beside_experts("PR", qwen3_vl.precision, "fp8"),
+        beside_experts("AC", qwen3_vl.recompute, "offload"),
+        Argument("SP", SEQUENCE, truth, qwen3_vl.sequence, "A3B, A22B: false with TP > 1, which did not start: error"),
         Argument("DO", OVERLAPPED, truth, rules.overlapping_optimizer, "false, which did not start: error"),
         offload(rules.offload_share, rules.unheard_offload, SHARES, PASSED_ON),
         output("qwen3-vl"),
@@ -368,7 +386,15 @@ QWEN3_VL = Workflow(
     SIZES["qwen3_vl"],
     lambda values: "examples/qwen3_vl_finetune.py",
     VISION,
-    hints={24: "ETP and EP, the 13th and the 14th, are missing: the table in its README leaves them out"},
 )
 
-TRAINING = (QWEN2_5, QWEN2_VL, QWEN2_VL_SP, QWEN3_VL)
+QWEN3_VL_TABLE = replace(  # as its README lists them, where there are no experts
+    QWEN3_VL,
+    arguments=ordered(
+        " ".join(QWEN2_VL_SP.names),
+        model(SIZES["qwen3_vl"], qwen3_vl.model_of_table, "A3B, A22B, and others: error"),
+        *(one for one in QWEN3_VL.arguments if one.name in ("SP", "DO", "OPTIMIZER_OFFLOAD", "OUTPUT_BASEPATH")),
+    ),
+)
+
+TRAINING = (QWEN2_5, QWEN2_VL, QWEN2_VL_SP, QWEN3_VL_TABLE, QWEN3_VL)

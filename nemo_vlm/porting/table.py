@@ -21,11 +21,11 @@ class Note:
 
 @dataclass(frozen=True)
 class Size:
-    """A model size: the name of its file in conf/model, and its decoder layers."""
+    """A model size: the name of its file in conf/model, its decoder layers, and the experts of a layer."""
 
     model: str
     layers: int
-    experts: bool = False
+    experts: int = 0
 
 
 GROUPS = ("model", "data")
@@ -106,7 +106,6 @@ class Workflow:
         optional: how many of the last arguments may be left out.
         command: the script of ours that does the same, by the values.
         fixed: what it always sets.
-        hints: what to say where so many arguments were given.
     """
 
     name: str
@@ -117,7 +116,6 @@ class Workflow:
     command: Callable[[Values], str]
     fixed: tuple[Item, ...] = ()
     optional: int = 0
-    hints: Mapping[int, str] | None = None
 
     @property
     def names(self) -> list[str]:
