@@ -15,20 +15,20 @@ import transformers
 from commands import run
 from distributed import run_ranks
 from PIL import Image
-from test_families import LAYOUTS, make_layout, micro_batches, run_of, settle
+from test_families import EXPERT_LAYOUTS, LAYOUTS, make_layout, micro_batches, run_of, settle
 from test_families import whole as whole_weights
-from tiny_hf import make_clip, make_llama, make_llava, make_qwen, make_qwen2_vl
+from tiny_hf import make_clip, make_llama, make_llava, make_qwen, make_qwen2_vl, make_qwen3_vl
 
 from nemo_vlm.batch import Sample, collate
 from nemo_vlm.config import ParallelConfig, RunConfig, StartConfig
 from nemo_vlm.conversion.jobs import Run, import_huggingface
 from nemo_vlm.data.media import Frames
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.inference import answers
+from nemo_vlm.inference import answers, ask, evaluate
 from nemo_vlm.inference.generate import Ends, generate
 from nemo_vlm.inference.likelihood import log_likelihoods
 from nemo_vlm.inference.restore import restore, stored_precision, tokenizer_of
-from nemo_vlm.inference.settings import DecodingConfig, GenerateConfig
+from nemo_vlm.inference.settings import DecodingConfig, EvaluateConfig, GenerateConfig
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import groups
 from nemo_vlm.mcore.inference import Forward
@@ -46,11 +46,12 @@ MODELS = {
     "llava_odd": ("llava", make_llava),  # 5 heads in the tower, 3 layers
     "llava": ("llava", lambda folder: make_llava(folder, {"num_hidden_layers": 4}, {"num_attention_heads": 4})),
     "qwen2_vl": ("qwen2_vl", make_qwen2_vl),
+    "qwen3_vl": ("qwen3_vl", make_qwen3_vl),
+    "qwen3_vl_moe": ("qwen3_vl", lambda folder: make_qwen3_vl(folder, moe=True)),
 }
-HF_CLASSES = {"llava": "LlavaForConditionalGeneration", "qwen2_vl": "Qwen2VLForConditionalGeneration"}
 NUM_TOKENS = 12
-ASKED = (0, 2, 3)  # of the samples; the other one of Qwen2-VL is a long video, behind which transformers 5 goes astray
 LAYOUT_OF = {name: LAYOUTS[name] for name in ("tp2", "pp2", "fsdp")} | {"single": (1, ParallelConfig())}
+EXPERTS = ("qwen3_vl_moe",)  # models that have them
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +74,29 @@ def picture(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def media(picture: Path) -> Path:
+    """A folder with the image, another one, and the frames of a video."""
+    Image.open(picture).resize((90, 60)).save(picture.parent / "b.png")
+    (picture.parent / "clip").mkdir()
+    for number in range(4):
+        Image.open(picture).rotate(90 * number).save(picture.parent / "clip" / f"{number}.png")
+    return picture.parent
+
+
 def theirs(folder: Path, name: str) -> Any:
-    cls = getattr(transformers, HF_CLASSES.get(MODELS[name][0], "AutoModelForCausalLM"))
+    cls = transformers.AutoModelForCausalLM if MODELS[name][0] == "gpt" else transformers.AutoModelForImageTextToText
     return cls.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def samples_of(run: RunConfig) -> list[Sample]:
-    """Of different lengths, one without images; LLaVA's with 1, 2, 1 and 0, Qwen2-VL's with videos too."""
+    """Of different lengths, one without images; LLaVA's with 1, 2, 1 and 0, the Qwens' with videos too."""
     return family(run.family, "tiny").samples(run.model, 4, torch.Generator().manual_seed(5))
+
+
+def asked_of(name: str) -> tuple[int, ...]:
+    """The samples that are continued; behind the long video that another one of Qwen2-VL is, transformers 5 errs."""
+    return (0, 2, 3) if name == "qwen2_vl" else (0, 1, 2, 3)
 
 
 def starting_run(name: str, path: Path, parallel: ParallelConfig) -> RunConfig:
@@ -94,30 +110,35 @@ def starting_run(name: str, path: Path, parallel: ParallelConfig) -> RunConfig:
 
 def results(layout_name: str, models: dict[str, Path]) -> dict[str, tuple[Any, ...]]:
     """On this rank, for each model: logits, greedy tokens from directory and archive, loss of the first step."""
-    return {name: result(layout_name, name, models) for name in MODELS}
+    return {name: result(layout_name, name, models) for name in (MODELS if layout_name in LAYOUT_OF else EXPERTS)}
 
 
 def result(layout_name: str, name: str, models: dict[str, Path]) -> tuple[Any, ...]:
-    world_size, parallel = LAYOUT_OF[layout_name]
+    world_size, parallel = (LAYOUT_OF | EXPERT_LAYOUTS)[layout_name]
     run = starting_run(name, models[name], parallel)
     layout, samples = make_layout(run, world_size), samples_of(run)
     groups.initialize(layout, seed=1)
     engine = build_engine(run, layout)
-    sharded_logits = Forward(engine.updater.modules, run.model.vocab_size)(collate(samples))
+    width = max(len(sample.tokens) for sample in samples)
+    pad = layout.tensor if layout.sequence_parallel else 1
+    sharded_logits = Forward(engine.updater.modules, run.model.vocab_size)(collate(samples, pad))[:, :width]
     loss = engine.step(micro_batches(layout, samples), lr=0.0).loss
     groups.shut_down()
     if layout.fsdp:
         return sharded_logits, [], [], loss
-    logits, tokens = generated(models[name], layout, samples)
-    assert torch.equal(logits, sharded_logits)
-    return logits, tokens, generated(models[f"{name}.nemo"], layout, samples)[1], loss
+    answering = replace(layout, sequence_parallel=False)
+    logits, tokens = generated(models[name], answering, samples, asked_of(name))
+    torch.testing.assert_close(sharded_logits, logits, rtol=0, atol=1e-4 if layout.sequence_parallel else 0)
+    return logits, tokens, generated(models[f"{name}.nemo"], answering, samples, asked_of(name))[1], loss
 
 
-def generated(path: Path, layout: Layout, samples: list[Sample]) -> tuple[torch.Tensor, list[list[int]]]:
-    """Logits of the batch, and the continuations of its rows."""
+def generated(
+    path: Path, layout: Layout, samples: list[Sample], numbers: tuple[int, ...]
+) -> tuple[torch.Tensor, list[list[int]]]:
+    """Logits of the batch, and the continuations of those of its rows."""
     with restore(open_source(path, "model_path"), "32", layout) as restored:
-        logits, asked = restored.forward(collate(samples)), [samples[number] for number in ASKED]
-        answers = generate(restored.forward, asked, [NUM_TOKENS] * len(asked), DecodingConfig(), Ends(), ASKED)
+        logits, asked = restored.forward(collate(samples)), [samples[number] for number in numbers]
+        answers = generate(restored.forward, asked, [NUM_TOKENS] * len(asked), DecodingConfig(), Ends(), numbers)
         return logits, [answer.tokens.tolist() for answer in answers]
 
 
@@ -134,7 +155,7 @@ def expected_of(name: str, path: Path) -> tuple[Any, ...]:
     batch = collate(samples)
     output = model(**inputs(run.model, batch), labels=batch.labels, shift_labels=batch.labels)
     tokens = []
-    for number in ASKED:
+    for number in asked_of(name):
         one = collate([samples[number]])
         given = inputs(run.model, one)
         given.pop("position_ids", None)  # ours
@@ -151,9 +172,9 @@ def expected_of(name: str, path: Path) -> tuple[Any, ...]:
     return output.logits, visible, tokens, output.loss.item()
 
 
-@pytest.mark.parametrize("layout", LAYOUT_OF)
+@pytest.mark.parametrize("layout", [*LAYOUT_OF, "ep2", "etp2", "tp2_ep2"])
 def test_every_layout_reads_hugging_face(layout: str, models, expected) -> None:
-    world_size = LAYOUT_OF[layout][0]
+    world_size = (LAYOUT_OF | EXPERT_LAYOUTS)[layout][0]
     for found in run_ranks(results, world_size, layout, models):  # every rank has all of it
         for name, (logits, tokens, from_archive, loss) in found.items():
             their_logits, visible, their_tokens, their_loss = expected[name]
@@ -164,11 +185,12 @@ def test_every_layout_reads_hugging_face(layout: str, models, expected) -> None:
                 assert tokens == from_archive == their_tokens, name
 
 
-def test_behind_images_and_videos_a_cache_counts_on(models) -> None:
-    """Of all samples of Qwen2-VL, the long video too: answers and likelihoods of options as without a cache."""
-    with restore(open_source(models["qwen2_vl"], "model_path"), "32") as restored:
-        samples = samples_of(starting_run("qwen2_vl", models["qwen2_vl"], ParallelConfig()))
-        found = generate(restored.forward, samples, [6] * 4, DecodingConfig(), Ends(), range(4))
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl_moe"])
+def test_behind_images_and_videos_a_cache_counts_on(name: str, models) -> None:
+    """Of all samples, the long video too, some done before others: answers and likelihoods as without a cache."""
+    with restore(open_source(models[name], "model_path"), "32") as restored:
+        samples = samples_of(starting_run(name, models[name], ParallelConfig()))
+        found = generate(restored.forward, samples, [6, 2, 4, 6], DecodingConfig(), Ends(), range(4))
         options = [[answer.tokens[:4], answer.tokens.flip(0)] for answer in found]
         likely = log_likelihoods(restored.forward, samples, options)
         for sample, answer, given, scores in zip(samples, found, options, likely, strict=True):
@@ -271,21 +293,59 @@ QWEN_LINES: dict[str, tuple[dict[str, Any], list[str]]] = {  # and the files in 
 }
 
 
-def test_qwen2_vl_answers_about_files_as_transformers(models, picture: Path) -> None:
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl_moe"])
+def test_a_qwen_answers_about_files_as_transformers(name: str, models, media: Path) -> None:
     """Tokens as Hugging Face's processor would make them, pixels of images by it, and the answers of its model."""
-    folder, path = picture.parent, models["qwen2_vl"]
-    Image.open(picture).resize((90, 60)).save(folder / "b.png")
-    (folder / "clip").mkdir()
-    for number in range(4):
-        Image.open(picture).rotate(90 * number).save(folder / "clip" / f"{number}.png")
+    folder, path = media, models[name]
     (folder / "qwen.jsonl").write_text("".join(json.dumps(line) + "\n" for line, _ in QWEN_LINES.values()))
     answered = answer_lines({"model_path": str(path), "prompt_file": str(folder / "qwen.jsonl")}, NUM_TOKENS)
-    model = theirs(path, "qwen2_vl")
+    model = theirs(path, name)
     for line, (given, files) in zip(answered, QWEN_LINES.values(), strict=True):
         inputs = inputs_of_transformers(path, given, [folder / name for name in files])
         tokens = model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)[0].tolist()
         assert line["prompt_token_ids"] + line["token_ids"] == tokens
         assert line["prompt_token_ids"] == inputs["input_ids"][0].tolist()
+
+
+SPOKEN = [{"from": "human", "value": "<image> or <video>?"}, {"from": "gpt", "value": "A red square"}]
+RECORDS: list[dict[str, Any]] = [
+    {"id": 0, "conversations": SPOKEN, "image": "noise.png", "video": "clip", "choices": ["A red square", "no"]},
+    {"id": 1, "conversations": [{**SPOKEN[0], "value": "<image>?"}, SPOKEN[1]], "image": "b.png"},
+    {"id": 2, "conversations": [{**SPOKEN[0], "value": "Who?"}, SPOKEN[1]]},
+]
+
+
+def draw_and_score(media: Path, path: Path, name: str, parallel: ParallelConfig, batch_size: int) -> None:
+    """Answers to QWEN_LINES, which are drawn, and predictions of RECORDS."""
+    given = dict(model=parallel, inference=DecodingConfig(False, tokens_to_generate=6, batch_size=batch_size))
+    files = dict(prompt_file=str(media / "drawn.json"), output_file=str(media / f"{name}.jsonl"))
+    answers.prepare(GenerateConfig(model_path=str(path), **files, **given), {}).run()
+    (media / f"{name}_scores").mkdir(exist_ok=True)
+    files = dict(data_path=str(media / "records.json"), output_folder=str(media / f"{name}_scores"))
+    evaluate.prepare(EvaluateConfig(neva_model_file=str(path), **files, **given), {}).run()
+
+
+def test_ranks_that_share_experts_answer_together(models, media: Path) -> None:
+    """Two copies of the model, each on two ranks, as one process with other batches."""
+    path = models["qwen3_vl_moe"]
+    (media / "drawn.json").write_text(json.dumps([line for line, _ in QWEN_LINES.values()]))
+    (media / "records.json").write_text(json.dumps(RECORDS))
+    four = ParallelConfig(expert_model_parallel_size=2, cpu_data_parallel_size=2)
+    run_ranks(draw_and_score, 4, media, path, "four", four, 2)
+    run_ranks(draw_and_score, 1, media, path, "one", ParallelConfig(), 3)
+    for name in ("{}.jsonl", "{}_scores/predictions.jsonl"):
+        four_ranks, one = ((media / name.format(each)).read_text().splitlines() for each in ("four", "one"))
+        assert len(one) in (len(QWEN_LINES), len(RECORDS))
+        for found, expected in zip(map(json.loads, four_ranks), map(json.loads, one), strict=True):
+            likelihoods = [each.pop("log_likelihoods", {}) for each in (found, expected)]
+            assert found == expected and likelihoods[0] == pytest.approx(likelihoods[1], rel=1e-5)
+
+
+def test_a_copy_holds_all_tensors_and_all_experts(models) -> None:
+    layout = ParallelConfig(tensor_model_parallel_size=2, expert_tensor_parallel_size=5)
+    config = GenerateConfig(model_path=str(models["qwen3_vl_moe"]), prompt="Who?", model=layout)
+    with pytest.raises(ConfigError, match="^model.expert_model_parallel_size=1: 5 ranks share the experts, which must"):
+        answers.prepare(config, {})
 
 
 UNREADABLE = {  # by the file's name, what its line says
@@ -333,7 +393,14 @@ def inputs_of_transformers(path: Path, line: dict[str, Any], files: list[Path]) 
         found = seen_of_video(path, file) if kind == "video" else processor(Image.open(file), return_tensors="pt")
         for key, value in found.items():
             inputs[key] = torch.cat([inputs[key], value]) if key in inputs else value
-        front += f"<|{kind}_pad|>" * (int(found[f"{kind}_grid_thw"].prod()) // 4) + piece
+        count = int(found[f"{kind}_grid_thw"].prod()) // 4
+        if kind == "video" and "qwen3" in path.name:  # at two frames a second, each two of them apart
+            moments = int(found["video_grid_thw"][0, 0])
+            front, piece = front.removesuffix("<|vision_start|>"), piece.removeprefix("<|vision_end|>")
+            runs = PAD["video"].replace("<|video_pad|>", "<|video_pad|>" * (count // moments))
+            front += "".join(f"<{moment + 0.25:.1f} seconds>{runs}" for moment in range(moments)) + piece
+        else:
+            front += f"<|{kind}_pad|>" * count + piece
     ids = tokenizer(front, return_tensors="pt")["input_ids"]
     image, video = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     return {**inputs, "input_ids": ids, "mm_token_type_ids": (ids == image).int() + 2 * (ids == video).int()}
@@ -341,7 +408,7 @@ def inputs_of_transformers(path: Path, line: dict[str, Any], files: list[Path]) 
 
 def seen_of_video(path: Path, folder: Path) -> dict[str, torch.Tensor]:
     source, frames = open_source(path, "model_path"), Frames(tuple(sorted(folder.iterdir())), 2.0)
-    parts = family("qwen2_vl", "processor")
+    parts = family(source.family, "processor")
     found = parts.Processor(source.model, source.settings["data"], tokenizer_of(source)).pixels([Video(frames)])
     assert found.grids[0][0] == 2  # four frames
     return {"pixel_values_videos": found.pixel_values, "video_grid_thw": found.image_grid_thw}
@@ -366,6 +433,70 @@ def answer_lines(asked: dict[str, Any], limit: int) -> list[dict[str, Any]]:
 def written(model: Path) -> list[dict[str, Any]]:
     """By answer_lines."""
     return [json.loads(line) for line in (model.parent / "in_process.jsonl").read_text().splitlines()]
+
+
+ASKED = {  # flags, and what they mean: the parts of a message, and their files
+    "nothing": ([], [{"type": "image"}, {"type": "text", "text": "Describe this image."}], [ask.PICTURE]),
+    "a text that places them": (
+        ["--prompt", "<video> and <image>?", "--image", "b.png", "--video", "clip"],
+        [{"type": "video"}, {"type": "text", "text": " and "}, {"type": "image"}, {"type": "text", "text": "?"}],
+        ["clip", "b.png"],
+    ),
+    "several": (
+        ["--prompt", "Alike?", "--image", "noise.png", "--image", "b.png", "--json"],
+        [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Alike?"}],
+        ["noise.png", "b.png"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_one_question_is_answered_as_by_transformers(
+    case: str, models, media: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (flags, content, files), path = ASKED[case], models["qwen3_vl_moe"]
+    monkeypatch.chdir(media)
+    given = ["--model-path", f"{path}.nemo", "--max-new-tokens", str(NUM_TOKENS)]
+    monkeypatch.setattr("sys.argv", ["qwen3_vl_inference.py", *given, *flags])
+    ask.main()
+    printed = capsys.readouterr().out
+    inputs = inputs_of_transformers(path, {"messages": [{"role": "user", "content": content}]}, [*map(Path, files)])
+    tokens = theirs(path, "qwen3_vl_moe").generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)
+    text = transformers.AutoTokenizer.from_pretrained(path).decode(
+        tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    if "--json" not in flags:
+        assert printed == f"{[text]}\n"
+        return
+    line = json.loads(printed)
+    assert line["answer"] == text and line["prompt_token_ids"] + line["token_ids"] == tokens[0].tolist()
+    assert (line["prompt"], line["images"], line["videos"]) == ("Alike?", files, [])
+
+
+WRONG_FLAGS = {
+    "--image none.png": "--image=none.png: there is no such file",
+    "--video none.mp4": "--video=none.mp4: there is no such file",
+    "--image https://x.y/z.png": "--image=https://x.y/z.png: there is no such file; addresses are not read",
+    "--image empty": "--image=empty: a folder; must be a file",
+    "--video empty": "--video: empty: holds no frames",
+    "--prompt <video>? --image noise.png": "--prompt: 0 <image> in the text, 1 images; give --image and",
+    "--prompt <image><|image_pad|> --image noise.png": "--prompt: 2 <image> in the text, 1 images; give",
+    "--model-path nowhere": "--model-path=nowhere: there is no such file or directory",
+    "--image half.jpg": "half.jpg: not a readable image",
+}
+
+
+@pytest.mark.parametrize("flags", WRONG_FLAGS)
+def test_a_question_that_cannot_be_asked_is_one_line(
+    flags: str, models, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(picture.parent)
+    Path("half.jpg").write_bytes(b"\xff\xd8 no image")
+    Path("empty").mkdir(exist_ok=True)
+    monkeypatch.setattr("sys.argv", ["_", "--model-path", str(models["qwen3_vl"]), *flags.split()])
+    with pytest.raises(ConfigError) as error:
+        ask.main()
+    assert str(error.value).startswith(WRONG_FLAGS[flags])
 
 
 def test_any_of_several_eos_ends_an_answer(tmp_path: Path) -> None:

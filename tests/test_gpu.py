@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,25 +41,48 @@ def test_a_gpu_trains_as_the_cpu(tmp_path, transformer_impl: str) -> None:
 
 
 def moments(settled: RunConfig, layout: Layout):
-    """Steps, and the devices of what the optimizer keeps after them."""
+    """Steps, the devices of what the optimizer keeps after them, and the bytes that the GPU holds then."""
     groups.initialize(layout, seed=1)
     engine = make_engine(settled, layout, build_all(settled, layout)[0])
     results = steps_of(engine, settled, layout)
     devices = {value.device.type for shard in engine.updater.shards() for value in shard.tensors.values()}
+    held = torch.cuda.memory_allocated()
     groups.shut_down()
-    return results, devices
+    return results, devices, held
 
 
 @pytest.mark.parametrize("name", ["fused_adam", "distributed_fused_adam"])
-def test_offload_moves_the_optimizer_and_changes_no_results(name: str) -> None:
+@pytest.mark.parametrize("family_name", ["llava", "qwen3_vl"])
+def test_offload_moves_the_optimizer_and_changes_no_results(family_name: str, name: str) -> None:
+    """By its fraction: of the moments, 8 bytes a parameter, the GPU holds half and then none. Experts' too."""
     optim = OptimConfig(name=name, lr=1e-2)
-    plain = run_of("llava", TINY["llava"], optim=optim, precision="bf16-mixed")
-    moved = replace(plain, optim=replace(optim, offload=1.0))
-    (expected, on_gpu), (results, on_host) = (
-        run_ranks(moments, 1, settled, make_layout(settled, 1))[0] for settled in (plain, moved)
-    )
+    plain = run_of(family_name, TINY[family_name], optim=optim, precision="bf16-mixed")
+    runs = [replace(plain, optim=replace(optim, offload=offload)) for offload in (False, 0.5, 1.0)]
+    found = [run_ranks(moments, 1, settled, make_layout(settled, 1))[0] for settled in runs]
+    (expected, on_gpu, all_of_it), (_, _, half), (_, on_host, least) = found
     assert "cuda" in on_gpu and "cpu" in on_host
-    assert_same_run(results, expected, loss=1e-3, norm=1e-2)
+    assert all_of_it > half > least
+    for results, _, _ in found[1:]:
+        assert_same_run(results, expected, loss=1e-3, norm=1e-2)
+
+
+EXPERT_KERNELS: dict[str, dict[str, Any]] = {
+    "one by one": dict(moe_grouped_gemm=False),
+    "grouped": dict(moe_grouped_gemm=True),
+    "permuted": dict(moe_permute_fusion=True),
+    "gathered": dict(moe_token_dispatcher_type="allgather"),
+}
+
+
+@pytest.mark.skipif(not HAVE_TE, reason="needs Transformer Engine")
+@pytest.mark.parametrize("kernels", EXPERT_KERNELS)
+def test_experts_train_alike_by_every_kernel(kernels: str) -> None:
+    """Transformer Engine's grouped products and permutation, against the layers of torch."""
+    plain = run_of("qwen3_vl", TINY["qwen3_vl"])
+    steps = [replace(plain.step, transformer_impl="local"), replace(plain.step, **EXPERT_KERNELS[kernels])]
+    runs = [replace(plain, step=step) for step in steps]
+    expected, found = (run_ranks(moments, 1, settled, make_layout(settled, 1))[0][0] for settled in runs)
+    assert_same_run(found, expected, loss=1e-3, norm=1e-2)
 
 
 def train_on(run: RunConfig, layout: Layout, samples: list[Sample]):
@@ -71,7 +95,7 @@ def train_on(run: RunConfig, layout: Layout, samples: list[Sample]):
 
 
 @pytest.mark.parametrize("transformer_impl", ["local", "auto"])
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl"])
 def test_text_alone_trains_a_vision_language_model(name: str, transformer_impl: str) -> None:
     settled = run_of(name, TINY[name])
     settled = replace(settled, step=replace(settled.step, transformer_impl=transformer_impl))

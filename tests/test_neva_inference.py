@@ -184,7 +184,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "server": ({"server": True}, "server=True: there is no server here"),
     "port": ({"port": 5555}, "port=5555: there is no server here"),
     "tower": ({"vision_encoder_path": "x"}, "vision_encoder_path=x: a checkpoint holds its tower"),
-    "template": ({"model": NevaModelConfig(data=TemplateConfig("v9"))}, "conv_template=v9: must be one of"),
+    "template": ({"model": NevaModelConfig(data=TemplateConfig("v9"))}, "conv_template=v9: must be plain or v1 or"),
     "no placeholder": ({"inference": DecodingConfig()}, "in.jsonl line 2: 0 <image> in the text, 1 of 'image'"),
     "folder": ({"inference": DecodingConfig(images_base_path="/no")}, "/no/noise.png: the image does not exist"),
     "ranks": ({"tensor_model_parallel_size": 3}, "must divide by tensor_model_parallel_size=3"),

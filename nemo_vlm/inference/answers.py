@@ -72,7 +72,8 @@ class Generation:
                     lines[number] = line | probabilities(one), len(one.tokens)
                 return [lines[number] for number in batch]
 
-            answered = share(len(prompts), inference.batch_size, work, "answering" if self.config.output_file else "")
+            description = "answering" if self.config.output_file else ""
+            answered = share(len(prompts), inference.batch_size, work, self.model.layout, description)
             seconds, first = time.perf_counter() - began, torch.distributed.get_rank() == 0
         count = sum(length for _, length in answered)
         log.info("%d tokens in %.2f s, %.1f tokens/s", count, seconds, count / seconds)

@@ -65,7 +65,7 @@ class Evaluation:
                     rows[number] = prediction(record, answers[number].text(restored.tokenizer).strip()) | choice
                 return [rows[number] for number in batch]
 
-            made = share(len(records), settings.batch_size, work, "answering")
+            made = share(len(records), settings.batch_size, work, self.model.layout, "answering")
             first = torch.distributed.get_rank() == 0
         if first:
             self.report(made, records)

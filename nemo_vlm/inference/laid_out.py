@@ -85,17 +85,28 @@ def lay_out(config: Asks, env: Mapping[str, str], data: Mapping[str, Any] | None
         settled.devices, settled.num_nodes, settled.accelerator, precision, hang_timeout=settled.hang_timeout
     )
     # What serves training alone is left out; context-parallel ranks become copies.
-    parallel = replace(
-        config.parallel, virtual_pipeline_model_parallel_size=None, sequence_parallel=False, context_parallel_size=1
-    )
+    parallel = replace(config.parallel, virtual_pipeline_model_parallel_size=None, context_parallel_size=1)
     gpus, copy = machine.num_gpus(trainer.accelerator), layouts.replica_size(parallel)
     settings = source.settings | {"parallel": parallel, "step": one_each(gpus * trainer.num_nodes // copy)}
     run = RunConfig(trainer=trainer, exp_manager=ExpManagerConfig(name=Path(path).stem), **settings)
     layouts.check(run)
     options.check_data(run)
+    options.check_experts(run)
     copies = layouts.ranks_per_node(run, gpus, env) * trainer.num_nodes // copy
     run = replace(run, step=one_each(copies))
-    return LaidOut(source, run, layouts.resolve(run, gpus, env))
+    layout = layouts.resolve(run, gpus, env)
+    check_copies(layout)
+    return LaidOut(source, run, replace(layout, sequence_parallel=False))
+
+
+def check_copies(layout: Layout) -> None:
+    """Raises ConfigError where no group of ranks would hold both all of a stage's experts and all of its tensors."""
+    experts = layout.expert * layout.expert_tensor
+    if layout.ranks_of_copy not in (layout.tensor, experts):
+        raise ConfigError(
+            f"model.expert_model_parallel_size={layout.expert}: {experts} ranks share the experts, which must divide "
+            f"by the {layout.tensor} of tensor_model_parallel_size, or divide them"
+        )
 
 
 def one_each(copies: int) -> StepConfig:
@@ -103,7 +114,9 @@ def one_each(copies: int) -> StepConfig:
     return StepConfig(micro_batch_size=1, global_batch_size=max(copies, 1))
 
 
-def share(count: int, batch_size: int, work: Callable[[range], list[T]], description: str = "") -> list[T]:
+def share(
+    count: int, batch_size: int, work: Callable[[range], list[T]], layout: Layout, description: str = ""
+) -> list[T]:
     """What `work` makes of 0 to count - 1, in order, on every rank; the copies of the model take batches in turn.
 
     Args:
@@ -111,7 +124,8 @@ def share(count: int, batch_size: int, work: Callable[[range], list[T]], descrip
         description: of a progress bar; none: without one.
     """
     batches = [range(begin, min(begin + batch_size, count)) for begin in range(0, count, batch_size)]
-    mine = batches[groups.data_parallel_rank() :: groups.data_parallel_size()]
+    number, copies = groups.copies(layout)
+    mine = batches[number::copies]
     shown = bool(description) and torch.distributed.get_rank() == 0
     made = {batch.start: work(batch) for batch in track(mine, description, disable=not shown)}
     everything = {start: found for part in groups.from_every_rank(made) for start, found in part.items()}

@@ -69,22 +69,17 @@ class RawPrompts:
     def encode(self, prompt: Prompt, restored: Restored) -> tuple[Tensor, list[Any]]:
         """Ids [s], and the images and videos that they speak of, in their order.
 
-        A chat template that writes BOS itself gets no second one, as in HF's processors.
-
         Raises:
             SampleError: an image or a video cannot be read, or the text is too long.
             ConfigError: the template refuses the messages, or the text speaks of more or fewer than there are.
         """
-        tokenizer, config, has_bos = restored.tokenizer, restored.config, False
-        if "prompt" in prompt.line:
-            text = tagged(prompt.line["prompt"], config)
-            text = with_placeholder(text, IMAGE_TAG, len(prompt.images), self.config)
-            text = with_placeholder(text, VIDEO_TAG, len(prompt.videos), self.config)
-        else:
-            text = tagged(chat_text(prompt.line["messages"], tokenizer, config.media_break), config)
-            has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        media = media_of(prompt, text, config)
-        return restored.processor.tokens(text, media, add_special_tokens=not has_bos), media
+        if "messages" in prompt.line:
+            return encode_messages(prompt, restored)
+        text = tagged(prompt.line["prompt"], restored.config)
+        text = with_placeholder(text, IMAGE_TAG, len(prompt.images), self.config)
+        text = with_placeholder(text, VIDEO_TAG, len(prompt.videos), self.config)
+        media = media_of(prompt, text, restored.config)
+        return restored.processor.tokens(text, media), media
 
     def end_strings(self, restored: Restored) -> tuple[str, ...]:
         return self.config.inference.end_strings
@@ -98,12 +93,25 @@ class RawPrompts:
         }
 
 
+def encode_messages(prompt: Prompt, restored: Restored) -> tuple[Tensor, list[Any]]:
+    """As RawPrompts.encode, of a line with messages.
+
+    A chat template that writes BOS itself gets no second one, as in HF's processors.
+    """
+    tokenizer, config = restored.tokenizer, restored.config
+    text = tagged(chat_text(prompt.line["messages"], tokenizer, config.in_text.media_break), config)
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    media = media_of(prompt, text, config)
+    return restored.processor.tokens(text, media, add_special_tokens=not has_bos), media
+
+
 def tagged(text: str, config: LanguageConfig) -> str:
     """The text with <image> and <video> where the model's own placeholders stand, bare or with what is around them."""
-    text = text.replace(config.image_text, IMAGE_TAG).replace(config.image_placeholder, IMAGE_TAG)
-    if config.video_placeholder == config.image_placeholder:
+    media = config.in_text
+    text = text.replace(media.image_text, IMAGE_TAG).replace(media.image_token, IMAGE_TAG)
+    if media.video_placeholder == media.image_token:
         return text
-    return text.replace(config.video_text, VIDEO_TAG).replace(config.video_placeholder, VIDEO_TAG)
+    return text.replace(media.video_text, VIDEO_TAG).replace(media.video_placeholder, VIDEO_TAG)
 
 
 def media_of(prompt: Prompt, text: str, config: LanguageConfig) -> list[Any]:

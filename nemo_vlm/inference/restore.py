@@ -22,7 +22,7 @@ from nemo_vlm.mcore.engine import StageModule, materialize
 from nemo_vlm.mcore.inference import Forward
 from nemo_vlm.models.base import Processor, family
 from nemo_vlm.models.chat import chat_template, ends_of_answers
-from nemo_vlm.models.templates import EOS, TEMPLATES
+from nemo_vlm.models.templates import EOS, template_of
 from nemo_vlm.sources.source import Source
 from nemo_vlm.sources.tokenizers import load_tokenizer
 
@@ -50,7 +50,7 @@ class Restored:
     @property
     def terminators(self) -> tuple[str, ...]:
         """What stands behind an answer in the conversation template, where that is not EOS."""
-        _, after = TEMPLATES[self.data.conv_template].around_answer
+        _, after = template_of(self.config, self.data).around_answer
         return () if EOS in after else (after,)
 
 
@@ -157,7 +157,7 @@ def stop_ids(source: Source, tokenizer: Any) -> set[int]:
     eos = read_json(source, GENERATION).get("eos_token_id") if GENERATION in source.files else None
     found = eos if isinstance(eos, list) else [eos]
     given = {token for token in found if token is not None}
-    return given or {tokenizer.eos_token_id, *ends_of_answers(source.tree, tokenizer)}
+    return given or {tokenizer.eos_token_id, *ends_of_answers(source.model, source.settings["data"], tokenizer)}
 
 
 def read_json(source: Source, name: str) -> dict[str, Any]:
