@@ -12,12 +12,15 @@ from distributed import run_ranks
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from test_cli import TRAIN, metrics, run
 from test_families import TINY, assert_same_run, build_all, make_layout, micro_batches, run_of, steps_of
+from test_generation import MODELS, asked_of, continued, expected_of, samples_of, starting_run
 
 from nemo_vlm.batch import Sample
-from nemo_vlm.config import OptimConfig, RunConfig
+from nemo_vlm.config import OptimConfig, ParallelConfig, RunConfig
+from nemo_vlm.inference.restore import restore
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import groups
 from nemo_vlm.models.base import family
+from nemo_vlm.sources.opening import open_source
 from nemo_vlm.training.build import make_engine
 
 pytestmark = [
@@ -104,6 +107,19 @@ def test_text_alone_trains_a_vision_language_model(name: str, transformer_impl: 
     assert len(text) == 8
     grad_norm, num_images = run_ranks(train_on, 1, settled, make_layout(settled, 1), text)[0]
     assert num_images == 0 and grad_norm > 0
+
+
+def answers_of(name: str, path: Path) -> list[list[int]]:
+    samples = samples_of(name, starting_run(name, path, ParallelConfig()))
+    with restore(open_source(path, "model_path"), "32") as restored:
+        return continued(restored.forward, [samples[number] for number in asked_of(name)])
+
+
+@pytest.mark.parametrize("name", ["llama", "llava", "qwen2_vl", "qwen3_vl_moe"])
+def test_a_gpu_answers_as_transformers_on_the_cpu(name: str, tmp_path: Path) -> None:
+    """Prompts of several lengths with images and videos, then a token a step behind each."""
+    path = MODELS[name][1](tmp_path / name)
+    assert run_ranks(answers_of, 1, name, path) == [expected_of(name, path)[2]]
 
 
 BACKENDS = [f"model.attention_backend={name}" for name in ("flash", "fused", "unfused", "local")]

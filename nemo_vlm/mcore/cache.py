@@ -3,6 +3,7 @@
 Rows are padded on the right: the next token of a row stands behind its last one, over the padding, and at the position
 that it would have without other rows. (Megatron's static context gives all rows one position, its dynamic one is for
 CUDA.) That position is its place in the row, but behind images or videos whose tokens share positions, as with M-RoPE.
+Queries and keys come as they are and are rotated here, by sines that all layers share.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nemo_vlm.mcore.rotary import rotate
 
 
 class Cache:
@@ -25,12 +28,20 @@ class Cache:
         self.filled = False  # whether the prompts have passed
         self.offsets = torch.zeros_like(lengths, device=device)  # [b]: from a new token's place to its position
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.rows = torch.arange(len(lengths), device=device)
         self._settle()
 
     def _settle(self) -> None:
-        """Where the next token of each row goes, and what it sees: itself and all before it."""
+        """Where the next token of each row goes, and what it sees: itself and all before it; None: all there is."""
         self.ends, self.width = self.lengths.to(self.device), int(self.lengths.max()) + 1
-        self.visible = (torch.arange(self.width, device=self.device) <= self.ends[:, None])[:, None, None]
+        self.visible: Tensor | None = None
+        if int(self.lengths.min()) + 1 < self.width:
+            self.visible = (torch.arange(self.width, device=self.device) <= self.ends[:, None])[:, None, None]
+
+    def rotate_by(self, angles: Tensor, dtype: torch.dtype) -> None:
+        """The rotary angles [s, b or 1, 1, d] of this pass's tokens; layers rotate in their own dtype."""
+        angles = angles.permute(1, 2, 0, 3)
+        self.cosine, self.sine = angles.cos().to(dtype), angles.sin().to(dtype)
 
     def positions(self, width: int) -> Tensor:
         """[s, b or 1]: of the tokens of this pass; of prompts without images and videos."""
@@ -43,8 +54,7 @@ class Cache:
 
     def last(self, hidden: Tensor) -> Tensor:
         """[1, b, h] of the last token of each row, from the hidden states [s, b, h] of this pass."""
-        rows = torch.arange(len(self.lengths), device=self.device)
-        return hidden if self.filled else hidden[self.ends - 1, rows][None]
+        return hidden if self.filled else hidden[self.ends - 1, self.rows][None]
 
     def fill(self) -> None:
         """The prompts have passed all layers."""
@@ -72,12 +82,13 @@ class Cache:
             query: [b, heads, s, d]; s is 1 in a step.
             key, value: [b, groups, s, d].
         """
+        query, key = rotate(query, self.cosine, self.sine), rotate(key, self.cosine, self.sine)
         grouped = query.shape[1] != key.shape[1]
         if not self.filled:
             room = (0, 0, 0, self.capacity - key.shape[2])
             self.layers[layer] = F.pad(key, room), F.pad(value, room)
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-        rows, (keys, values) = torch.arange(len(self.lengths), device=self.device), self.layers[layer]
-        keys[rows, :, self.ends], values[rows, :, self.ends] = key[:, :, 0], value[:, :, 0]
+        keys, values = self.layers[layer]
+        keys[self.rows, :, self.ends], values[self.rows, :, self.ends] = key[:, :, 0], value[:, :, 0]
         seen = keys[:, :, : self.width], values[:, :, : self.width]
         return F.scaled_dot_product_attention(query, *seen, self.visible, enable_gqa=grouped)

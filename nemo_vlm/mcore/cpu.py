@@ -43,6 +43,11 @@ def enable() -> None:
     _mode.append(mode)
 
 
+def without_redirection() -> contextlib.AbstractContextManager[None]:
+    """For what names no CUDA: Python is then no longer asked about each of torch's functions."""
+    return torch._C.DisableTorchFunction()
+
+
 def import_megatron() -> None:
     """Import Megatron-Core without the compiler.
 

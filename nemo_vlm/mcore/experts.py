@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from nemo_vlm.batch import IGNORE_INDEX, Batch
 from nemo_vlm.mcore import cpu
+from nemo_vlm.mcore.linear import ColumnLinear, RowLinear
 
 PADDING = -1.0  # in the place of a loss's weight
 
@@ -44,12 +47,36 @@ class ExpertLoads:
     aux_loss: Tensor
 
 
-def expert_spec(config: TransformerConfig, with_engine: bool) -> ModuleSpec:
+def expert_spec(config: TransformerConfig, with_engine: bool) -> ModuleSpec | type[MoELayer]:
     """The layer's MLP: experts one by one, or Transformer Engine's grouped products of all that a rank holds."""
-    backend: BackendSpecProvider = TESpecProvider() if with_engine else LocalSpecProvider()
-    spec: Any = get_moe_module_spec_for_backend(backend, config.num_moe_experts, config.moe_grouped_gemm)
+    if not with_engine:
+        return ExpertLayer
+    spec: Any = get_moe_module_spec_for_backend(TESpecProvider(), config.num_moe_experts, config.moe_grouped_gemm)
     spec.submodules.router = Router
     return spec
+
+
+class ExpertLayer(MoELayer):
+    """Megatron's with experts one by one, which sends tokens nowhere where a rank that does not train has all experts.
+
+    What it prepares for sending costs a step of generation more than the experts of a small model do.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        experts = ModuleSpec(SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear))
+        super().__init__(config, MoESubmodules(experts=experts, router=Router))
+
+    def forward(self, hidden_states: Tensor, **rest: Any) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] -> [s, b, h], and no bias."""
+        if self.training or self.config.expert_model_parallel_size > 1 or self.config.expert_tensor_parallel_size > 1:
+            return super().forward(hidden_states, **rest)
+        weights, chosen = self.router(hidden_states)  # [tokens, experts]
+        numbers, tokens = chosen.T.nonzero(as_tuple=True)
+        counts, flat = chosen.sum(0).tolist(), hidden_states.flatten(0, 1)
+        parts = zip(flat[tokens].split(counts), weights[tokens, numbers].split(counts), strict=True)
+        experts: Any = self.experts.local_experts
+        outputs = [expert(*part)[0] for expert, part in zip(experts, parts, strict=True) if len(part[1])]
+        return torch.zeros_like(flat).index_add_(0, tokens, torch.cat(outputs)).view_as(hidden_states), None
 
 
 def prepare(block: Any) -> None:

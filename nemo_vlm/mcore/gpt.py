@@ -163,9 +163,9 @@ def decode_cached(
     Returns:
         On the last stage the logits [b, 1, vocab / tp] behind the last token of each row, elsewhere hidden states.
     """
-    frequencies = cached_frequencies(gpt, width, cache, positions)
+    cache.rotate_by(cached_frequencies(gpt, width, cache, positions), gpt.config.params_dtype)
     embeddings, features = take_features(gpt, embeddings)
-    hidden = gpt.decoder(embeddings, attention_mask=cache, context=features, rotary_pos_emb=frequencies)
+    hidden = gpt.decoder(embeddings, attention_mask=cache, context=features)
     if not gpt.post_process:
         return with_unused(gpt, hidden, features)
     tied = gpt.share_embeddings_and_output_weights

@@ -100,6 +100,19 @@ def from_last_stage(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def from_previous_stage(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """What the pipeline stage before this one hands to_next_stage."""
+    values = torch.empty(shape, dtype=dtype, device=cpu.device())
+    before = parallel_state.get_pipeline_model_parallel_prev_rank()
+    torch.distributed.recv(values, before, parallel_state.get_pipeline_model_parallel_group())
+    return values
+
+
+def to_next_stage(values: torch.Tensor) -> None:
+    behind = parallel_state.get_pipeline_model_parallel_next_rank()
+    torch.distributed.send(values, behind, parallel_state.get_pipeline_model_parallel_group())
+
+
 def copies(layout: Layout) -> tuple[int, int]:
     """Which copy of the model this rank holds a part of, and how many there are; those that share experts share one."""
     ranks = layout.world_size // layout.pipeline

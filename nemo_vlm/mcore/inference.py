@@ -1,4 +1,4 @@
-"""Logits on every rank, whatever the layout: forward passes through Megatron's schedule, without an optimizer."""
+"""Logits on every rank, whatever the layout: forward passes without an optimizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Forward:
     """A model that the ranks of one copy hold together, as functions that each of them calls with the same arguments.
 
     Args:
-        modules: this rank's stages as the schedule runs them: StageModules, or an Engine's (updater.modules).
+        modules: this rank's stages as the schedule runs them: a StageModule. To be
+            called they may be an Engine's (updater.modules) as well.
         vocab_size: without the padding.
     """
 
@@ -45,19 +46,28 @@ class Forward:
         cache.fill()
         return cache, logits[:, 0]
 
+    @torch.no_grad()
     def step(self, cache: Cache, tokens: Tensor, longer: Tensor) -> Tensor:
         """Put one token [b] behind each row; the logits [b, vocab_size] float32 of what follows.
+
+        Megatron's schedule, which could run many batches, would cost more than the layers of a small model.
 
         Args:
             longer: [b] bool: rows that keep it. The others stay as they were, and their logits mean nothing.
         """
-        tokens = tokens[:, None].to(cpu.device())
-
-        def run(stage: Any) -> Tensor:
-            gpt = stage.model.language_model
-            return decode_cached(gpt, embed(gpt, tokens) if gpt.pre_process else None, 1, cache)
-
-        logits = self._run(run, (len(tokens), 1))
+        (stage,) = self.modules
+        gpt: Any = stage.model.language_model  # type: ignore[union-attr]
+        with cpu.without_redirection():
+            embeddings = None
+            if gpt.pre_process:
+                embeddings = embed(gpt, tokens[:, None].to(cpu.device()))
+            else:
+                shape = (1, len(tokens), gpt.config.hidden_size)
+                gpt.set_input_tensor(groups.from_previous_stage(shape, gpt.config.params_dtype))
+            output = decode_cached(gpt, embeddings, 1, cache)
+            if not gpt.post_process:
+                groups.to_next_stage(output)
+            logits = self._on_all(output if gpt.post_process else None, (len(tokens), 1))
         cache.grow(longer)
         return logits[:, 0]
 
@@ -77,8 +87,13 @@ class Forward:
             micro_batch_size=1,
             forward_only=True,
         )
-        logits = torch.empty(*shape, self.vocab_size, device=cpu.device())
-        if outputs:
-            whole = gather_from_tensor_model_parallel_region(outputs[0].float())
-            logits.copy_(whole[..., : self.vocab_size])
+        return self._on_all(outputs[0] if outputs else None, shape)
+
+    def _on_all(self, output: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        """The last stage's logits [*shape, vocab / tp], which the others lack, as [*shape, vocab_size] float32."""
+        if output is None:
+            logits = torch.empty(*shape, self.vocab_size, device=cpu.device())
+        else:
+            whole = gather_from_tensor_model_parallel_region(output.float())
+            logits = whole[..., : self.vocab_size].contiguous()
         return groups.from_first_of_experts(groups.from_last_stage(logits))

@@ -14,7 +14,6 @@ from megatron.core.extensions.transformer_engine_spec_provider import TESpecProv
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_transformer_engine_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -28,6 +27,7 @@ from nemo_vlm.mcore import npu
 from nemo_vlm.mcore.attention import CoreAttention
 from nemo_vlm.mcore.context import ContextParallelAttention
 from nemo_vlm.mcore.experts import expert_spec
+from nemo_vlm.mcore.linear import ColumnLinear, RowLinear
 from nemo_vlm.mcore.rotary import RotatedAttention, TowerAttention
 
 Kernels = Literal["local", "transformer_engine"]
@@ -96,14 +96,14 @@ def layer_spec(config: TransformerConfig, chosen: Kernels, causal: bool, own_pos
     norm = norm_class(config, chosen)
     head_norm = norm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
+        linear_qkv=ColumnLinear,
         core_attention=core_attention(config),
-        linear_proj=RowParallelLinear,
+        linear_proj=RowLinear,
         q_layernorm=head_norm,
         k_layernorm=head_norm,
     )
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
-    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear))
     # Transformer Engine fuses a norm into the linear layer behind it; checkpoints use its names.
     fused = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.num_moe_experts:

@@ -54,7 +54,7 @@ class RotatedAttention(SelfAttention):
     each layer.
 
     Attributes:
-        angles: of the forward pass that is under way.
+        angles: of the forward pass that is under way; None: a Cache has them.
         rotates_in: None: in the dtype of the layer, as the decoders of Hugging Face.
     """
 
@@ -71,9 +71,10 @@ class RotatedAttention(SelfAttention):
             self.angles = None
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value [s, b, heads, d], the first two rotated."""
+        """Query, key and value [s, b, heads, d], the first two rotated where there are angles."""
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        assert self.angles is not None, "they come with forward"
+        if self.angles is None:  # a cache rotates them
+            return query, key, value
         dtype = self.rotates_in or query.dtype
         cosine, sine = self.angles.cos().to(dtype), self.angles.sin().to(dtype)
         query, key = (rotate(heads.to(dtype), cosine, sine).to(heads.dtype) for heads in (query, key))

@@ -1,0 +1,178 @@
+"""Tokens a second of generation beside transformers' generate.
+
+python scripts/benchmarks/generate.py [--model X.nemo ...] [--tokens N] [--rounds N] [--json FILE]
+
+Greedy, fp32, one process, batches of 1 and 8 equal prompts, answers of N tokens: of two Llamas of random weights, a
+tiny one, where Python's time tells, and one of 115 million parameters, and of those that --model names, which are asked
+about an image where they see. Medians of rounds in which the two take turns; they must find the same tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+
+from nemo_vlm.batch import Sample, collate
+from nemo_vlm.conversion.jobs import Run, export_huggingface
+from nemo_vlm.data.tokenizer import train_tokenizer
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.files import written_whole
+from nemo_vlm.inference.answers import sample_of
+from nemo_vlm.inference.generate import Ends, generate
+from nemo_vlm.inference.restore import Restored, restore
+from nemo_vlm.inference.settings import DecodingConfig
+from nemo_vlm.models.base import family
+from nemo_vlm.script import Parser, run_command
+from nemo_vlm.sources.opening import open_source
+from nemo_vlm.sources.source import Source
+
+QUESTION = "USER: <image>\nWhat is in the picture? ASSISTANT:"
+LLAMAS = {  # layers, width, FFN, heads, groups of them
+    "tiny Llama": (4, 64, 176, 4, 2),
+    "Llama 8 x 1024": (8, 1024, 2816, 16, 8),
+}
+GOAL = 0.9  # of transformers' speed
+
+
+def main() -> None:
+    flags = Parser(__doc__)
+    flags.add_argument(
+        "--model", type=Path, nargs="*", default=[], help="to be measured too: .nemo, or Hugging Face's directories"
+    )
+    flags.add_argument("--tokens", type=int, default=256, help="tokens of an answer")
+    flags.add_argument("--rounds", type=int, default=3)
+    flags.add_argument("--json", type=Path, help="where the figures are written")
+    options = flags.parse_args()
+    for flag in ("tokens", "rounds"):
+        if (given := getattr(options, flag)) < 1:
+            flags.error(f"--{flag}={given}: must be 1 or more")
+    named = opened(options.model)
+    with tempfile.TemporaryDirectory() as folder:
+        models = {name: make_llama(Path(folder) / name, *sizes) for name, sizes in LLAMAS.items()} | named
+        rows = [
+            row
+            for number, (name, source) in enumerate(models.items())
+            for row in measure(name, source, Path(folder) / str(number), options.tokens, options.rounds)
+        ]
+    report(rows, options.json)
+
+
+def opened(paths: Sequence[Path]) -> dict[str, Source]:
+    """By the names that they have in the table.
+
+    Raises:
+        ConfigError: there is no such model, or another one has its name.
+    """
+    found: dict[str, Source] = {}
+    for path in paths:
+        if path.name in found:
+            raise ConfigError(f"--model={path}: another one is called {path.name}, too; measure one after the other")
+        found[path.name] = open_source(path, "--model")
+    return found
+
+
+def make_llama(folder: Path, layers: int, width: int, ffn: int, heads: int, groups: int) -> Source:
+    sizes = dict(num_hidden_layers=layers, hidden_size=width, intermediate_size=ffn, num_attention_heads=heads)
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=groups, vocab_size=8000, max_position_embeddings=512)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    train_tokenizer([QUESTION], 300).save_pretrained(folder)
+    return open_source(folder, "")
+
+
+def measure(name: str, source: Source, exported: Path, count: int, rounds: int) -> list[dict[str, Any]]:
+    """The rows of one model."""
+    rows = []
+    export_huggingface(source, exported, Run("fp32", "cpu", verify=False))
+    architecture = transformers.AutoConfig.from_pretrained(exported).architectures[0]
+    theirs = getattr(transformers, architecture).from_pretrained(exported, dtype=torch.float32).eval()
+    with restore(source, "32") as restored:
+        sample = prompt(restored, exported.parent / "noise.png", source.family != "gpt")
+        for size in (1, 8):
+            samples = [sample] * size
+            ways: dict[str, Callable[[], list[list[int]]]] = {
+                "ours": lambda samples=samples: ours(restored, samples, count),
+                "transformers": lambda samples=samples: by_transformers(theirs, source, samples, count),
+            }
+            rows.append(row(f"{name}, batch {size}", size * count, take_turns(ways, rounds)))
+    return rows
+
+
+def prompt(restored: Restored, picture: Path, sees: bool) -> Sample:
+    text = QUESTION if sees else QUESTION.replace("<image>\n", "")
+    Image.effect_noise((64, 64), 50).convert("RGB").save(picture)
+    media = [picture] if sees else []
+    return sample_of(restored.processor.tokens(text, media), media, restored)
+
+
+def take_turns(ways: dict[str, Callable[[], list[list[int]]]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way; all must find the same tokens. A first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        found = []
+        for name, way in ways.items():
+            start = time.perf_counter()
+            found.append(way())
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+        assert found[0] == found[1], "the ways disagree"
+    return seconds
+
+
+def ours(restored: Restored, samples: list[Sample], count: int) -> list[list[int]]:
+    limits, decoding = [count] * len(samples), DecodingConfig(tokens_to_generate=count)
+    answers = generate(restored.forward, samples, limits, decoding, Ends(), range(len(samples)))
+    return [answer.tokens.tolist() for answer in answers]
+
+
+@torch.no_grad()
+def by_transformers(model: Any, source: Source, samples: list[Sample], count: int) -> list[list[int]]:
+    batch = collate(samples)
+    inputs = family(source.family, "tiny").hf_inputs(source.model, batch)
+    made = model.generate(
+        **{key: value for key, value in inputs.items() if key != "position_ids"},
+        attention_mask=torch.ones_like(batch.tokens),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return made[:, batch.tokens.shape[1] :].tolist()
+
+
+def row(name: str, tokens: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians; the spread is that of the rounds' ratios."""
+    mine, peer = (tokens / median(seconds[way]) for way in ("ours", "transformers"))
+    ratios = [theirs / our for our, theirs in zip(seconds["ours"], seconds["transformers"], strict=True)]
+    figures = {"ours": round(mine, 1), "peer": round(peer, 1), "unit": "tokens/s", "ratio": round(mine / peer, 2)}
+    spread = [round(min(ratios), 2), round(max(ratios), 2)]
+    return {"name": name, **figures, "spread": spread, "goal": f">= {GOAL}", "ok": mine / peer >= GOAL}
+
+
+def report(rows: list[dict[str, Any]], path: Path | None) -> None:
+    for one in rows:
+        verdict = "ok" if one["ok"] else "MISSED"
+        low, high = one["spread"]
+        print(
+            f"{one['name']:28} {one['ours']:>8} {one['peer']:>8} {one['unit']}  "
+            f"{one['ratio']:.2f} ({low:.2f} to {high:.2f}) {one['goal']} {verdict}"
+        )
+    if path is not None:
+        machine = f"{platform.platform()}, {os.cpu_count()} cores, torch {torch.__version__}"
+        with written_whole(path) as file:
+            file.write(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
