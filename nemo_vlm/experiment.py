@@ -265,7 +265,7 @@ def open_data(run: RunConfig) -> tuple[RunConfig, Any, Datasets]:
     """The run with what its tokenizer decides, that tokenizer, and the data."""
     from nemo_vlm.data.opening import open_datasets, open_tokenized
     from nemo_vlm.data.tokenizer import located
-    from nemo_vlm.sources import starting
+    from nemo_vlm.sources import chat_templates, starting
     from nemo_vlm.sources.tokenizers import load_tokenizer
 
     if not run.data.files:
@@ -276,8 +276,10 @@ def open_data(run: RunConfig) -> tuple[RunConfig, Any, Datasets]:
             demo.write(path.parent)
     tokenizer = load_tokenizer(run.tokenizer)
     run, grown = starting.with_tokenizer(run, tokenizer)
-    if grown and not rank.supervised():
-        log.info("%s", grown)
+    left_out = chat_templates.leave_out_foreign(tokenizer, run.model, run.data)
+    for note in (grown, left_out):
+        if note and not rank.supervised():
+            log.info("%s", note)
     run = replace(run, tokenizer=located(run.tokenizer))
     if not run.data.has_records:
         return run, tokenizer, open_tokenized(run, tokenizer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import logging
 import tempfile
 from dataclasses import dataclass, replace
@@ -192,24 +191,42 @@ def their_logits(source: Source, folder: Path | None, prompts: list[Prompt], dty
     Raises:
         RunError: it misses tensors, or does not know some.
     """
-    import transformers
-
-    mapping, tiny = family(source.family, "mapping"), family(source.family, "tiny")
-    model_class = getattr(transformers, mapping.hf_config(source.model)["architectures"][0])
-    transformers.utils.logging.disable_progress_bar()
-    model, info = model_class.from_pretrained(
-        dtype=torch.float32,
-        attn_implementation="eager",  # other kernels than ours
-        output_loading_info=True,
-        **reading(source, folder, model_class.config_class),
-    )
-    if lost := {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}:
-        raise RunError(Failure(f"verification failed: transformers reads {folder or source} with {json.dumps(lost)}"))
+    # Other kernels than ours
+    model, tiny = stock_model(source, folder, "float32", "eager"), family(source.family, "tiny")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rounded(model, dtype).to(device).eval()
+    rounded(model, dtype).to(device)
     return [
         model(**tiny.hf_inputs(source.model, prompt.batch.to(device))).logits[0].float().cpu() for prompt in prompts
     ]
+
+
+def stock_model(source: Source, folder: Path | None, dtype: str, attention: str, devices: str | None = None) -> Any:
+    """The model of transformers' class, for inference.
+
+    Args:
+        folder: Hugging Face's directory with the weights; None: the source's own are taken.
+        dtype: torch's name of one, or auto: as the folder's config.json says.
+        attention: transformers' attn_implementation.
+        devices: its device_map; None: the CPU.
+    Raises:
+        RunError: it misses tensors, or does not know some.
+    """
+    import transformers
+
+    model_class = getattr(transformers, family(source.family, "mapping").hf_config(source.model)["architectures"][0])
+    transformers.utils.logging.disable_progress_bar()
+    model, info = model_class.from_pretrained(
+        dtype=dtype,
+        attn_implementation=attention,
+        device_map=devices,
+        output_loading_info=True,
+        **reading(source, folder, model_class.config_class),
+    )
+    found = {kind: info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")}
+    if lost := [f"{len(names)} {kind}, as {sorted(names)[0]}" for kind, names in found.items() if names]:
+        version = transformers.__version__
+        raise RunError(Failure(f"{folder or source}: to transformers {version} tensors are {'; '.join(lost)}"))
+    return model.eval()
 
 
 def reading(source: Source, folder: Path | None, config_class: Any) -> dict[str, Any]:

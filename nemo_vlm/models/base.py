@@ -42,6 +42,7 @@ FAMILIES = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob(
 class Processor(Protocol):
     """A family's way from a record to tokens and pixels."""
 
+    config: Any
     tokenizer: Any
     text: ConversationText
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,8 @@ from nemo_vlm.batch import HUMANS
 from nemo_vlm.data.forms import MEDIA
 from nemo_vlm.errors import ConfigError, SampleError
 from nemo_vlm.models.templates import PLACEHOLDERS, Turn
+
+OPTION = re.compile(r"^([A-Z])[.:)] *(.+?)[ \r]*$", re.MULTILINE)  # of a question, as in "A. zero"
 
 
 def turns(record: Mapping[str, Any]) -> list[Turn]:
@@ -27,6 +30,21 @@ def turns(record: Mapping[str, Any]) -> list[Turn]:
         raise SampleError("broken_record", f"record {record.get('id')}: human and gpt must take turns")
     answers = [(turn["value"], turn.get("label")) for turn in said[1::2]] + [(None, None)] * (len(said) % 2)
     return [Turn(asked["value"], *answer) for asked, answer in zip(said[::2], answers, strict=True)]
+
+
+def options(question: str) -> tuple[str, dict[str, str]]:
+    """What a question says before its options, and these by their letters: the last lines A, B and so on, two or more.
+
+    Other lines may stand between them, and begin as an option does ("Q: who is it?").
+    """
+    runs: list[list[re.Match[str]]] = []
+    for line in OPTION.finditer(question):
+        if line[1] == "A":
+            runs.append([line])
+        elif runs and line[1] == string.ascii_uppercase[len(runs[-1]) :][:1]:
+            runs[-1].append(line)
+    found: list[re.Match[str]] = next((run for run in reversed(runs) if len(run) > 1), [])
+    return question[: found[0].start()] if found else question, {line[1]: line[2] for line in found}
 
 
 def is_turn(turn: Any) -> bool:

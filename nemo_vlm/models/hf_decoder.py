@@ -159,9 +159,13 @@ def expert_fields(hf: Mapping[str, Any], path: str) -> dict[str, Any]:
     }
 
 
+def rope_of(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """As transformers 5 has it, one mapping, or as 4, `rope_scaling` beside `rope_theta`."""
+    return dict(hf["rope_parameters"] if "rope_parameters" in hf else hf["rope_scaling"] or {})
+
+
 def rope_fields(hf: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """As transformers 5 has it, one mapping, or as 4, `rope_theta` and `rope_scaling`."""
-    rope = dict(hf["rope_parameters"] if "rope_parameters" in hf else hf["rope_scaling"] or {})
+    rope = rope_of(hf)
     theta = rope["rope_theta"] if "rope_theta" in rope else hf["rope_theta"]
     kind = rope.get("rope_type") or rope.get("type") or "default"  # older files say `type`
     fields: dict[str, Any] = {"rotary_base": float(theta)}

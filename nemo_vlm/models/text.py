@@ -88,7 +88,7 @@ class ConversationText:
         Raises:
             SampleError: too_long, or broken_record: it speaks of other images.
         """
-        return self._roomy(self._encode(record, [replace(turn, answer=None)], media).tokens())
+        return self.roomy(self._encode(record, [replace(turn, answer=None)], media).tokens())
 
     def prompt_text(self, record: Mapping[str, Any]) -> str:
         """What the prompt of a record's first question says, the BOS in front left out.
@@ -109,7 +109,7 @@ class ConversationText:
         if (marks := self.media) is not None:
             ids = [inner for one in ids for inner in (marks.around(one) if one in marks.placeholders else [one])]
         repeats = self._repeats(ids, media, "the prompt")
-        return self._roomy(torch.tensor(ids, dtype=torch.int64).repeat_interleave(repeats))
+        return self.roomy(torch.tensor(ids, dtype=torch.int64).repeat_interleave(repeats))
 
     def _placed(self, text: str, media: Sequence[Runs]) -> str:
         """With the tokenizer's own placeholder for each run in place of the tags."""
@@ -142,7 +142,12 @@ class ConversationText:
         except ValueError as error:
             raise SampleError("broken_record", f"{called}: {error}") from None
 
-    def _roomy(self, prompt: Tensor) -> Tensor:
+    def roomy(self, prompt: Tensor) -> Tensor:
+        """The prompt's tokens [s].
+
+        Raises:
+            SampleError: too_long: there is no room for an answer.
+        """
         if len(prompt) >= self.limit:
             message = f"{len(prompt)} tokens leave no room for an answer in model.encoder_seq_length={self.limit}"
             raise SampleError("too_long", message)

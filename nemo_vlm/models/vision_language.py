@@ -33,14 +33,14 @@ class VisionLanguageModel(nn.Module):
 
     def forward(self, batch: Batch, labels: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Losses [b, s] where labels are given, else logits; hidden states on all but the last stage."""
-        embeddings = self.embed(batch, together=labels is not None) if self.stage.first else None
+        embeddings = self.embed(batch, together=cache is None) if self.stage.first else None
         return decode(self.language_model, embeddings, batch, labels, cache, self.positions(batch, cache))
 
     def embed(self, batch: Batch, together: bool) -> Tensor:
         """Word embeddings [s, b, h] with vision features at the placeholders, or wider, see mcore.deepstack.
 
         Args:
-            together: other ranks may have images where this one has none, as in training and validation.
+            together: other ranks may have images where this one has none, as whenever a run trains.
         """
         embeddings = embed(self.language_model, batch.tokens)
         features = self.encode(batch.images) if len(batch.images) or together else embeddings[0, :0]

@@ -15,6 +15,7 @@ from nemo_vlm.data.tokenizer import open_with
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.store import Folder, Span
 from nemo_vlm.sources import huggingface, megatron, nemo, nemo1, projector
+from nemo_vlm.sources.chat_templates import with_template_of_training
 from nemo_vlm.sources.huggingface import companions
 from nemo_vlm.sources.source import Source, save_files
 
@@ -84,13 +85,14 @@ def open_nemo(path: Path) -> Source:
 
 
 def with_tokenizer(source: Source) -> Source:
-    """A training checkpoint with the tokenizer that its run had, if that is still there."""
+    """A training checkpoint with the tokenizer that its run had, if that is still there; as archives have it."""
     config = nemo.tokenizer_settings(source.tree)
     if config.place is None or located(config.place) is None:
         log.warning("%s: its tokenizer %s is not here any more", source, config.place)
         return source
     files = tokenizer_files(config.type) if config.type is not None else {}
-    return replace(source, files=files if config == TokenizerConfig(config.type) else saved(config, files))
+    found = replace(source, files=files if config == TokenizerConfig(config.type) else saved(config, files))
+    return with_template_of_training(found)
 
 
 def saved(config: TokenizerConfig, files: Mapping[str, Span]) -> dict[str, Span]:

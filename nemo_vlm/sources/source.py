@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,17 @@ class Source:
     def save_files(self, folder: Path) -> Path:
         """Write tokenizer and processor files to a folder."""
         return save_files(self.files, folder)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """One of those files.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        try:
+            return dict(json.loads(self.files[name].bytes()))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{self.path}: {name} is damaged ({error!r})") from None
 
 
 def save_files(files: Mapping[str, Span], folder: Path) -> Path:

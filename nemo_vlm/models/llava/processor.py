@@ -49,6 +49,7 @@ def media_tokens(config: Config, tokenizer: Any) -> MediaTokens:
     return MediaTokens(mm_cfg.image_token_index, (start,), (end,))
 
 
+FRAMES = ("num_frames", "splice_single_frame")  # of DataConfig, which Hugging Face's processor carries and overlooks
 HF_CLASSES = {"crop": "CLIPImageProcessor", "stretch": "SiglipImageProcessor", "pad": "LlavaImageProcessor"}
 
 
@@ -69,8 +70,9 @@ def hf_processor(config: Config, data: DataConfig) -> dict[str, dict[str, Any]]:
         "vision_feature_select_strategy": "default" if vision.class_token_length else "full",
         "num_additional_image_tokens": vision.class_token_length,
     }
+    frames = {name: getattr(data, name) for name in FRAMES if getattr(data, name) is not None}
     images = hf_images(image_transform(config.mm_cfg, data.image_aspect_ratio))
-    return {"processor_config.json": processor, "preprocessor_config.json": images}
+    return {"processor_config.json": processor | frames, "preprocessor_config.json": images}
 
 
 def hf_images(transform: ImageTransform) -> dict[str, Any]:
@@ -107,7 +109,8 @@ def data_from_hf(files: Mapping[str, dict[str, Any]], config: Config) -> tuple[d
     names = ("processor_class", "image_processor_type", *(() if ours["do_center_crop"] else ("crop_size",)))
     compared = {key: value for key, value in ours.items() if key in theirs and key not in names}
     different = [f"{k} is {theirs[k]}, here {value}" for k, value in compared.items() if unlike(theirs[k], value)]
-    return {"image_aspect_ratio": aspect_ratio}, different
+    frames = {name: theirs[name] for name in FRAMES if theirs.get(name) is not None}
+    return {"image_aspect_ratio": aspect_ratio, **frames}, different
 
 
 def unlike(theirs: Any, ours: Any) -> bool:

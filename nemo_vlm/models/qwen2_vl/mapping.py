@@ -11,7 +11,7 @@ from typing import Any
 from nemo_vlm.config.dynamic import DynamicMediaConfig, DynamicVisionConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.mapping import SEPARATE_NORMS, Rule, Variant
-from nemo_vlm.models.hf_decoder import decoder_config, decoder_fields
+from nemo_vlm.models.hf_decoder import decoder_config, decoder_fields, rope_of
 from nemo_vlm.models.qwen2_vl.config import Config
 from nemo_vlm.models.rules import decoder_rules, fused_vision_layer_rules, merger_rules, patch_rule
 
@@ -126,7 +126,7 @@ def from_hf(hf: Mapping[str, Any], names: set[str], path: str) -> Config:
     """The config of an HF Qwen2VLConfig whose defaults are filled in; see llava's for the arguments."""
     text, tied = hf["text_config"], hf["tie_word_embeddings"]
     fields = decoder_fields({**text, "tie_word_embeddings": tied}, path)
-    sections = text["rope_parameters"]["mrope_section"]
+    sections = rope_of(text)["mrope_section"]
     mm_cfg = DynamicMediaConfig(
         vision_encoder=DynamicVisionConfig(**vision_from_hf(hf["vision_config"], path)),
         image_token_index=hf["image_token_id"],

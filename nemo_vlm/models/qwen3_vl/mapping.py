@@ -8,7 +8,7 @@ from typing import Any
 from nemo_vlm.config.dynamic import DynamicMediaConfig, DynamicVisionConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.mapping import Rule, Variant, rename
-from nemo_vlm.models.hf_decoder import decoder_config, decoder_fields
+from nemo_vlm.models.hf_decoder import decoder_config, decoder_fields, rope_of
 from nemo_vlm.models.qwen3_vl.config import MOST_TAPS, Config
 from nemo_vlm.models.rules import decoder_rules, fused_vision_layer_rules, merger_rules, patch_rule
 
@@ -138,7 +138,7 @@ def vision_hf_config(vision: DynamicVisionConfig, kind: str, out_size: int) -> d
 def from_hf(hf: Mapping[str, Any], names: set[str], path: str) -> Config:
     """The config of an HF Qwen3VLConfig or Qwen3VLMoeConfig whose defaults are filled in; see llava's for arguments."""
     text, tied = hf["text_config"], hf["tie_word_embeddings"]
-    rope = text["rope_parameters"]
+    rope = rope_of(text)
     mm_cfg = DynamicMediaConfig(
         vision_encoder=DynamicVisionConfig(**vision_from_hf(hf["vision_config"], text["hidden_size"], path)),
         image_token_index=hf["image_token_id"],
