@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import string
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,11 @@ from PIL import Image
 from tiny_hf import make_llava
 
 from nemo_vlm.config import ParallelConfig
-from nemo_vlm.errors import ConfigError
+from nemo_vlm.errors import ConfigError, SampleError
 from nemo_vlm.inference import answers, evaluate
 from nemo_vlm.inference.generate import Answer
 from nemo_vlm.inference.likelihood import choices
-from nemo_vlm.inference.neva import Questions
+from nemo_vlm.inference.neva import NevaPrompts
 from nemo_vlm.inference.prompts import RawPrompts
 from nemo_vlm.inference.restore import restore
 from nemo_vlm.inference.settings import (
@@ -32,10 +35,15 @@ from nemo_vlm.inference.settings import (
     NevaModelConfig,
     TemplateConfig,
 )
+from nemo_vlm.models.conversation import options
 from nemo_vlm.models.templates import VICUNA_SYSTEM
 
 NUM_TOKENS = 8
-SINGLE, DDP = NevaModelConfig(), NevaModelConfig(cpu_data_parallel_size=2)
+LAYOUTS: dict[str, dict[str, int]] = {
+    "ddp": {"cpu_data_parallel_size": 2},
+    "tp2": {"tensor_model_parallel_size": 2},
+    "pp2": {"pipeline_model_parallel_size": 2},
+}
 LINES: list[dict[str, Any]] = [
     {"prompt": "<image>\nWhat is in the picture?", "image": "noise.png", "category": "detail"},
     {"text": "What is it?", "image": ["noise.png"], "answer_id": 7, "metadata": {"a": 1}},
@@ -111,36 +119,63 @@ def test_answers_have_the_fields_of_nemo(folder: Path) -> None:
 
 @pytest.mark.parametrize("text", ["<image><image>Which?", "<image><image> Which?", "<image><image>\nWhich?"])
 def test_tags_in_front_have_a_line_of_their_own(text: str, folder: Path) -> None:
-    assert Questions(asked(folder)).question({"prompt": text}) == "<image><image>\nWhich?"
+    assert NevaPrompts(asked(folder)).question({"prompt": text}) == "<image><image>\nWhich?"
 
 
-def drawn(folder: Path, count: int, name: str, **settings: Any) -> NevaInferenceConfig:
-    """Draws for the first so many questions."""
-    (folder / f"{count}.json").write_text(json.dumps(LINES[:count]))
+def drawn(folder: Path, name: str, **settings: Any) -> NevaInferenceConfig:
     decoding = DecodingConfig(tokens_to_generate=NUM_TOKENS, insert_media_token="left", greedy=False, **settings)
-    return asked(folder, f"{count}.json", inference=decoding, output_file=str(folder / f"{name}_{count}.jsonl"))
+    return asked(folder, inference=decoding, output_file=str(folder / f"{name}.jsonl"))
 
 
 @pytest.fixture(scope="module")
-def copies(folder: Path) -> Path:
-    """Where two copies of the model have left what is asked for."""
+def two_ranks(folder: Path) -> Path:
+    """Where two ranks have left what is asked for, under each layout."""
     (folder / "records.json").write_text(json.dumps(RECORDS))
     run_ranks(on_two_ranks, 2, folder)
     return folder
 
 
 def on_two_ranks(folder: Path) -> None:
-    for count in (5, 1):
-        answers.prepare(replace(drawn(folder, count, "two", batch_size=1), model=DDP), {}).run()
-    evaluate.prepare(replace(scored(folder, "two"), model=ParallelConfig(cpu_data_parallel_size=2)), {}).run()
+    for name, sizes in LAYOUTS.items():
+        config = replace(drawn(folder, name, batch_size=1), model=NevaModelConfig(**sizes))
+        answers.prepare(config, {}).run()
+        probable = scored(folder, name, compute_logprob=True)
+        evaluate.prepare(replace(probable, model=ParallelConfig(**sizes)), {}).run()
+        streamed = folder / f"{name}_{torch.distributed.get_rank()}.txt"
+        with streamed.open("w") as file, contextlib.redirect_stdout(file):
+            answers.prepare(alone(folder, model=ParallelConfig(**sizes)), {}).run()
 
 
-@pytest.mark.parametrize("count", [5, 1])
-def test_copies_share_the_prompts(count: int, copies: Path) -> None:
-    """With one prompt, the second copy has none; draws are those of one process with other batches."""
-    found = written(copies / f"two_{count}.jsonl")
-    assert found == answer(drawn(copies, count, "one", batch_size=3))
-    assert len(found) == count
+def alone(folder: Path, **settings: Any) -> GenerateConfig:
+    """One prompt on the command line."""
+    path, text = folder / "llava", "USER: Who are you? ASSISTANT:"
+    return GenerateConfig(model_path=str(path), prompt=text, inference=DecodingConfig(end_strings=("zz",)), **settings)
+
+
+def test_ranks_answer_as_one_process(two_ranks: Path) -> None:
+    """Draws are those of one process with other batches."""
+    expected = answer(drawn(two_ranks, "one", batch_size=3))
+    assert len(expected) == len(LINES)
+    for name in LAYOUTS:
+        assert written(two_ranks / f"{name}.jsonl") == expected
+
+
+def test_an_answer_is_streamed_by_the_first_rank(two_ranks: Path, capsys: pytest.CaptureFixture) -> None:
+    """All of it, and nothing else; what else there is to tell goes to stderr. A second copy has no prompt."""
+    config = alone(two_ranks, output_file=str(two_ranks / "alone.jsonl"))
+    (line,) = answer(config)
+    told = capsys.readouterr()
+    assert told.out.endswith(f"{line['text']}\n") and len(line["text"]) > 8
+    count = len(line["prompt_token_ids"])
+    pattern = (
+        rf"prompts: {count} tokens, [\d.]+ tokens/s; answers: 64 tokens, [\d.]+ tokens/s; first token after [\d.]+ s"
+    )
+    assert re.search(pattern, told.err)
+    assert "1 of 1 answers reached inference.tokens_to_generate=64 or model.encoder_seq_length=256" in told.err
+    assert line["finish_reason"] == "length"
+    for name in LAYOUTS:
+        assert (two_ranks / f"{name}_0.txt").read_bytes().decode() == f"{line['text']}\n"
+        assert (two_ranks / f"{name}_1.txt").read_text() == ""
 
 
 def test_videos_are_asked_about(folder: Path) -> None:
@@ -157,10 +192,10 @@ def test_videos_are_asked_about(folder: Path) -> None:
     config = asked(folder, "video.json", inference=decoding, model=four)
     (line,) = answer(config)
     assert "USER: <video>\nWhat happens? ASSISTANT:" in line["full_text"] and line["video"] == "clip.mp4"
-    (prompt,) = Questions(config).read()
+    (prompt,) = NevaPrompts(config).read()
     model = answers.prepare(config, {}).model
     with restore(model.source, "32") as restored:
-        tokens, media = Questions(config).encode(prompt, restored)
+        tokens, media = NevaPrompts(config).encode(prompt, restored)
         assert len(restored.processor.pixels(media)) == 4
         assert int((tokens == restored.config.mm_cfg.image_token_index).sum()) == 4 * 16
 
@@ -218,7 +253,7 @@ def test_a_line_that_cannot_be_is_named(kind: str, name: str, tmp_path: Path) ->
     (tmp_path / "in.jsonl").write_text("\n" + json.dumps({"prompt": "<image>"} | given))
     raw = GenerateConfig(model_path="x", prompt_file=str(tmp_path / "in.jsonl"))
     with pytest.raises(ConfigError) as error:
-        (RawPrompts(raw) if kind == "raw" else Questions(asked(tmp_path))).read()
+        (RawPrompts(raw) if kind == "raw" else NevaPrompts(asked(tmp_path))).read()
     assert f"{tmp_path}/in.jsonl line 2: " in str(error.value)
     assert message in str(error.value) and "\n" not in str(error.value)
 
@@ -245,7 +280,7 @@ def test_an_image_that_is_cut_loses_its_own_answer_alone(folder: Path) -> None:
 def test_full_text_is_what_the_model_sees(folder: Path, front: bool) -> None:
     line = {"prompt": "See <image>, what is it?", "image": "noise.png", "system": "Be brief."}
     (folder / "system.json").write_text(json.dumps([line]))
-    questions = Questions(asked(folder, "system.json"))
+    questions = NevaPrompts(asked(folder, "system.json"))
     model = answers.prepare(questions.config, {}).model
     data = model.source.tree["data"] | {"sep_image_conv_front": front}
     source = replace(model.source, tree=model.source.tree | {"data": data})
@@ -273,6 +308,17 @@ def test_choices_are_listed_or_given() -> None:
     assert choices(record(LISTED, "a square")) == ["red", "7 blue circles", "a square"]
     assert choices(record("Is it?", "yes", choices=["yes", "no"])) == ["yes", "no"]
     assert choices(record("A. What is it?", "red")) == []
+    assert choices(record("<image>\r\nQ: is it?\r\nA. cat \r\nB. dog\r\nQ: you know?\r\n", "cat")) == ["cat", "dog"]
+
+
+def test_options_are_the_last_letters_in_order() -> None:
+    assert options(LISTED)[0] == "<image>\nWhich?\n"
+    asked = "Who?\nA: me\nB: you\nD: no\n"
+    assert options(asked) == ("Who?\n", {"A": "me", "B": "you"})
+    assert options(f"{asked}A) x\ny\nB) z\nA. is it?") == (asked, {"A": "x", "B": "z"})
+    assert options("Which?\nB. x\nC. y") == ("Which?\nB. x\nC. y", {})
+    letters = string.ascii_uppercase
+    assert "".join(options("\n".join(f"{one}. {one}" for one in f"{letters}[A"))[1]) == letters
 
 
 RECORDS = [
@@ -283,31 +329,39 @@ RECORDS = [
 ]
 
 
-def scored(folder: Path, name: str) -> EvaluateConfig:
+def scored(folder: Path, name: str, **decoding: Any) -> EvaluateConfig:
     (folder / name).mkdir(exist_ok=True)
     return EvaluateConfig(
         neva_model_file=str(folder / "llava"),
         data_path=str(folder / "records.json"),
         output_folder=str(folder / name),
-        inference=DecodingConfig(tokens_to_generate=4, batch_size=3),
+        inference=DecodingConfig(tokens_to_generate=4, batch_size=3, **decoding),
     )
 
 
 @torch.no_grad()
-def test_the_likeliest_choice_is_that_of_transformers(copies: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_likeliest_choice_is_that_of_transformers(two_ranks: Path, capsys: pytest.CaptureFixture) -> None:
     """By all tokens of an option and its end; two copies agree with one."""
-    task = evaluate.prepare(scored(copies, "one"), {})
+    task = evaluate.prepare(scored(two_ranks, "one", compute_logprob=True), {})
     task.make_ready({})
     task.run()
-    rows = written(copies / "one/predictions.jsonl")
-    assert [row["text"] for row in written(copies / "two/predictions.jsonl")] == [row["text"] for row in rows]
-    processor = transformers.LlavaProcessor.from_pretrained(copies / "llava")
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(copies / "llava").eval()
+    rows = written(two_ranks / "one/predictions.jsonl")
+    summary = json.loads((two_ranks / "one/scores.json").read_text())
+    for name in LAYOUTS:
+        for row, other in zip(rows, written(two_ranks / name / "predictions.jsonl"), strict=True):
+            likelihoods = [each.get("log_likelihoods", {}) for each in (row, other)]
+            assert likelihoods[0] == pytest.approx(likelihoods[1], rel=1e-5)
+            assert row["logprob"] == pytest.approx(other["logprob"], rel=1e-4)
+            numbers = {"log_likelihoods": 0, "logprob": 0}
+            assert row | numbers == other | numbers
+        assert json.loads((two_ranks / name / "scores.json").read_text()) == summary
+    processor = transformers.LlavaProcessor.from_pretrained(two_ranks / "llava")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(two_ranks / "llava").eval()
     for row, given in zip(rows[:3], RECORDS[:3], strict=True):
         scores = {}
         for choice in choices(given):
             front = f"{VICUNA_SYSTEM} USER: {given['conversations'][0]['value']} ASSISTANT:"
-            images = [Image.open(copies / "noise.png")] if "image" in given else None
+            images = [Image.open(two_ranks / "noise.png")] if "image" in given else None
             inputs = processor(text=front, images=images, return_tensors="pt")
             option = processor.tokenizer(f" {choice}</s>", add_special_tokens=False)["input_ids"]
             whole = torch.cat([inputs["input_ids"], torch.tensor([option])], 1)
@@ -319,33 +373,64 @@ def test_the_likeliest_choice_is_that_of_transformers(copies: Path, capsys: pyte
     assert "likeliest" not in rows[3]
     right = sum(row["likeliest_correct"] for row in rows[:2]) / 2
     assert f"held-out accuracy (choice, likeliest): {right:.3f}\n" in capsys.readouterr().out
+    assert {name: found["records"] for name, found in summary.items()} == {"open": 2, "choice": 2}
+    correct = [row["correct"] for row in rows]
+    assert summary["choice"] == {
+        "accuracy": sum(correct[:2]) / 2,
+        "most_frequent": 0.5,
+        "likeliest_accuracy": right,
+        "records": 2,
+    }
 
 
 def test_records_that_cannot_be_asked_are_left_out(
-    copies: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+    two_ranks: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (copies / "cut.png").write_bytes((copies / "noise.png").read_bytes()[:3000])
+    (two_ranks / "cut.png").write_bytes((two_ranks / "noise.png").read_bytes()[:3000])
     broken = [
         record("<image>", "x", image="cut.png"),
         record("<image>", "x", image="none.png"),
         record("a " * 300, "x"),
     ]
-    (copies / "broken.json").write_text(json.dumps([RECORDS[0], *broken, *RECORDS[1:]]))
+    (two_ranks / "broken.json").write_text(json.dumps([RECORDS[0], *broken, *RECORDS[1:]]))
     with caplog.at_level("WARNING"):
-        evaluate.prepare(replace(scored(copies, "broken"), data_path=str(copies / "broken.json")), {}).run()
+        evaluate.prepare(replace(scored(two_ranks, "broken"), data_path=str(two_ranks / "broken.json")), {}).run()
     told = capsys.readouterr().out
     assert [one.message for one in caplog.records if "left out" in one.message] == [
-        f"3 of 7 records are left out; the first: {copies}/cut.png: not a readable image (image file is truncated)"
+        f"3 of 7 records are left out; record 1: {two_ranks}/cut.png: not a readable image (image file is truncated); "
+        f"record 2: {two_ranks}/none.png: the image does not exist; image_folder says where they stand; record 3: 742 "
+        "tokens leave no room for an answer in model.encoder_seq_length=256"
     ]
-    evaluate.prepare(scored(copies, "whole"), {}).run()
-    assert written(copies / "broken/predictions.jsonl") == written(copies / "whole/predictions.jsonl")
+    evaluate.prepare(scored(two_ranks, "whole"), {}).run()
+    assert written(two_ranks / "broken/predictions.jsonl") == written(two_ranks / "whole/predictions.jsonl")
     assert told == capsys.readouterr().out != ""
-    with Image.open(copies / "broken/predictions.png") as left, Image.open(copies / "whole/predictions.png") as whole:
+    with (
+        Image.open(two_ranks / "broken/predictions.png") as left,
+        Image.open(two_ranks / "whole/predictions.png") as whole,
+    ):
         assert left.tobytes() == whole.tobytes()
+    (two_ranks / "none.json").write_text(json.dumps(broken[:1]))
+    with pytest.raises(ConfigError, match="data_path=.*none.json: no record can be asked; record 0: .*cut.png: not a"):
+        evaluate.prepare(replace(scored(two_ranks, "none"), data_path=str(two_ranks / "none.json")), {}).run()
 
 
-def test_predictions_that_cannot_be_written_are_told(copies: Path, capsys: pytest.CaptureFixture) -> None:
-    task = evaluate.prepare(scored(copies, "taken"), {})
-    (copies / "taken/predictions.jsonl").mkdir()
-    with pytest.raises(ConfigError, match="output_folder=.*taken: cannot be written"):
+@pytest.mark.parametrize("name", ["predictions.jsonl", "predictions.png", "scores.json"])
+def test_predictions_that_cannot_be_written_are_told(name: str, two_ranks: Path) -> None:
+    task = evaluate.prepare(scored(two_ranks, f"no_{name}"), {})
+    (two_ranks / f"no_{name}" / name).mkdir()
+    with pytest.raises(ConfigError, match=f"output_folder=.*no_{name}: cannot be written"):
         task.report([], task.records())
+
+
+def test_records_are_given_no_placeholders(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="^inference.insert_media_token=left: a record of data_path says itself"):
+        replace(scored(folder, "inserted"), inference=DecodingConfig(insert_media_token="left"))
+
+
+def test_bos_in_front_leaves_room_for_an_answer(folder: Path) -> None:
+    """Of 256 tokens, at least one."""
+    decoding = DecodingConfig(add_BOS=True)
+    with restore(answers.prepare(asked(folder), {}).model.source, "32") as restored:
+        assert len(answers.with_bos(torch.full((254,), 9), restored, decoding)) == 255
+        with pytest.raises(SampleError, match="^256 tokens leave no room for an answer in model.encoder_seq_length"):
+            answers.with_bos(torch.full((255,), 9), restored, decoding)

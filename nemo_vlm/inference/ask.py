@@ -6,20 +6,22 @@ Everything heavy is imported when the flags have been read, so that --help answe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nemo_vlm.config import LanguageConfig, ParallelConfig
-from nemo_vlm.errors import ConfigError, SampleError
+from nemo_vlm.errors import ConfigError
 from nemo_vlm.inference.settings import MachineConfig
 from nemo_vlm.logs import only_warnings
 from nemo_vlm.script import Parser, choose_device
 
 if TYPE_CHECKING:
-    from nemo_vlm.data.media import Frames
+    from nemo_vlm.inference.generate import Heard
     from nemo_vlm.inference.prompts import Prompt
 
 PICTURE = Path(__file__).resolve().parents[2] / "examples" / "picture.png"
@@ -97,17 +99,19 @@ def ask(question: Question) -> dict[str, Any]:
     """
     from nemo_vlm.inference.answers import answer, sample_of
     from nemo_vlm.inference.laid_out import lay_out
-    from nemo_vlm.inference.prompts import encode_messages
     from nemo_vlm.inference.restore import restore
     from nemo_vlm.inference.settings import DecodingConfig
+    from nemo_vlm.models.messages import encode_messages
 
     model = lay_out(question, {})
-    prompt = prompt_of(question, model.run.model)
+    prompt = as_prompt(question, model.run.model)
     model.check_machine({})
     decoding = DecodingConfig(tokens_to_generate=question.max_new_tokens)
     with restore(model.source, model.run.trainer.precision, model.layout) as restored:
-        sample = sample_of(*encode_messages(prompt, restored), restored)
-        found = answer({0: sample}, restored, decoding, ())[0]
+        encoded = encode_messages(prompt.line["messages"], prompt.images, prompt.videos, restored.processor)
+        sample = sample_of(*encoded, restored)
+        with counted() as heard:
+            found = answer({0: sample}, restored, decoding, (), heard)[0]
         text = found.text(restored.tokenizer)
     return {
         "model_path": question.model_path,
@@ -115,22 +119,36 @@ def ask(question: Question) -> dict[str, Any]:
         "images": list(question.images),
         "videos": list(question.videos),
         "answer": text,
+        "finish_reason": found.finish_reason,
         "token_ids": found.tokens.tolist(),
         "prompt_token_ids": sample.tokens.tolist(),
     }
 
 
-def prompt_of(question: Question, config: LanguageConfig) -> Prompt:
+@contextlib.contextmanager
+def counted() -> Iterator[Heard]:
+    """While an answer is made, how many tokens it has, where stderr is a terminal; stdout may be for programs."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn
+
+    console, columns = Console(stderr=True), (SpinnerColumn(), "{task.completed} tokens")
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("answering", total=None)
+        yield lambda rows: progress.advance(task)
+
+
+def as_prompt(question: Question, config: LanguageConfig) -> Prompt:
     """The question as a line of messages.
 
     Raises:
         ConfigError: an image or a video is missing, or the text places more or fewer.
     """
-    from nemo_vlm.inference.prompts import Prompt, media_of, tagged
+    from nemo_vlm.inference.prompts import Prompt, image_of, video_of
+    from nemo_vlm.models.messages import media_in, tagged
     from nemo_vlm.models.templates import PLACEHOLDERS
 
-    images = [file_of("--image", name) for name in question.images]
-    videos = [video_of(name) for name in question.videos]
+    images = [image_of(None, name, "--image") for name in question.images]
+    videos = [video_of(None, name, "--video") for name in question.videos]
     in_front = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(videos)
     text = tagged(question.prompt, config)
     placed = PLACEHOLDERS.search(text) is not None
@@ -138,33 +156,8 @@ def prompt_of(question: Question, config: LanguageConfig) -> Prompt:
     prompt = Prompt({"messages": [{"role": "user", "content": content}]}, images, videos, "--prompt")
     try:
         if placed:
-            media_of(prompt, text, config)
+            media_in(text, images, videos, config)
     except ConfigError as error:
         right = "give --image and --video once for each, or a text that places none"
         raise ConfigError(f"--prompt: {error}; {right}") from None
     return prompt
-
-
-def file_of(flag: str, name: str) -> Path:
-    """Raises ConfigError where there is no such file."""
-    path = Path(name)
-    if path.is_dir():
-        raise ConfigError(f"{flag}={name}: a folder; must be a file")
-    if not path.is_file():
-        raise ConfigError(f"{flag}={name}: there is no such file" + "; addresses are not read" * ("://" in name))
-    return path
-
-
-def video_of(name: str) -> Path | Frames:
-    """A video's file, or its frames.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    from nemo_vlm.data.media import Folder
-
-    try:
-        video = Folder(Path()).video(name)
-    except SampleError as error:
-        raise ConfigError(f"--video: {error}") from None
-    return file_of("--video", name) if isinstance(video, Path) else video

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import sys
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from PIL import Image
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from nemo_vlm.batch import IGNORE_INDEX, Sample
 from nemo_vlm.data.records import RecordFile
-from nemo_vlm.errors import SampleError
-from nemo_vlm.inference.answers import answer, sample_of, with_bos, write
-from nemo_vlm.inference.laid_out import LaidOut, lay_out, make_folder, share
+from nemo_vlm.errors import ConfigError, SampleError
+from nemo_vlm.files import written_whole
+from nemo_vlm.inference.answers import answer, probabilities, sample_of, tell_of_cut, with_bos, write
+from nemo_vlm.inference.laid_out import LaidOut, lay_out, make_folder, share, writing
 from nemo_vlm.inference.likelihood import choices, log_likelihoods
-from nemo_vlm.inference.restore import Restored, restore
+from nemo_vlm.inference.restore import Restored, restore, terminators
 from nemo_vlm.inference.settings import EvaluateConfig
+from nemo_vlm.inference.speed import Speed, in_words
 from nemo_vlm.models.conversation import turns
 from nemo_vlm.models.images import load_image
 from nemo_vlm.models.templates import PLACEHOLDERS
@@ -32,6 +35,8 @@ from nemo_vlm.models.video import FrameSampling, Video
 log = logging.getLogger(__name__)
 OPEN = "open"  # category of records that name none
 FRAMES, GAP, LINE = FrameSampling(4, None), 6, 28  # of a video in the picture; pixels between two; letters of a title
+EDGE = 512  # pixels of what is shown, at most
+MOST = 600  # letters of a message about records that are left out
 
 
 @dataclass(frozen=True)
@@ -53,22 +58,32 @@ class Evaluation:
         return RecordFile(Path(str(config.data_path)), *folders, "data_path", self.model.run.model.reads_media)
 
     def run(self) -> None:
-        """Write predictions.jsonl and predictions.png, and print the accuracy of every category of records."""
-        records, settings = self.records(), self.config.inference
+        """Write predictions.jsonl, its picture and scores.json, and print the accuracy of every category of records.
+
+        Raises:
+            ConfigError: on the first rank: no record can be asked.
+        """
+        records, settings, speed = self.records(), self.config.inference, Speed()
         with restore(self.model.source, self.model.run.trainer.precision, self.model.layout) as restored:
+            ends = settings.end_strings + terminators(restored.config, restored.data)
 
             def work(batch: range) -> list[dict[str, Any] | str]:
                 given, prompts, rows = self.asked(records, batch, restored)
-                answers = answer(prompts, restored, settings, settings.end_strings + restored.terminators)
+                speed.begin()
+                answers = answer(prompts, restored, settings, ends, speed.hear)
                 chosen = choose(list(given.values()), list(prompts.values()), restored, settings.batch_size)
                 for (number, record), choice in zip(given.items(), chosen, strict=True):
-                    rows[number] = prediction(record, answers[number].text(restored.tokenizer).strip()) | choice
+                    one = answers[number]
+                    row = prediction(record, one.text(restored.tokenizer).strip())
+                    rows[number] = row | {"finish_reason": one.finish_reason} | probabilities(one) | choice
                 return [rows[number] for number in batch]
 
             made = share(len(records), settings.batch_size, work, self.model.layout, "answering")
-            first = torch.distributed.get_rank() == 0
+            told, first = in_words(speed, self.model.layout), torch.distributed.get_rank() == 0
         if first:
             self.report(made, records)
+            sys.stderr.write(f"{told}\n")
+            tell_of_cut([row for row in made if not isinstance(row, str)], settings, restored.config.encoder_seq_length)
 
     def asked(
         self, records: RecordFile, batch: range, restored: Restored
@@ -92,15 +107,18 @@ class Evaluation:
         """
         folder = Path(self.config.output_folder)
         rows = {number: row for number, row in enumerate(made) if not isinstance(row, str)}
-        if left_out := [why for why in made if isinstance(why, str)]:
-            log.warning("%d of %d records are left out; the first: %s", len(left_out), len(made), left_out[0])
-        write(list(rows.values()), folder / "predictions.jsonl", f"output_folder={folder}")
-        draw(rows, records, folder / "predictions.png")
-        commonest = shares_of_commonest(rows.values())
-        for category, accuracy in accuracies(rows.values()).items():
-            kind = "" if category == OPEN else f" ({category})"
-            beside = f" (the most frequent answer: {commonest[category]:.3f})" if category in commonest else ""
-            sys.stdout.write(f"held-out accuracy{kind}: {accuracy:.3f}{beside}\n")
+        if left_out := {number: why for number, why in enumerate(made) if isinstance(why, str)}:
+            reasons = textwrap.shorten("; ".join(f"record {number}: {why}" for number, why in left_out.items()), MOST)
+            if not rows:
+                raise ConfigError(f"data_path={self.config.data_path}: no record can be asked; {reasons}")
+            log.warning("%d of %d records are left out; %s", len(left_out), len(made), reasons)
+        found, key = scores(rows.values()), f"output_folder={folder}"
+        write(list(rows.values()), folder / "predictions.jsonl", key)
+        with writing(key), written_whole(folder / "predictions.png", "wb") as picture:
+            draw(rows, records, picture)
+        with writing(key), written_whole(folder / "scores.json") as file:
+            file.write(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        sys.stdout.writelines(f"{line}\n" for category, score in found.items() for line in in_lines(category, score))
 
 
 def prepare(config: EvaluateConfig, env: Mapping[str, str]) -> Evaluation:
@@ -167,36 +185,46 @@ def expected(record: dict[str, Any]) -> str:
     return (turns(record)[0].answer or "").strip()
 
 
-def accuracies(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Exact matches in each category, the open questions first; and of the likeliest choices."""
-    correct: dict[str, list[bool]] = defaultdict(list)
+def scores(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The scores of each category, the open questions first."""
+    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        correct[row["category"]].append(row["correct"])
-        if "likeliest" in row:
-            correct[f"{row['category']}, likeliest"].append(row["likeliest_correct"])
+        kinds[str(row["category"])].append(row)
+    return {name: score(kinds[name]) for name in sorted(kinds, key=lambda name: (name != OPEN, name))}
+
+
+def score(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Exact matches, what always giving the answer that most questions have would score; of choices, the likeliest."""
+    wanted = Counter((row["expected"] or "").strip() for row in rows)
+    likeliest = [row["likeliest_correct"] for row in rows if "likeliest" in row]
     return {
-        name: sum(correct[name]) / len(correct[name]) for name in sorted(correct, key=lambda name: (name != OPEN, name))
+        "accuracy": sum(row["correct"] for row in rows) / len(rows),
+        "most_frequent": max(wanted.values()) / len(rows),
+        **({"likeliest_accuracy": sum(likeliest) / len(likeliest)} if likeliest else {}),
+        "records": len(rows),
     }
 
 
-def shares_of_commonest(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """What always giving the answer that most questions of a category have would score."""
-    expected: dict[str, Counter[str]] = defaultdict(Counter)
-    for row in rows:
-        expected[row["category"]][(row["expected"] or "").strip()] += 1
-    return {name: max(answers.values()) / answers.total() for name, answers in expected.items()}
+def in_lines(category: str, score: Mapping[str, float]) -> list[str]:
+    """As the terminal has them."""
+    kind = "" if category == OPEN else f" ({category})"
+    beside = f"(the most frequent answer: {score['most_frequent']:.3f})"
+    lines = [f"held-out accuracy{kind}: {score['accuracy']:.3f} {beside}"]
+    if "likeliest_accuracy" in score:
+        lines.append(f"held-out accuracy ({category}, likeliest): {score['likeliest_accuracy']:.3f}")
+    return lines
 
 
 def draw(
     rows: Mapping[int, dict[str, Any]],
-    records: RecordFile,
-    path: Path,
+    records: RecordFile | Mapping[int, dict[str, Any]],
+    file: IO[bytes],
     columns: int = 6,
     lines: int = 4,
 ) -> None:
-    """Some questions without options, with their images and answers: up to a line of mistakes, in red, then right ones.
+    """Some questions without options, with their images and answers: mistakes, in red, then right ones.
 
-    Where they are not all the same question, it is told too.
+    The mistakes fill a line, and what right ones leave. Where they are not all the same question, it is told too.
     """
     import matplotlib
 
@@ -205,20 +233,29 @@ def draw(
 
     opened = [(row, number) for number, row in rows.items() if "likeliest" not in row]
     several = len({asked_of(row) for row, _ in opened}) > 1
-    wrong = [pair for pair in opened if not pair[0]["correct"]][:columns]
-    shown = wrong + [pair for pair in opened if pair[0]["correct"]]
+    right = [pair for pair in opened if pair[0]["correct"]]
+    wrong = [pair for pair in opened if not pair[0]["correct"]][: max(columns, lines * columns - len(right))]
+    shown = (wrong + right)[: lines * columns]
+    lines = max(-(-len(shown) // columns), 1)
     figure, axes = pyplot.subplots(lines, columns, figsize=(2.1 * columns, 2.4 * lines), constrained_layout=True)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, (row, number) in zip(axes.flat[: len(shown)], shown[: axes.size], strict=True):
+    for axis, (row, number) in zip(axes.flat[: len(shown)], shown, strict=True):
         with contextlib.suppress(SampleError):  # a file may belong to a later question
             if (image := picture(records[number])) is not None:
+                image.thumbnail((EDGE, EDGE))
                 axis.imshow(image)
         told = [asked_of(row)] * several + [row["text"]] + [f"(expected: {row['expected']})"] * (not row["correct"])
-        title = "\n".join(textwrap.fill(textwrap.shorten(text, 3 * LINE), LINE) for text in told)
-        axis.set_title(title, fontsize=9, color="black" if row["correct"] else "crimson")
-    figure.savefig(path, dpi=110)
+        title = "\n".join(textwrap.fill(shortened(text, 3 * LINE), LINE) for text in told)
+        axis.set_title(title, fontsize=9, color="black" if row["correct"] else "crimson", parse_math=False)
+    figure.savefig(file, dpi=110)
     pyplot.close(figure)
+
+
+def shortened(text: str, letters: int) -> str:
+    """On one line; textwrap.shorten would leave nothing of a text without spaces."""
+    text = " ".join(text.split())
+    return text if len(text) <= letters else f"{text[: letters - 1]}…"
 
 
 def asked_of(row: dict[str, Any]) -> str:

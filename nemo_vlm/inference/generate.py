@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from nemo_vlm import heartbeat
-from nemo_vlm.batch import Sample, collate
+from nemo_vlm.batch import Batch, Sample, collate
 from nemo_vlm.inference import sampling
 from nemo_vlm.inference.settings import DecodingConfig
-from nemo_vlm.mcore.inference import Forward
 
 BYTES_BESIDE = 4  # of special tokens and broken characters at the borders of what is searched for an end string
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders make of bytes that are no whole character
 
 
 @dataclass(frozen=True)
@@ -25,25 +25,38 @@ class Answer:
     Attributes:
         tokens: [n] int64, the one that ended it included.
         end_string: the end string that these tokens completed; None: EOS or the limit has ended it.
+        finish_reason: "stop" where EOS or an end string has ended it, "length" where its limit has.
         logprob: [n] float32 of its tokens, or None.
         full_logprob: [n, vocab_size] float32, or None.
     """
 
     tokens: Tensor
     end_string: str | None = None
+    finish_reason: Literal["stop", "length"] = "stop"
     logprob: Tensor | None = None
     full_logprob: Tensor | None = None
 
     def text(self, tokenizer: Any) -> str:
-        """Without special tokens, and without the end string."""
+        """Without special tokens, and without the end string, which the last token has completed."""
         if self.end_string is None:
             return tokenizer.decode(self.tokens, skip_special_tokens=True)
-        whole = tokenizer.decode(self.tokens)
-        kept, count = whole[: whole.rfind(self.end_string)], len(self.tokens)
-        while count and len(tokenizer.decode(self.tokens[:count])) > len(kept):
-            count -= 1
-        part_of_token = kept[len(tokenizer.decode(self.tokens[:count])) :]
-        return tokenizer.decode(self.tokens[:count], skip_special_tokens=True) + part_of_token
+        return text_before(self.tokens, completed(self.tokens, self.end_string, tokenizer), tokenizer)
+
+
+def completed(tokens: Tensor, string: str, tokenizer: Any) -> int:
+    """Where in the tokens' text the string stands that the last of them completes; -1: it completes none."""
+    before = tokenizer.decode(tokens[:-1]).rstrip(BROKEN)
+    return tokenizer.decode(tokens).find(string, max(len(before) - len(string) + 1, 0))
+
+
+def text_before(tokens: Tensor, place: int, tokenizer: Any) -> str:
+    """The first `place` characters of the tokens' whole text, less the special tokens there."""
+    count, whole = len(tokens), tokenizer.decode(tokens)
+    while count and len(tokenizer.decode(tokens[:count])) > place:
+        count -= 1
+    special = count < len(tokens) and not tokenizer.decode(tokens[count : count + 1], skip_special_tokens=True)
+    part_of_token = "" if special else whole[len(tokenizer.decode(tokens[:count])) : place]
+    return tokenizer.decode(tokens[:count], skip_special_tokens=True) + part_of_token
 
 
 @dataclass(frozen=True)
@@ -59,8 +72,10 @@ class Ends:
         if not self.strings:
             return None
         most = max(len(string.encode()) for string in self.strings) + BYTES_BESIDE  # a token has a byte at least
-        text = self.tokenizer.decode(tokens[-most:])
-        found = [(text.find(string), -len(string), string) for string in self.strings if string in text]
+        tail = tokens[-most:]
+        text = self.tokenizer.decode(tail)
+        places = {string: completed(tail, string, self.tokenizer) for string in self.strings if string in text}
+        found = [(place, -len(string), string) for string, place in places.items() if place >= 0]
         return min(found)[-1] if found else None
 
 
@@ -80,30 +95,55 @@ class Row:
     logprobs: list[Tensor] = field(default_factory=list)
     end_string: str | None = None
     running: bool = True
+    finish_reason: Literal["stop", "length"] = "length"
 
     def take(self, token: int, ends: Ends, least: int) -> None:
         """The next token, and whether it is the last."""
         self.tokens.append(token)
         if len(self.tokens) > least:
-            self.end_string = ends.string(torch.tensor(self.tokens[least:]))
-        ended = self.end_string is not None or token in ends.stop_ids
-        self.running = not ended and len(self.tokens) < self.limit
+            self.end_string = ends.string(torch.tensor(self.tokens))
+        if self.end_string is not None or token in ends.stop_ids:
+            self.running, self.finish_reason = False, "stop"
+        elif len(self.tokens) == self.limit:
+            self.running = False
+
+
+class Decoder(Protocol):
+    """What takes tokens and gives logits, the same on every rank of a copy: mcore.inference.Forward, or its like."""
+
+    def start(self, batch: Batch, capacity: int) -> tuple[Any, Tensor]:
+        """Read prompts: a cache for rows of so many tokens at most, and the logits [b, vocab_size] of what follows."""
+        ...
+
+    def step(self, cache: Any, tokens: Tensor, longer: Tensor) -> Tensor:
+        """Put one token [b] behind each row, to stay in those that are `longer` [b] bool; [b, vocab_size] as above."""
+        ...
+
+
+Heard = Callable[[Sequence[Row]], None]
+
+
+def unheard(rows: Sequence[Row]) -> None:
+    """Nobody listens."""
 
 
 def generate(
-    forward: Forward,
+    forward: Decoder,
     prompts: Sequence[Sample],
     limits: Sequence[int],
     settings: DecodingConfig,
     ends: Ends,
     numbers: Sequence[int],
+    heard: Heard = unheard,
 ) -> list[Answer]:
     """Continue each prompt.
 
     Args:
         limits: the most tokens for each, 1 or more.
         numbers: of the prompts among all; draws depend on them.
+        heard: is told the rows whenever those that still ran have got a token, first when the prompts are read.
     """
+    assert min(limits) >= 1
     numbered = zip(prompts, numbers, limits, strict=True)
     rows = [Row(prompt.tokens, number, limit) for prompt, number, limit in numbered]
     heartbeat.at("reading prompts")
@@ -116,6 +156,7 @@ def generate(
         for row, token in zip(rows, chosen.tolist(), strict=True):
             if row.running:
                 row.take(token, ends, settings.min_tokens_to_generate)
+        heard(rows)
         running = torch.tensor([row.running for row in rows])
         if not running.any():
             return [answer_of(row, settings) for row in rows]
@@ -167,4 +208,4 @@ def answer_of(row: Row, settings: DecodingConfig) -> Answer:
     logprob = None
     if settings.compute_logprob:
         logprob = full.gather(1, tokens[:, None])[:, 0] if full is not None else torch.cat(row.logprobs)
-    return Answer(tokens, row.end_string, logprob, full)
+    return Answer(tokens, row.end_string, row.finish_reason, logprob, full)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from nemo_vlm import layout as layouts
@@ -127,18 +129,22 @@ def share(
     number, copies = groups.copies(layout)
     mine = batches[number::copies]
     shown = bool(description) and torch.distributed.get_rank() == 0
-    made = {batch.start: work(batch) for batch in track(mine, description, disable=not shown)}
+    progress = track(mine, description, disable=not shown, console=Console(stderr=True))
+    made = {batch.start: work(batch) for batch in progress}
     everything = {start: found for part in groups.from_every_rank(made) for start, found in part.items()}
     return [one for start in sorted(everything) for one in everything[start]]
 
 
 def make_folder(folder: Path, key: str) -> None:
     """Raises ConfigError where it cannot be made."""
-    try:
+    with writing(key):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def writing(key: str) -> Iterator[None]:
+    """Raises ConfigError, which names the key that asked for it, where what is written inside cannot be."""
+    try:
+        yield
     except OSError as error:
-        raise unwritable(key, error) from None
-
-
-def unwritable(key: str, error: OSError) -> ConfigError:
-    return ConfigError(f"{key}: cannot be written ({error.strerror})")
+        raise ConfigError(f"{key}: cannot be written ({error.strerror})") from None

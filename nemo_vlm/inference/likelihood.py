@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +11,7 @@ from torch import Tensor
 from nemo_vlm import heartbeat
 from nemo_vlm.batch import Sample, collate
 from nemo_vlm.mcore.inference import Forward
-from nemo_vlm.models.conversation import turns
-
-OPTION = re.compile(r"^([A-Z])[.:)] *(.+?) *$", re.MULTILINE)  # as in "A. zero"
+from nemo_vlm.models.conversation import options, turns
 
 
 def choices(record: Mapping[str, Any]) -> list[str]:
@@ -26,10 +23,8 @@ def choices(record: Mapping[str, Any]) -> list[str]:
     if isinstance(record.get("choices"), list):
         return [str(choice) for choice in record["choices"]]
     first = turns(record)[0]
-    listed = OPTION.findall(first.question)
-    letters = [letter for letter, _ in listed]
-    found = letters if first.answer in letters else [text for _, text in listed]
-    return found if len(found) > 1 else []
+    _, listed = options(first.question)
+    return list(listed) if first.answer in listed else list(listed.values())
 
 
 def log_likelihoods(forward: Forward, prompts: Sequence[Sample], options: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -18,7 +18,7 @@ from nemo_vlm.batch import IMAGE_TAG, VIDEO_TAG, Sample
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.inference.generate import Answer
 from nemo_vlm.inference.prompts import Prompt, misnamed, named, prompt_of, read_objects, with_placeholder
-from nemo_vlm.inference.restore import Restored
+from nemo_vlm.inference.restore import Restored, terminators
 from nemo_vlm.inference.settings import NevaInferenceConfig
 
 TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
@@ -26,7 +26,7 @@ QUESTIONS = ("prompt", "text", "question")  # fields that may hold it; the first
 
 
 @dataclass(frozen=True)
-class Questions:
+class NevaPrompts:
     """How examples/neva_inference.py reads prompts and writes answers."""
 
     config: NevaInferenceConfig
@@ -82,7 +82,7 @@ class Questions:
         return tokens, media
 
     def end_strings(self, restored: Restored) -> tuple[str, ...]:
-        return self.config.inference.end_strings + restored.terminators
+        return self.config.inference.end_strings + terminators(restored.config, restored.data)
 
     def line(self, prompt: Prompt, sample: Sample, answer: Answer, restored: Restored) -> dict[str, Any]:
         """NeMo's fields beside the line's own, and the answer's ids; the question stays, `text` is the answer."""

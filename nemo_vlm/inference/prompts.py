@@ -3,12 +3,14 @@
 A line is {"prompt": text with <image> and <video> where they go} or {"messages": [{"role", "content"}, ...]}, with
 `image`, a path, or `images`, several, and likewise `video` and `videos`, below the file's folder or image_folder. A
 video is a file, or a folder of its frames, as in data. A message's content is a text, or a list of its parts, of which
-those of images and videos may name their files themselves: {"type": "image", "image": path}.
+those of images and videos may name their files themselves: {"type": "image", "image": path}, {"type": "video", "video":
+path or a list of frames}. How many pixels and frames are seen is the model's: a part cannot say.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +19,16 @@ from typing import Any
 from torch import Tensor
 
 from nemo_vlm.batch import IMAGE_TAG, VIDEO_TAG, Sample
-from nemo_vlm.config import LanguageConfig
 from nemo_vlm.data.forms import MEDIA
 from nemo_vlm.data.media import Folder, Frames, opened
 from nemo_vlm.errors import ConfigError, SampleError
 from nemo_vlm.inference.generate import Answer
 from nemo_vlm.inference.restore import Restored
 from nemo_vlm.inference.settings import AskConfig, GenerateConfig
-from nemo_vlm.models.conversation import chat_text
-from nemo_vlm.models.multimodal import in_order
+from nemo_vlm.models.messages import encode_messages, media_in, tagged
+
+KINDS = "text", *MEDIA  # of the parts of a message
+ADDRESS = re.compile("(?:^|/)(?:https?:/|data:)")
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,12 @@ class RawPrompts:
             ConfigError: the template refuses the messages, or the text speaks of more or fewer than there are.
         """
         if "messages" in prompt.line:
-            return encode_messages(prompt, restored)
+            messages = prompt.line["messages"]
+            return encode_messages(messages, prompt.images, prompt.videos, restored.processor)
         text = tagged(prompt.line["prompt"], restored.config)
         text = with_placeholder(text, IMAGE_TAG, len(prompt.images), self.config)
         text = with_placeholder(text, VIDEO_TAG, len(prompt.videos), self.config)
-        media = media_of(prompt, text, restored.config)
+        media = media_in(text, prompt.images, prompt.videos, restored.config)
         return restored.processor.tokens(text, media), media
 
     def end_strings(self, restored: Restored) -> tuple[str, ...]:
@@ -91,38 +95,6 @@ class RawPrompts:
             "token_ids": answer.tokens.tolist(),
             "prompt_token_ids": sample.tokens.tolist(),
         }
-
-
-def encode_messages(prompt: Prompt, restored: Restored) -> tuple[Tensor, list[Any]]:
-    """As RawPrompts.encode, of a line with messages.
-
-    A chat template that writes BOS itself gets no second one, as in HF's processors.
-    """
-    tokenizer, config = restored.tokenizer, restored.config
-    text = tagged(chat_text(prompt.line["messages"], tokenizer, config.in_text.media_break), config)
-    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    media = media_of(prompt, text, config)
-    return restored.processor.tokens(text, media, add_special_tokens=not has_bos), media
-
-
-def tagged(text: str, config: LanguageConfig) -> str:
-    """The text with <image> and <video> where the model's own placeholders stand, bare or with what is around them."""
-    media = config.in_text
-    text = text.replace(media.image_text, IMAGE_TAG).replace(media.image_token, IMAGE_TAG)
-    if media.video_placeholder == media.image_token:
-        return text
-    return text.replace(media.video_text, VIDEO_TAG).replace(media.video_placeholder, VIDEO_TAG)
-
-
-def media_of(prompt: Prompt, text: str, config: LanguageConfig) -> list[Any]:
-    """A prompt's images and videos as the text speaks of them; of a model that reads text only, all.
-
-    Raises:
-        ConfigError: it speaks of more or fewer.
-    """
-    if not config.reads_media:  # its processor says so
-        return [*prompt.images, *prompt.videos]
-    return in_order(text, prompt.images, prompt.videos)
 
 
 def with_placeholder(text: str, tag: str, count: int, config: AskConfig) -> str:
@@ -173,48 +145,72 @@ def checked(line: Any, folder: Path, called: str) -> Prompt:
     return prompt_of(line, {kind: named(line, kind) or in_messages(line, kind) for kind in MEDIA}, folder, called)
 
 
-def prompt_of(line: dict[str, Any], files: Mapping[str, list[str]], folder: Path, called: str) -> Prompt:
+def prompt_of(line: dict[str, Any], files: Mapping[str, list[Any]], folder: Path, called: str) -> Prompt:
     """The prompt of a line, which has the right form.
 
     Args:
-        files: names of its images ("image") and videos ("video").
+        files: names of its images ("image") and videos ("video"), or lists of those of a video's frames.
     Raises:
         ConfigError: an image or a video is missing.
     """
-    images = [folder / name for name in files["image"]]
-    for image in images:
-        check_file(image, "image", called)
+    images = [image_of(folder, name, called) for name in files["image"]]
     return Prompt(line, images, [video_of(folder, name, called) for name in files["video"]], called)
 
 
-def check_file(path: Path, kind: str, called: str) -> None:
+def check_file(path: Path, kind: str, called: str, where: str) -> None:
     """What is in it is found out later, and costs no other prompt its answer.
 
+    Args:
+        where: files stand, to be told where this does not.
     Raises:
         ConfigError: it is missing.
     """
     try:
         opened(path, kind).close()
     except SampleError as error:
-        missing = f"{path}: the {kind} does not exist; inference.media_base_path says where they stand"
-        raise ConfigError(f"{called}: {missing if error.of_media else error}") from None
+        advice = "; addresses are not read" if ADDRESS.search(str(path)) else where
+        missing = "is a folder, not a file" if path.is_dir() else f"the {kind} does not exist{advice}"
+        raise ConfigError(f"{called}: {f'{path}: {missing}' if error.of_media else error}") from None
     except OSError as error:
         raise ConfigError(f"{called}: {error.strerror}") from None
 
 
-def video_of(folder: Path, name: str, called: str) -> Path | Frames:
-    """A video file, which is not opened, or frames.
+def local(name: str) -> str:
+    """A file's name, which Qwen's examples have as an address."""
+    return name.removeprefix("file://")
 
+
+def image_of(folder: Path | None, name: str, called: str) -> Path:
+    """An image's file; see video_of."""
+    path = (folder or Path()) / local(name)
+    check_file(path, "image", called, advice_on(folder))
+    return path
+
+
+def video_of(folder: Path | None, name: str | list[str], called: str) -> Path | Frames:
+    """A video's file, or frames.
+
+    Args:
+        folder: where it stands, which is the settings' affair; None: names are paths.
+        called: what messages call it.
     Raises:
         ConfigError: there is neither.
     """
+    place = folder or Path()
     try:
-        video = Folder(folder).video(name)
+        if isinstance(name, list):
+            video: Path | Frames = Frames(tuple(place / local(frame) for frame in name))
+        else:
+            video = Folder(place).video(local(name))
     except SampleError as error:
         raise ConfigError(f"{called}: {error}") from None
-    if isinstance(video, Path):
-        check_file(video, "video", called)
+    for file in [video] if isinstance(video, Path) else video.files:
+        check_file(file, "video", called, advice_on(folder))
     return video
+
+
+def advice_on(folder: Path | None) -> str:
+    return "" if folder is None else "; inference.media_base_path says where they stand"
 
 
 def named(line: Mapping[str, Any], kind: str) -> list[str]:
@@ -223,11 +219,15 @@ def named(line: Mapping[str, Any], kind: str) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def in_messages(line: Mapping[str, Any], kind: str) -> list[str]:
-    """Those that parts of its messages name, as in Qwen's examples."""
+def in_messages(line: Mapping[str, Any], kind: str) -> list[Any]:
+    """Those that parts of its messages name, as in Qwen's examples; a video may be a list of its frames."""
+    return [part[kind] for part in parts_of(line) if kind_of(part) == kind and part.get(kind) is not None]
+
+
+def parts_of(line: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of those of its messages that consist of parts."""
     contents = [message["content"] for message in line.get("messages", ())]
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return [part[kind].removeprefix("file://") for part in parts if isinstance(part.get(kind), str)]
+    return [part for content in contents if isinstance(content, list) for part in content]
 
 
 def misnamed(line: Mapping[str, Any]) -> str | None:
@@ -251,12 +251,46 @@ def fault(line: Any) -> str | None:
     if "messages" in line and not (isinstance(line["messages"], list) and line["messages"]):
         return "'messages' must be a list"
     if not all(is_message(message) for message in line.get("messages", [])):
-        return "each of 'messages' needs 'role', a text, and 'content', a text or a list of parts"
-    return misnamed(line)
+        return (
+            "each of 'messages' needs 'role', a text, and 'content', a text or a list of parts: texts, images, videos"
+        )
+    if problem := misnamed(line) or unheeded(line):
+        return problem
+    twice = [kind for kind in MEDIA if named(line, kind) and in_messages(line, kind)]
+    return f"'{twice[0]}' stands beside 'messages' and in them" if twice else None
 
 
 def is_message(message: Any) -> bool:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     content = message.get("content")
-    return isinstance(content, str) or (isinstance(content, list) and all(isinstance(part, dict) for part in content))
+    return isinstance(content, str) or (isinstance(content, list) and all(is_part(part) for part in content))
+
+
+def is_part(part: Any) -> bool:
+    """A text, or an image or a video, named there or beside the messages."""
+    kind = kind_of(part)
+    if kind is None:
+        return False
+    if kind == "text":
+        return isinstance(part.get("text"), str)
+    given = part.get(kind)
+    in_frames = kind == "video" and isinstance(given, list) and all(isinstance(frame, str) for frame in given)
+    return isinstance(given, str | None) or (in_frames and bool(given))
+
+
+def kind_of(part: Any) -> str | None:
+    """What a part of a message is, one of KINDS; None: none of them."""
+    if not isinstance(part, dict):
+        return None
+    kind = part.get("type") or next((kind for kind in KINDS if kind in part), None)
+    return kind if kind in KINDS else None
+
+
+def unheeded(line: Mapping[str, Any]) -> str | None:
+    """What a part of its messages says that nothing here would heed."""
+    for part in parts_of(line):
+        if more := sorted(part.keys() - {"type", kind_of(part)}):
+            settled = "pixels and frames are as in training (model.data.max_pixels, video_fps, num_frames, ...)"
+            return f"a part of 'messages' has '{more[0]}' beside '{kind_of(part)}'; {settled}"
+    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_vlm.config import DataConfig, LanguageConfig, StepConfig, TokenizerConfig
+from nemo_vlm.config import DataConfig, LanguageConfig, StepConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout, one_process
 from nemo_vlm.mcore import cpu, groups, weights
@@ -21,13 +20,10 @@ from nemo_vlm.mcore.config import DTYPES, context
 from nemo_vlm.mcore.engine import StageModule, materialize
 from nemo_vlm.mcore.inference import Forward
 from nemo_vlm.models.base import Processor, family
-from nemo_vlm.models.chat import chat_template, ends_of_answers
 from nemo_vlm.models.templates import EOS, template_of
 from nemo_vlm.sources.source import Source
-from nemo_vlm.sources.tokenizers import load_tokenizer
+from nemo_vlm.sources.tokenizers import stop_ids, tokenizer_of
 
-GENERATION = "generation_config.json"  # Hugging Face's defaults of generation, of which the EOS count here
-CHAT = "chat_template.json"  # where transformers 4 kept the template of a processor
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 
 
@@ -47,11 +43,11 @@ class Restored:
     tokenizer: Any
     stop_ids: set[int]
 
-    @property
-    def terminators(self) -> tuple[str, ...]:
-        """What stands behind an answer in the conversation template, where that is not EOS."""
-        _, after = template_of(self.config, self.data).around_answer
-        return () if EOS in after else (after,)
+
+def terminators(config: LanguageConfig, data: DataConfig) -> tuple[str, ...]:
+    """What stands behind an answer in the conversation template, where that is not EOS."""
+    _, after = template_of(config, data).around_answer
+    return () if EOS in after else (after,)
 
 
 @contextlib.contextmanager
@@ -138,30 +134,3 @@ def join() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = cpu.BACKENDS[cpu.device().type]
     torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30))
-
-
-def tokenizer_of(source: Source) -> Any:
-    """Where it has no chat template: with that of the processor, or of the run that trained the model."""
-    if source.tokenizer is None:
-        raise ConfigError(f"{source}: holds no tokenizer")
-    tokenizer = load_tokenizer(TokenizerConfig(source.tokenizer))
-    if tokenizer.chat_template is None and CHAT in source.files:
-        tokenizer.chat_template = read_json(source, CHAT)["chat_template"]
-    if tokenizer.chat_template is None and "conv_template" in source.tree.get("data", {}):
-        tokenizer.chat_template = chat_template(source.model, source.settings["data"], with_bos=True)
-    return tokenizer
-
-
-def stop_ids(source: Source, tokenizer: Any) -> set[int]:
-    """The EOS of the checkpoint's generation_config.json, as transformers' generate, else of tokenizer and template."""
-    eos = read_json(source, GENERATION).get("eos_token_id") if GENERATION in source.files else None
-    found = eos if isinstance(eos, list) else [eos]
-    given = {token for token in found if token is not None}
-    return given or {tokenizer.eos_token_id, *ends_of_answers(source.model, source.settings["data"], tokenizer)}
-
-
-def read_json(source: Source, name: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(source.files[name].bytes()))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{source}: {name} is damaged ({error!r})") from None

@@ -16,7 +16,7 @@ from nemo_vlm.errors import ConfigError, SampleError
 from nemo_vlm.inference import evaluate
 from nemo_vlm.inference.answers import answer, sample_of
 from nemo_vlm.inference.laid_out import lay_out
-from nemo_vlm.inference.restore import Restored, restore
+from nemo_vlm.inference.restore import Restored, restore, terminators
 from nemo_vlm.inference.settings import DecodingConfig, EvaluateConfig, GenerateConfig, MachineConfig
 from nemo_vlm.models.images import image_size
 from nemo_vlm.models.video import Video, frame_size
@@ -47,7 +47,8 @@ def show(run: RunConfig) -> None:
     with restore(model.source, model.run.trainer.precision, model.layout) as restored:
         asked = [restored.processor.tokens(text, []) if plain else question(text, restored) for text in prompts]
         samples = {number: sample_of(tokens, [], restored) for number, tokens in enumerate(asked)}
-        found = answer(samples, restored, config.inference, () if plain else restored.terminators)
+        ends = () if plain else terminators(restored.config, restored.data)
+        found = answer(samples, restored, config.inference, ends)
     for number, prompt in enumerate(prompts):
         text = found[number].text(restored.tokenizer)
         sys.stdout.write(f"\n--- {prompt!r}\n{text.strip()}\n")

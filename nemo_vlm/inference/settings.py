@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -51,13 +52,13 @@ class DecodingConfig:
             demand(value >= least, f"inference.{name}", value, f"{least} or more")
         demand(self.batch_size > 0, "inference.batch_size", self.batch_size, "1 or more")
         demand(0 < self.top_p <= 1, "inference.top_p", self.top_p, "above 0, and 1 at most (which turns it off)")
-        demand(
-            self.temperature > 0,
-            "inference.temperature",
-            self.temperature,
-            "above 0; inference.greedy=true draws nothing",
-        )
-        demand(self.repetition_penalty > 0, "inference.repetition_penalty", self.repetition_penalty, "above 0")
+        finite = "above 0 and finite"
+        told = f"{finite}; inference.greedy=true draws nothing"
+        demand(0 < self.temperature < inf, "inference.temperature", self.temperature, told)
+        demand(0 < self.repetition_penalty < inf, "inference.repetition_penalty", self.repetition_penalty, finite)
+        if "" in self.end_strings:
+            given = list(self.end_strings)
+            raise ConfigError(f"inference.end_strings={given}: an empty one would end every answer at once")
         most = self.tokens_to_generate
         demand(
             self.min_tokens_to_generate <= most,
@@ -110,6 +111,9 @@ class GenerateConfig(AskConfig):
         for key in ("image", "video"):
             if (given := getattr(self, key)) is not None and self.prompt is None:
                 raise ConfigError(f"{key}={given}: goes with prompt=TEXT; a line of prompt_file names its own")
+        for name in ("compute_logprob", "all_probs"):
+            if getattr(self.inference, name) and self.prompt is not None and self.output_file is None:
+                raise ConfigError(f"inference.{name}=true: goes with output_file=LINES.jsonl; the terminal shows texts")
         check_layout(self.model)
 
     @property
@@ -235,7 +239,7 @@ class EvaluateConfig:
     data_path: str | None = None  # LLaVA JSON or JSONL
     image_folder: str | None = None  # null: beside the file
     video_folder: str | None = None
-    output_folder: str = "."  # for predictions.jsonl and predictions.png
+    output_folder: str = "."  # for predictions.jsonl, predictions.png and scores.json
     trainer: MachineConfig = field(default_factory=MachineConfig)
     model: ParallelConfig = field(default_factory=ParallelConfig)  # the layout
     inference: DecodingConfig = field(default_factory=DecodingConfig)
@@ -244,6 +248,9 @@ class EvaluateConfig:
         for key in ("neva_model_file", "data_path"):
             if getattr(self, key) is None:
                 raise ConfigError(f"{key}=null: give the {'model' if key == 'neva_model_file' else 'questions'}")
+        for key in ("insert_media_token", "insert_image_token", "media_type"):
+            if (given := getattr(self.inference, key)) != getattr(DecodingConfig, key):
+                raise ConfigError(f"inference.{key}={given}: a record of data_path says itself where its images stand")
         check_layout(self.model)
 
     @property
