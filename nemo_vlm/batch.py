@@ -66,6 +66,7 @@ class Batch:
         labels: [b, s] int64, already shifted: the token to be predicted at each position, or IGNORE_INDEX.
         lengths: [samples] int64, on the CPU: tokens of each sample.
         records: [samples] int64, the number of each sample's record in the data.
+        views: [samples] int64, on the CPU: how many of the images are each sample's.
         skipped: records of which no sample could be made; an empty one stands for each.
         loss_weight: [] on the CPU, what its loss weighs in a training step, where the model's routers ask for it.
     """
@@ -75,6 +76,7 @@ class Batch:
     lengths: Tensor
     images: Images
     records: Tensor
+    views: Tensor
     skipped: tuple[Skip, ...] = ()
     loss_weight: Tensor | None = None
 
@@ -94,6 +96,14 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         tokens, labels = (tensor.to(device, non_blocking=True) for tensor in (self.tokens, self.labels))
         return replace(self, tokens=tokens, labels=labels, images=self.images.to(device))
+
+    def rows(self, kept: Tensor) -> Batch:
+        """Those rows [b] bool of a padded batch, as wide as it was, with their images."""
+        views = kept.repeat_interleave(self.views)
+        patches = views.repeat_interleave(self.images.image_grid_thw.prod(1))
+        images = Images(self.images.pixel_values[patches], self.images.image_grid_thw[views])
+        named = {name: getattr(self, name)[kept] for name in ("tokens", "labels", "lengths", "records", "views")}
+        return replace(self, images=images if len(images) else Images(), **named)
 
     def counts(self) -> Tensor:
         """[6] float64: tokens, positions with padding, sum of squared lengths; patches, sum of their squared numbers in
@@ -172,5 +182,6 @@ def batch_of(samples: list[Sample], tokens: Tensor, labels: Tensor) -> Batch:
         torch.tensor([len(sample.tokens) for sample in samples]),
         join(sample.images for sample in samples),
         torch.tensor([sample.record for sample in samples]),
+        torch.tensor([len(sample.images) for sample in samples]),
         tuple((sample.record, sample.skipped) for sample in samples if sample.skipped),
     )

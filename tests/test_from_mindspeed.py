@@ -478,9 +478,13 @@ def test_pais_run_starts_at_tiny_size(tmp_path: Path) -> None:
     line = "qwen2_vl dsw 7B 1 2 1e-5 1e-6 256 256 bf16 2 1 1 true false true false 2 wds wds none 2 0 out"
     words = words_of(translate(line.split(), {}, tokenizer=tokenizer(tmp_path / "tokenizer"))[0])
     tiny = ("model=qwen2_vl_tiny", "model.attention_backend=auto", "model.data.num_workers=0")
-    rows = started(words, tmp_path, *tiny, "trainer.val_check_interval=2")
+    tiny += ("trainer.val_check_interval=2", "model.data.eval_samples=1", "model.data.eval_tokens=2")
+    rows = started(words, tmp_path, *tiny)
     assert [row["consumed_samples"] for row in rows] == ["2", "4"]
     assert [row["visual_tokens"] for row in rows] == ["12.0", "12.0"] and rows[1]["val_loss"]
+    assert [row["val_accuracy"] for row in rows] == ["", "0.0"]
+    (answers,) = tmp_path.rglob("val_answers.jsonl")
+    assert json.loads(answers.read_text())["expected"] == "It is blue."
 
 
 def test_the_documentation_has_the_tables_and_the_line_of_its_example(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from nemo_vlm.errors import ConfigError
 # What a run on .bin/.idx files would not look at; the template, its system message and how images and videos are seen
 # are for asking the model later
 OF_RECORDS = (
-    *("packing", "validation_split", "too_long"),
+    *("packing", "validation_split", "eval_samples", "eval_tokens", "too_long"),
     *("max_visual_tokens", "max_visual_tokens_per_micro_batch", "balance_visual_tokens"),
 )
 OF_JSON = ("datasets_exclude", "image_folder", "video_folder")  # of records that are not in tars, with their images
@@ -54,6 +54,10 @@ class DataConfig:
     train_tokens: int | None = None
     validation_split: float = 0.0  # this share of the records is not trained on, and validates
     validation_path: str | tuple[str, ...] | None = None  # or these files do; their images stand where the others do
+    # So many of the records that validate are also answered at each validation, greedily: val_accuracy, the share that
+    # is exactly right
+    eval_samples: int = 0
+    eval_tokens: int = 64  # of each answer at most; each costs a pass over all that is before it
     splits_string: str | None = None  # of .bin/.idx: shares of the documents that train and validate; null: 99,1,0
     # data_impl=mmap: each document of a sample sees only itself, with positions from 0 on; both or none of them
     reset_attention_mask: bool = False
@@ -63,7 +67,9 @@ class DataConfig:
     # the 100th on (the 8th, while none could be used), it may be as many more as chance makes of it
     max_skip_fraction: float = 0.01
     # a demo data set that is written on first use
-    prepare: Literal["digits", "digit_pairs", "digit_captions", "docstrings", "docstring_questions"] | None = None
+    prepare: (
+        Literal["digits", "digit_pairs", "digit_captions", "docstrings", "docstring_questions", "word_kinds"] | None
+    ) = None
     # how conversations are written; v1_fork is the guide's fork's v1; null: as the family's own chat template has it
     conv_template: (
         Literal[
@@ -143,6 +149,8 @@ class DataConfig:
         demand(
             0 <= self.validation_split < 1, "model.data.validation_split", self.validation_split, "from 0 to below 1"
         )
+        demand(self.eval_samples >= 0, "model.data.eval_samples", self.eval_samples, "0 or more")
+        demand(self.eval_tokens > 0, "model.data.eval_tokens", self.eval_tokens, "1 or more")
         if self.validation_split and self.validation_path:
             raise ConfigError("model.data.validation_split: model.data.validation_path is given too; give one of them")
         self._check_visual()

@@ -11,7 +11,14 @@ from nemo_vlm.errors import ConfigError
 LOGGERS = "there are create_tensorboard_logger, create_wandb_logger and create_mlflow_logger"
 OWN_TIME = "train_step_timing in metrics.csv is each step's own time, on the first rank's clock"
 AVERAGES = "averages of the weights are not kept; leave it out"
-Metric = Literal["global_step", "step", "reduced_train_loss", "val_loss", "grad_norm"]  # columns of metrics.csv
+OF_VALIDATION = ("val_loss", "val_accuracy")  # columns of metrics.csv that only a step with a validation has
+MAXIMA = ("global_step", "val_accuracy")  # and those that are better when they are higher
+Metric = Literal["global_step", "step", "reduced_train_loss", "val_loss", "val_accuracy", "grad_norm"]
+
+
+def direction(monitor: str) -> str:
+    """In which a metric gets better."""
+    return "max" if monitor in MAXIMA else "min"
 
 
 @dataclass(frozen=True)
@@ -82,12 +89,12 @@ class EmaConfig:
 class EarlyStoppingConfig:
     """`exp_manager.early_stopping_callback_params.*`, as Lightning's EarlyStopping: when a run that stands still ends.
 
-    A metric is judged in each step that has one: val_loss after each validation, the others always but where the step
-    was skipped (an overflow under 16-mixed), which says nothing of the model.
+    A metric is judged in each step that has one: val_loss and val_accuracy after each validation, the others always but
+    where the step was skipped (an overflow under 16-mixed), which says nothing of the model.
     """
 
-    monitor: Literal["reduced_train_loss", "val_loss", "grad_norm"] = "val_loss"
-    mode: Literal["min", "max"] = "min"
+    monitor: Literal["reduced_train_loss", "val_loss", "val_accuracy", "grad_norm"] = "val_loss"
+    mode: Literal["min", "max"] | None = None  # null: max of val_accuracy, min of the others
     min_delta: float = 0.001  # a smaller change is none
     patience: int = 10  # so many metrics in a row that were no better end the run
     check_finite: bool = True  # NaN and infinity end it at once
@@ -101,6 +108,7 @@ class EarlyStoppingConfig:
     def __post_init__(self) -> None:
         key = "exp_manager.early_stopping_callback_params"
         refuse_others(self, key)
+        fill(self, mode=direction(self.monitor))
         demand(self.patience > 0, f"{key}.patience", self.patience, "1 or more")
         demand(self.min_delta >= 0, f"{key}.min_delta", self.min_delta, "0 or more")
 
@@ -111,12 +119,12 @@ class CheckpointConfig:
 
     dirpath: str | None = None  # null: checkpoints/ in the run's folder
     # Each of the next four asks for checkpoints; where none does, the last step's is written, and with
-    # monitor=val_loss one after each validation.
+    # monitor=val_loss or val_accuracy one after each validation.
     every_n_train_steps: int | None = None
     every_n_epochs: int | None = None
     train_time_interval: str | None = None  # DD:HH:MM:SS between two checkpoints
     monitor: Metric = "global_step"  # a column of metrics.csv; step is NeMo's name for global_step
-    mode: Literal["min", "max"] | None = None  # null: max of global_step, min of the others
+    mode: Literal["min", "max"] | None = None  # null: max of global_step and val_accuracy, min of the others
     save_top_k: int = 3  # the best by `monitor` are kept, the newest always; -1: all
     save_optimizer: bool = True
     save_rng: bool = True
@@ -143,7 +151,7 @@ class CheckpointConfig:
             demand(every is None or every > 0, f"{key}.{name}", every, "1 or more, or null")
         if self.monitor == "step":
             object.__setattr__(self, "monitor", "global_step")
-        fill(self, mode="max" if self.monitor == "global_step" else "min")
+        fill(self, mode=direction(self.monitor))
         demand(self.save_top_k >= -1, f"{key}.save_top_k", self.save_top_k, "-1 (all) or more")
         seconds(f"{key}.train_time_interval", self.train_time_interval)
         demand(self.postfix.endswith(".nemo"), f"{key}.postfix", self.postfix, "a name that ends with .nemo")
@@ -158,7 +166,7 @@ class CheckpointConfig:
     def at_validations(self) -> bool:
         """Whether each validation is followed by a checkpoint."""
         asked = (self.every_n_train_steps, self.every_n_epochs, self.train_time_interval)
-        return self.monitor == "val_loss" and asked == (None, None, None)
+        return self.monitor in OF_VALIDATION and asked == (None, None, None)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
 from nemo_vlm import heartbeat
@@ -93,7 +96,7 @@ class Engine:
         reduce_dtype: torch.dtype = torch.float32,
         has_adapters: bool = False,
     ) -> None:
-        self.loss_function = loss_function
+        self.loss_function, self.vocab_size = loss_function, vocab_size
         self.regions = [weights.regions(chunk, vocab_size) for chunk in chunks]  # before they are moved
         self.kept = [
             {name: self.regions[i][name] for name, p in chunk.named_parameters() if p.requires_grad or not has_adapters}
@@ -120,27 +123,50 @@ class Engine:
         return StepResult(loss, self.updater.update(), tuple(counts), loads)
 
     def evaluate(self, micro_batches: list[Batch], loss_function: LossFunction) -> tuple[float, ...]:
-        """A loss function's two sums over a global batch, and Batch.counts of it.
+        """A loss function's two sums over a global batch, and Batch.counts of it."""
+        with self.evaluation():
+            return self._run(micro_batches, loss_function, forward_only=True)
 
-        Nothing changes: no weight, gradient or random state.
+    def logits(self, micro_batches: list[Batch]) -> Tensor:
+        """Of what follows each row of padded micro-batches, [rows, vocab_size] float32, on every rank of the copy.
+
+        To be called inside `evaluation`.
         """
+        outputs = self._schedule(self._forward_last, micro_batches, forward_only=True)
+        count = sum(len(batch.tokens) for batch in micro_batches)
+        logits = torch.empty(count, self.vocab_size, device=cpu.device())
+        if outputs:
+            whole = gather_from_tensor_model_parallel_region(torch.cat(outputs).float())
+            logits.copy_(whole[:, : self.vocab_size])
+        return groups.from_last_stage(logits)
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Around forward passes by which nothing changes: no weight, gradient or random state."""
         modules = [module for stage in self.updater.modules for module in stage.modules() if module.training]
         for module in modules:
             module.training = False
-        with torch.no_grad(), self.updater.evaluation():
-            sums = self._run(micro_batches, loss_function, forward_only=True)
-        for module in modules:
-            module.training = True
-        return sums
+        try:
+            with torch.no_grad(), self.updater.evaluation():
+                yield
+        finally:
+            for module in modules:
+                module.training = True
 
     def _run(
         self, micro_batches: list[Batch], loss_function: LossFunction, forward_only: bool = False
     ) -> tuple[float, ...]:
         """The loss function's two sums over the global batch, and Batch.counts of it."""
+        reports = self._schedule(partial(self._forward, loss_function), micro_batches, forward_only)
+        none = torch.zeros(2 + NUM_COUNTS, dtype=torch.float64, device=cpu.device())
+        return tuple(groups.sum_over_data(sum(reports, none)).tolist())
+
+    def _schedule(self, forward_step: Callable, micro_batches: list[Batch], forward_only: bool) -> list[Tensor]:
+        """What the last stage has made of each micro-batch; nothing on the others."""
         modules = self.updater.modules
         batches = [iter(micro_batches) for _ in modules]
-        reports = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, loss_function),
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
             data_iterator=batches if len(modules) > 1 else batches[0],
             model=modules,
             num_microbatches=len(micro_batches),
@@ -148,8 +174,14 @@ class Engine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        total = sum(reports) if reports else torch.zeros(2 + NUM_COUNTS, dtype=torch.float64)
-        return tuple(groups.sum_over_data(total.to(cpu.device())).tolist())
+
+    def _forward_last(self, micro_batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, None]:
+        batch = next(micro_batches).to(cpu.device())
+        output = model(batch)
+        if get_attr_wrapped_model(model, "post_process"):
+            rows = torch.arange(len(batch.tokens), device=output.device)
+            output = output[rows, batch.lengths.to(output.device) - 1]
+        return output, None
 
     def _forward(
         self, loss_function: LossFunction, micro_batches: Iterator[Batch], model: nn.Module

@@ -118,10 +118,12 @@ class FullySharded:
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
         """A backward pass would give back the gathered weights that the forward pass keeps."""
-        yield
-        for module in self.stage.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        try:
+            yield
+        finally:
+            for module in self.stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def local_weights(self, chunk: int) -> list[tuple[str, int, Tensor]]:
         return [(name, first_element(p), local(p.data)) for name, p in self.stage.model.named_parameters()]

@@ -122,9 +122,11 @@ class Replicated:
         gathering = [module for module in self.modules if module.ddp_config.overlap_param_gather]
         for module in gathering:
             module.disable_forward_pre_hook()
-        yield
-        for module in gathering:
-            module.enable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for module in gathering:
+                module.enable_forward_pre_hook()
 
     def local_weights(self, chunk: int) -> list[tuple[str, int, Tensor]]:
         module = self.modules[chunk]

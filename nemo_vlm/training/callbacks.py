@@ -18,6 +18,7 @@ from nemo_vlm import heartbeat
 from nemo_vlm.archive import TOKENIZER, self_contained, write_archive
 from nemo_vlm.checkpoints import run_folder
 from nemo_vlm.config import RunConfig, seconds
+from nemo_vlm.config.exp_manager import OF_VALIDATION
 from nemo_vlm.formats.safetensors import TensorSpec
 from nemo_vlm.mcore import groups, weights
 from nemo_vlm.parallel import rank
@@ -44,7 +45,7 @@ class Progress(TQDMProgressBar):
             "loss": f"{latest['reduced_train_loss']:.4f}",
             "s/step": f"{seconds:.3f}",
             "samples/s": f"{samples:.1f}",
-        } | ({"val_loss": f"{latest['val_loss']:.4f}"} if "val_loss" in latest else {})
+        } | {name: f"{latest[name]:.4f}" for name in OF_VALIDATION if name in latest}
 
 
 class EndAtOnce(Callback):
@@ -216,31 +217,38 @@ class Curves(Callback):
 
 @rank_zero_only
 def draw_curves(folder: Path) -> None:
-    """loss.png from metrics.csv: losses, learning rate and gradient norm over the steps."""
+    """loss.png from metrics.csv: losses, learning rate and gradient norm over the steps, and accuracy where it is."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = read_rows(folder / "metrics.csv")
-    figure, axes = pyplot.subplots(3, 1, figsize=(8, 9), sharex=True, constrained_layout=True)
-    validated = [row for row in rows if row["val_loss"]]
     titles = {"reduced_train_loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm"}
-    for axis, (column, title) in zip(axes, titles.items(), strict=True):
-        axis.plot(
-            [int(row["global_step"]) for row in rows],
-            [float(row[column]) for row in rows],
-            linewidth=1,
-        )
+    answered = any(row["val_accuracy"] for row in rows)
+    count = len(titles) + answered
+    figure, axes = pyplot.subplots(count, 1, figsize=(8, 3 * count), sharex=True, constrained_layout=True)
+    for axis, (column, title) in zip(axes[: len(titles)], titles.items(), strict=True):
+        axis.plot(*points(rows, column), linewidth=1)
         axis.set_ylabel(title)
-        axis.grid(alpha=0.3)
         if column != "lr":
             axis.set_yscale("log")
-    if validated:
-        steps, losses = zip(*((int(row["global_step"]), float(row["val_loss"])) for row in validated), strict=True)
-        axes[0].plot(steps, losses, "o-", markersize=3, label="validation")
+    validated = points(rows, "val_loss")
+    if validated[0]:
+        axes[0].plot(*validated, "o-", markersize=3, label="validation")
         axes[0].legend()
+    if answered:
+        axes[-1].plot(*points(rows, "val_accuracy"), "o-", markersize=3)
+        axes[-1].set_ylabel("validation's accuracy")
+    for axis in axes:
+        axis.grid(alpha=0.3)
     axes[0].set_title(folder.name)
     axes[-1].set_xlabel("step")
     figure.savefig(folder / "loss.png", dpi=120)
     pyplot.close(figure)
+
+
+def points(rows: list[dict[str, str]], column: str) -> tuple[list[int], list[float]]:
+    """The steps that have such a value, and the values."""
+    found = [row for row in rows if row[column]]
+    return [int(row["global_step"]) for row in found], [float(row[column]) for row in found]

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nemo_vlm.config import EarlyStoppingConfig
+from nemo_vlm.config.exp_manager import OF_VALIDATION
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def after_step(
     stopping: dict[str, Any], metrics: dict[str, float], skipped: bool, config: EarlyStoppingConfig
 ) -> dict[str, Any]:
     """What is remembered after a step; of one that was skipped only its validation says anything of the model."""
-    if config.monitor not in metrics or (skipped and config.monitor != "val_loss"):
+    if config.monitor not in metrics or (skipped and config.monitor not in OF_VALIDATION):
         return stopping
     return judge(stopping, metrics[config.monitor], config)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import logging
 import shlex
 import shutil
@@ -39,6 +40,7 @@ COLUMNS = (
     "world_size",
     "reduced_train_loss",
     "val_loss",
+    "val_accuracy",
     "lr",
     "grad_norm",
     "train_step_timing in s",
@@ -53,7 +55,10 @@ COLUMNS = (
     "skipped_steps",
     "loss_scale",
 )
-OF_ONE_RUN = ("metrics.csv", "skipped_samples.jsonl", "checkpoints", "loss.png", "experts.png", "tensorboard/*")
+OF_ONE_RUN = (
+    *("metrics.csv", "skipped_samples.jsonl", "checkpoints", "loss.png", "experts.png", "tensorboard/*"),
+    *("val_answers.jsonl", "val_answers.png"),
+)
 ABOUT = ("config.yaml", "git-info.log")  # written anew by each start
 RESERVED = (*OF_ONE_RUN, *ABOUT, "cmd-args.log", "nemo_log_*", "tensorboard", "mlruns", "wandb", "run_*")
 
@@ -181,7 +186,7 @@ def set_aside(folder: Path, left: list[Path], start: str) -> None:
 
 
 def go_on(folder: Path, checkpoint: Path) -> None:
-    """Drop what lies beyond the checkpoint: later ones, and rows of metrics.csv."""
+    """Drop what lies beyond the checkpoint: later ones, rows of metrics.csv, and answers."""
     step = checkpoints.step_of(checkpoint)
     later = [path for path in checkpoints.complete(checkpoint.parent) if checkpoints.step_of(path) > step]
     if later:
@@ -189,6 +194,10 @@ def go_on(folder: Path, checkpoint: Path) -> None:
     for path in later:
         checkpoints.remove(path)
     metrics = folder / "metrics.csv"
+    answers = folder / "val_answers.jsonl"
+    if answers.exists() and json.loads(answers.read_bytes().splitlines()[0])["global_step"] > step:
+        for path in folder.glob("val_answers.*"):
+            path.unlink()
     rows = [row for row in read_rows(metrics) if int(row["global_step"]) <= step]
     with written_whole(metrics) as file:
         writer = csv.DictWriter(file, COLUMNS)

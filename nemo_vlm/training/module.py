@@ -28,6 +28,7 @@ from nemo_vlm.training import durations, early_stopping, expert_loads, saving, s
 from nemo_vlm.training.build import build_engine
 from nemo_vlm.training.exp_manager import MetricsFile, Opened, begin
 from nemo_vlm.training.schedules import learning_rate
+from nemo_vlm.training.val_answers import Questions
 from nemo_vlm.training.validation import Validation, validates
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class TrainingModule(pl.LightningModule):
         self.position = Position()
         self.batch_size, self.last_time, self.skipped = 0, 0.0, False
         self.validation: Validation | None = None
+        self.questions: Questions | None = None  # of the validation
         self.experts: ExpertLoads | None = None  # the last step's
         self.faults: list[str] = []
 
@@ -106,6 +108,8 @@ class TrainingModule(pl.LightningModule):
         if plan.validation is not None and validates(self.run, plan.validation):
             epoch = len(plan.dataset)
             self.validation = Validation(self.run, plan.layout, share, plan.validation, epoch)
+            if self.run.data.eval_samples:
+                self.questions = Questions(self.run, plan.layout, share, plan.validation, self.trainer.loggers)
         self.last_time = time.perf_counter()
 
     def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
@@ -126,6 +130,8 @@ class TrainingModule(pl.LightningModule):
         position.metrics = self._row(result, lr, now - self.last_time) | self._visual_load(micro_batches)
         if self.validation is not None and self.validation.due(position):
             position.metrics["val_loss"] = self.validation.loss(self.engine)
+            if self.questions is not None:
+                position.metrics["val_accuracy"] = self.questions.accuracy(self.engine, position.global_step)
             now = time.perf_counter()  # validation is no part of the next step
         self.last_time = now
         self._log()

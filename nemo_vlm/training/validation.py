@@ -5,21 +5,24 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from nemo_vlm import heartbeat
 from nemo_vlm.checkpoints import Position, run_folder
 from nemo_vlm.config import RunConfig
+from nemo_vlm.config.exp_manager import OF_VALIDATION
 from nemo_vlm.data.dataset import Samples
 from nemo_vlm.data.loader import Share, validation_loader
+from nemo_vlm.data.records import RecordDataset
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore.engine import Engine
 from nemo_vlm.training import skips
 from nemo_vlm.training.durations import validation_batches, validation_interval
 from nemo_vlm.training.loss import token_mean
+from nemo_vlm.training.val_answers import chosen
 
 log = logging.getLogger(__name__)
 
@@ -73,24 +76,37 @@ class Validation:
 
 
 def validates(run: RunConfig, dataset: Samples | None) -> bool:
-    return dataset is not None and run.trainer.limit_val_batches > 0
+    return hindrance(run, dataset) is None
+
+
+def hindrance(run: RunConfig, dataset: Samples | None) -> str | None:
+    """Why nothing will be validated, and what would change that."""
+    if dataset is None:
+        return "there is no validation data; give model.data.validation_split or validation_path"
+    return None if run.trainer.limit_val_batches > 0 else "trainer.limit_val_batches is 0; it must be more"
 
 
 def check(run: RunConfig, dataset: Samples | None) -> None:
-    """Whether there will be a val_loss, where the run is led by it.
+    """Whether there will be a val_loss or val_accuracy, where the run is led by it, and held-out records to answer.
 
     Raises:
         ConfigError: there will be none.
     """
-    manager = run.exp_manager
+    manager, reason = run.exp_manager, hindrance(run, dataset)
+    if run.data.eval_samples:
+        if reason is None and not chosen(cast(RecordDataset, dataset), 1, run.step.seed):
+            reason = "no record of the validation data begins with a question and its answer"
+        if reason is not None:
+            raise ConfigError(f"model.data.eval_samples={run.data.eval_samples}: {reason}")
     users = {
         "checkpoint_callback_params": manager.create_checkpoint_callback,
         "early_stopping_callback_params": manager.create_early_stopping_callback,
     }
     for key, used in users.items():
-        if used and getattr(manager, key).monitor == "val_loss" and not validates(run, dataset):
-            reason = "trainer.limit_val_batches is 0" if dataset is not None else "there is no validation data"
-            raise ConfigError(
-                f"exp_manager.{key}.monitor=val_loss: {reason}; give model.data.validation_split or "
-                "validation_path, or another monitor"
-            )
+        monitor = getattr(manager, key).monitor
+        if not used or monitor not in OF_VALIDATION:
+            continue
+        if reason is not None:
+            raise ConfigError(f"exp_manager.{key}.monitor={monitor}: {reason}, or give another monitor")
+        if monitor == "val_accuracy" and not run.data.eval_samples:
+            raise ConfigError(f"exp_manager.{key}.monitor=val_accuracy: give model.data.eval_samples, 100 say")
