@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 PARTIAL = ".{name}.partial-{writer}"  # beside the file while it is written
+IDLE = 3600.0  # seconds; what another machine has not touched for so long is written no more
 
 
 def partial_of(path: Path) -> Path:
@@ -96,12 +99,28 @@ class Behind:
 
 
 def remove_partial(path: Path) -> None:
-    """What a killed process left of such a file or folder; what one writes that still runs on this machine stays."""
+    """What killed processes left of such a file or folder; what others write, here or on another machine, stays."""
     for partial in path.parent.glob(PARTIAL.format(name=glob.escape(path.name), writer="*")):
-        host, _, process = partial.name.rpartition(".partial-")[2].rpartition("-")
-        if host == socket.gethostname() and int(process) != os.getpid() and is_alive(int(process)):
-            continue
+        remove_left(partial)
+
+
+def remove_left(partial: Path) -> None:
+    """Remove it unless somebody else writes it."""
+    host, _, process = partial.name.rpartition(".partial-")[2].rpartition("-")
+    if host == socket.gethostname():
+        writing = int(process) != os.getpid() and is_alive(int(process))
+    else:
+        writing = time.time() - max(file.stat().st_mtime for file in (partial, *partial.rglob("*"))) < IDLE
+    if not writing:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def stamp(path: Path) -> str:
+    """Tells a file or a folder's files, as they are now, from others: their names, sizes, times and places on disk."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    stats = [(str(file), file.stat()) for file in files]
+    known = repr([(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats])
+    return hashlib.sha256(known.encode()).hexdigest()[:32]
 
 
 def is_alive(process: int) -> bool:

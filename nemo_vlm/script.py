@@ -7,11 +7,12 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nemo_vlm.errors import explain
+from nemo_vlm.errors import ConfigError, Failure, explain
 from nemo_vlm.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ PRECISIONS = {
 }
 
 
+PATIENCE = 10.0  # seconds
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are one line."""
 
@@ -36,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{message} (--help tells all flags)\n")
+        raise ConfigError(f"{message} (--help tells all flags)")
 
 
 def parser(description: str | None) -> Parser:
@@ -80,9 +84,16 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(130)
     except Exception as error:
         failure = explain(error)
-        message = failure.message.replace("debug=true", "NEMO_DEBUG=1")
-        sys.stderr.write((failure.trace if os.environ.get("NEMO_DEBUG") == "1" else "") + f"{message}\n")
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(PATIENCE)  # the first process says the same, if all fail, and its launcher then ends this one
+        sys.stderr.write(told(failure))
         sys.exit(failure.code)
+
+
+def told(failure: Failure) -> str:
+    """What a script says of its failure."""
+    trace = failure.trace if os.environ.get("NEMO_DEBUG") == "1" else ""
+    return f"{trace}{failure.message.replace('debug=true', 'NEMO_DEBUG=1')}\n"
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
@@ -99,8 +110,6 @@ def choose_device(device: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return
     import torch
-
-    from nemo_vlm.errors import ConfigError
 
     if not torch.cuda.is_available():
         raise ConfigError("--device=cuda: there is no GPU that torch can use; leave the flag out")

@@ -38,7 +38,7 @@ LAYERS = (
     ("mcore",),
     ("models", "data"),
     ("parallel", "sources"),
-    ("training", "inference", "planning", "conversion", "porting"),
+    ("training", "inference", "planning", "conversion", "porting", "scoring"),
     ("experiment",),
     ("door",),
 )
@@ -132,7 +132,7 @@ def test_families_stand_alone(path: Path) -> None:
 WITHOUT_MEGATRON = [
     p
     for p in FILES
-    if p.parent in (PACKAGE / "formats", PACKAGE / "sources", PACKAGE / "conversion")
+    if p.parent in (PACKAGE / "formats", PACKAGE / "sources", PACKAGE / "conversion", PACKAGE / "scoring")
     or (p.parent.parent == PACKAGE / "models" and p.stem in ("config", "mapping", "processor", "tiny"))
 ]
 

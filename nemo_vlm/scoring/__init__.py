@@ -1,0 +1,1 @@
+"""Scores by other people's harnesses, in whose environments this runs: no Hydra, no Lightning, no Megatron."""
