@@ -20,9 +20,8 @@ demo: $(INSTALLED) ## train a tiny LLaVA on handwritten digits and score its ans
 	$(BIN)/python examples/neva_finetune.py
 	$(BIN)/python examples/neva_evaluation.py
 
-test: $(INSTALLED) ## the test suite: two tests at a time, and then those that need the machine for themselves
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m alone
+test: $(INSTALLED) ## the test suite, two tests at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED) ## formatting, lint, types
 	$(BIN)/ruff format --check .

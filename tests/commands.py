@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -79,9 +80,9 @@ class Command:
         self.folder.cleanup()
 
 
-def run(*command: str, cwd: Path, forked: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
-    """A command from its start to its end."""
-    started = Command(*command, cwd=cwd, forked=forked, **env)
+def run(*command: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    """A command from its start to its end; `more` is Command's."""
+    started = Command(*command, **more)
     try:
         out, err = started.communicate()
         return subprocess.CompletedProcess(command, started.wait(), out, err)
@@ -91,6 +92,7 @@ def run(*command: str, cwd: Path, forked: bool = True, **env: str) -> subprocess
 
 def become(command: list[str], cwd: Path, env: dict[str, str], ranks: int, outputs: list[Path]) -> NoReturn:
     """Make this forked process the command."""
+    gc.freeze()  # a true command searches for garbage in less than what the server imported
     multiprocessing.set_start_method(None, force=True)  # a true command starts its loader's workers by the default
     os.chdir(cwd)
     take_environment(env)
@@ -114,6 +116,9 @@ def execute(command: list[str]) -> NoReturn:
         runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:
         code = end.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -151,6 +156,6 @@ class Rank(subprocess.Popen):
             return super()._execute_child(args, *others)
         self.pid, speaks = self.spares.pop(0)
         self._child_created = True
-        env = others[5]
+        env = dict(os.environ) if others[5] is None else others[5]
         with open(speaks, "w") as told:
             told.write(json.dumps([args[1:], env]) + "\n")

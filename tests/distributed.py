@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import traceback
@@ -27,6 +28,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
 
 
 def _rank(rank: int, world_size: int, function: Callable[..., Any], args: tuple, folder: str) -> None:
+    gc.freeze()  # what the server imported is not searched for garbage again
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     meet = (Path(folder) / "ranks").as_uri()  # a port that was free may be another test's by now

@@ -32,6 +32,7 @@ from nemo_vlm.conversion.settings import merged, with_settings
 from nemo_vlm.data import digits
 from nemo_vlm.data.tokenizer import train_tokenizer
 from nemo_vlm.errors import ConfigError
+from nemo_vlm.files import partial_of
 from nemo_vlm.formats import safetensors
 from nemo_vlm.formats.reader import InMemory, chosen
 from nemo_vlm.formats.store import Folder
@@ -405,7 +406,7 @@ def test_nothing_of_a_user_is_replaced(archive: Path, tmp_path: Path) -> None:
         to_huggingface(source, Target(tmp_path / "mine"))
     with pytest.raises(ConfigError, match="is a directory"):
         to_nemo(source, Target(tmp_path / "mine"))
-    (tmp_path / ".out.partial-1").mkdir()  # of a conversion that was killed
+    partial_of(tmp_path / "out").mkdir()  # of a conversion that was killed
     (tmp_path / "out").mkdir()
     to_huggingface(source, Target(tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]

@@ -255,7 +255,6 @@ def test_a_logger_needs_its_library(library: str, tmp_path: Path) -> None:
         exp_manager.loggers(config)
 
 
-@pytest.mark.alone
 def test_a_run_that_stands_still_ends_and_its_best_is_kept(tmp_path: Path) -> None:
     """The second command has more patience, and goes on as if the run had never ended."""
     stop = "exp_manager.early_stopping_callback_params"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from commands import run as run_command
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -110,9 +110,8 @@ def facts_of(folder: Path):
     return read_tokenizer(companions(Folder(folder)))
 
 
-def run(script: str, *arguments: Any) -> subprocess.CompletedProcess:
-    command = [sys.executable, SCRIPTS / script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+def run(script: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    return run_command(str(SCRIPTS / script), *map(str, arguments), cwd=SCRIPTS, ranks=0)
 
 
 @pytest.mark.parametrize("name", ["gpt", "llava"])

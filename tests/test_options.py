@@ -19,6 +19,7 @@ from test_families import (
     build_all,
     make_layout,
     micro_batches,
+    on_ranks,
     run_of,
     sharded,
     single,
@@ -111,13 +112,23 @@ def frozen_holdings(run: RunConfig, layout: Layout, frozen: set[str]):
     return state, gradients, held, sum(full[key] for key in cold)
 
 
+def frozen_run(name: str, frozen: str, **settings) -> RunConfig:
+    return with_parts(run_of(name, TINY[name], **settings), FROZEN[frozen])
+
+
+@pytest.fixture(scope="module")
+def frozen_everywhere():
+    found = {}
+    for name, frozen, layout in FROZEN_LAYOUTS:
+        run = frozen_run(name, frozen, **({} if "fsdp" in layout else {"optim": DISTRIBUTED}))
+        found[name, frozen, layout] = sharded(run, layout, micro_batch_size=2)
+    return on_ranks(found)
+
+
 @pytest.mark.parametrize(("name", "frozen", "layout"), FROZEN_LAYOUTS)
-def test_frozen_parts_stay_in_every_layout(name: str, frozen: str, layout: str, reference, starts) -> None:
-    run = with_parts(run_of(name, TINY[name]), FROZEN[frozen])
-    expected, expected_weights = reference(frozen, run)
-    optim = run.optim if "fsdp" in layout else DISTRIBUTED
-    run, where = sharded(replace(run, optim=optim), layout, micro_batch_size=2)
-    results, final = run_ranks(train, where.world_size, run, where)[0]
+def test_frozen_parts_stay_in_every_layout(name, frozen, layout, frozen_everywhere, reference, starts) -> None:
+    expected, expected_weights = reference(frozen, frozen_run(name, frozen))
+    results, final = frozen_everywhere[name, frozen, layout][0]
     assert_same_run(results, expected)
     assert_same_weights(final, expected_weights)
     for key, value in final.items():
@@ -215,12 +226,19 @@ def test_recomputation_changes_work_and_not_results(name: str, kind: str, refere
         assert counts[f"{layer} attention"] == (2 if kind == "selective" else number)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "tp2_dp2", "pp2_dp2", "pp2_vpp2"])
-@pytest.mark.parametrize("flags", ["gradients", "gradients and weights"])
-def test_overlap_changes_no_results(layout: str, flags: str, reference) -> None:
-    optim = replace(DISTRIBUTED, overlap_grad_sync=True, overlap_param_sync="weights" in flags)
-    run, where = sharded(llava(optim=optim), layout)
-    results, final = run_ranks(train, where.world_size, run, where)[0]
+OVERLAPS = [*product(["gradients", "gradients and weights"], ["ddp", "tp2_dp2", "pp2_dp2", "pp2_vpp2"])]
+
+
+@pytest.fixture(scope="module")
+def overlapped():
+    overlapping = replace(DISTRIBUTED, overlap_grad_sync=True)
+    runs = {key: llava(optim=replace(overlapping, overlap_param_sync="weights" in key[0])) for key in OVERLAPS}
+    return on_ranks({key: sharded(run, key[1]) for key, run in runs.items()})
+
+
+@pytest.mark.parametrize(("flags", "layout"), OVERLAPS)
+def test_overlap_changes_no_results(flags: str, layout: str, overlapped, reference) -> None:
+    results, final = overlapped[flags, layout][0]
     expected, expected_weights = reference("llava", llava())
     assert_same_run(results, expected)
     assert_same_weights(final, expected_weights)

@@ -27,7 +27,6 @@ from nemo_vlm.config.dynamic import DynamicVisionConfig
 from nemo_vlm.data.media import Frames
 from nemo_vlm.data.tokenizer import QWEN2, QWEN2_VL
 from nemo_vlm.errors import ConfigError, SampleError
-from nemo_vlm.inference.prompts import tagged
 from nemo_vlm.layout import one_process
 from nemo_vlm.models import video as videos
 from nemo_vlm.models.base import family
@@ -35,6 +34,7 @@ from nemo_vlm.models.chat import chat_template
 from nemo_vlm.models.conversation import chat_text
 from nemo_vlm.models.dynamic import MAX_RATIO, smart_resize
 from nemo_vlm.models.dynamic_processor import IMAGES, TOKENS, VIDEOS
+from nemo_vlm.models.messages import tagged
 from nemo_vlm.models.qwen2_vl.config import Config
 from nemo_vlm.models.qwen2_vl.processor import Processor, data_from_hf, hf_processor, settle, views_of
 from nemo_vlm.models.text import in_front

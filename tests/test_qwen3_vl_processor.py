@@ -26,10 +26,10 @@ from nemo_vlm.batch import IGNORE_INDEX
 from nemo_vlm.config import DataConfig, ParallelConfig
 from nemo_vlm.data.media import Frames
 from nemo_vlm.errors import ConfigError, SampleError
-from nemo_vlm.inference.prompts import tagged
 from nemo_vlm.models.base import family
 from nemo_vlm.models.chat import chat_template
 from nemo_vlm.models.dynamic_processor import IMAGES, TOKENS, VIDEOS
+from nemo_vlm.models.messages import tagged
 from nemo_vlm.models.qwen3_vl.config import Config
 from nemo_vlm.models.qwen3_vl.processor import Processor, data_from_hf, hf_processor, settle, views_of
 from nemo_vlm.models.qwen3_vl.video import EvenSampling, assumed_rate, moments

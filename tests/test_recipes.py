@@ -283,7 +283,6 @@ def train_tiny(recipe: str, folder: Path) -> Archive:
     return Archive(folder / "nemo_experiments" / name / "checkpoints" / f"{name}.nemo")
 
 
-@pytest.mark.alone
 def test_both_stages_of_the_guide_at_a_tiny_size(folder: Path) -> None:
     """The first trains the projector alone, and its archive holds everything; the second begins with it."""
     first = train_tiny("llava_7b_pretrain", folder)

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -23,7 +24,6 @@ from test_families import TINY, run_of
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import resolve
 
-pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "examples" / "neva_finetune.py"
 SHORT = ("trainer.max_steps=4", "trainer.enable_progress_bar=false")
@@ -90,9 +90,9 @@ def message(run: Command, code: int) -> str:
 
 @pytest.mark.parametrize(("layout", "number"), [("tp2_pp2", 2), ("ddp", 0)])
 def test_a_killed_rank_takes_the_run_down(folder: Path, start: Start, layout: str, number: int) -> None:
-    """The first as its command line is typed."""
+    """The second as its command line is typed."""
     size = {"tp2_pp2": 4, "ddp": 2}[layout]
-    run = long(folder, start, f"killed{number}", f"parallel={layout}", ranks=size, forked=layout == "ddp")
+    run = long(folder, start, f"killed{number}", f"parallel={layout}", ranks=size, forked=layout != "ddp")
     assert len(run.processes()) > size
     os.kill(rank(run, number), signal.SIGKILL)
     said = rf"rank {number} was killed by SIGKILL .*the run is stopped \(step \d+ was running\)$"
@@ -145,9 +145,12 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait(
 
 
 def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return str(free.getsockname()[1])
+    """None of those that the system gives to other tests' ranks meanwhile: Linux takes them from 32768 on."""
+    for port in random.sample(range(20000, 30000), 20):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("", port))
+            return str(port)
+    raise OSError("no port is free")
 
 
 def nodes() -> list[dict[str, str]]:

@@ -57,7 +57,7 @@ from nemo_vlm.data.records import RecordFile
 from nemo_vlm.data.tokenizer import VISION_TOKENS, train_chat_tokenizer
 from nemo_vlm.data.webdataset import META, WebDataset, expanded
 from nemo_vlm.errors import ConfigError, SampleError
-from nemo_vlm.files import remove_partial
+from nemo_vlm.files import IDLE, remove_partial
 from nemo_vlm.layout import resolve
 from nemo_vlm.models.base import family
 from nemo_vlm.models.images import load_image
@@ -486,10 +486,13 @@ def test_nothing_is_left_of_what_fails(folder: Path, tmp_path: Path, monkeypatch
 
 
 def test_only_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    for process in (os.getppid(), os.getpid(), 2**22):  # no process has that number
-        (tmp_path / f".wds.partial-{socket.gethostname()}-{process}").mkdir()
+    here = [f"{socket.gethostname()}-{process}" for process in (os.getppid(), os.getpid(), 2**22)]  # which is nobody's
+    for writer in (*here, "elsewhere-1", "elsewhere-2"):
+        (tmp_path / f".wds.partial-{writer}").mkdir()
+    long_ago = time.time() - 2 * IDLE
+    os.utime(tmp_path / ".wds.partial-elsewhere-2", (long_ago, long_ago))
     remove_partial(tmp_path / "wds")
-    assert os.listdir(tmp_path) == [f".wds.partial-{socket.gethostname()}-{os.getppid()}"]
+    assert set(os.listdir(tmp_path)) == {f".wds.partial-{writer}" for writer in (here[0], "elsewhere-1")}
 
 
 def test_mllm_is_what_mindspeed_reads(folder: Path, tmp_path: Path) -> None:
@@ -513,7 +516,6 @@ def test_mllm_is_what_mindspeed_reads(folder: Path, tmp_path: Path) -> None:
     assert again[3]["video"] == original[3]["video"]
 
 
-@pytest.mark.alone
 def test_killed_in_the_middle_a_run_on_tars_goes_on_in_their_order(folder: Path, tmp_path: Path) -> None:
     """From LLaVA JSON on, by the commands that a user types."""
     TOKENIZER.save_pretrained(tmp_path / "tokenizer")
