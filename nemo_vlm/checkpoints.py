@@ -76,6 +76,12 @@ def folder_of(config: ExpManagerConfig) -> Path:
     return Path(config.checkpoint_callback_params.dirpath or run_folder(config) / "checkpoints")
 
 
+def archive_path(config: ExpManagerConfig) -> Path:
+    """Where a run writes its .nemo."""
+    params = config.checkpoint_callback_params
+    return folder_of(config) / f"{params.prefix or config.name}{params.postfix}"
+
+
 def path_of(folder: Path, step: int) -> Path:
     return folder / f"step_{step:06d}"
 

@@ -15,6 +15,7 @@ from test_families import TINY, run_of
 from test_samples import QUESTION, ended
 from test_show_data import lines
 
+from nemo_vlm.checkpoints import archive_path
 from nemo_vlm.config import DataConfig, TokenizerConfig
 from nemo_vlm.config.samples import SamplesConfig
 from nemo_vlm.data import digit_pairs
@@ -26,7 +27,6 @@ from nemo_vlm.models.base import family
 from nemo_vlm.models.video import Video
 from nemo_vlm.planning.contact_sheet import THUMBNAIL, contact_sheet
 from nemo_vlm.sources.tokenizers import load_tokenizer
-from nemo_vlm.training.exp_manager import archive_path
 
 TARGETS = load_digits().target
 

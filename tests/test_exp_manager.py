@@ -53,9 +53,9 @@ def start(config: ExpManagerConfig) -> Path | None:
 def test_where_a_run_is_kept(settings: dict, folder: str) -> None:
     config = manager(**settings)
     assert checkpoints.run_folder(config) == Path(folder)
-    assert exp_manager.archive_path(config) == Path(folder, "checkpoints/a.nemo")
+    assert checkpoints.archive_path(config) == Path(folder, "checkpoints/a.nemo")
     named = replace(config, checkpoint_callback_params=CheckpointConfig(dirpath="kept", prefix="m", postfix="-x.nemo"))
-    assert exp_manager.archive_path(named) == Path("kept/m-x.nemo")
+    assert checkpoints.archive_path(named) == Path("kept/m-x.nemo")
 
 
 def test_the_time_of_the_start_as_version() -> None:
@@ -110,7 +110,7 @@ def test_nothing_of_an_earlier_run_is_written_over(tmp_path: Path) -> None:
     exp_manager.begin(config, exp_manager.open_run(config, {"run": 1}))
     (tmp_path / "a/metrics.csv").touch()
     leave(config, 2)
-    exp_manager.archive_path(config).write_text("first")
+    checkpoints.archive_path(config).write_text("first")
     (tmp_path / "script.sh").write_text("second")
     opened = exp_manager.open_run(config, {"run": 2})
     assert (tmp_path / "a/config.yaml").read_text() == "run: 1\n"  # untouched until all ranks stand
@@ -120,7 +120,7 @@ def test_nothing_of_an_earlier_run_is_written_over(tmp_path: Path) -> None:
     ]
     assert [(tmp_path / place).read_text() for place in ("a/run_0/script.sh", "a/script.sh")] == ["first", "second"]
     assert (tmp_path / "fast_disk/run_0/a.nemo").read_text() == "first"
-    assert not exp_manager.archive_path(config).exists()
+    assert not checkpoints.archive_path(config).exists()
 
 
 def test_a_checkpoint_of_another_run_is_a_beginning(tmp_path: Path, caplog) -> None:

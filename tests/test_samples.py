@@ -11,6 +11,7 @@ from test_families import TINY, make_layout, run_of
 from tiny_hf import make_qwen
 
 from nemo_vlm import experiment
+from nemo_vlm.checkpoints import archive_path
 from nemo_vlm.config import ExpManagerConfig, RunConfig
 from nemo_vlm.config.samples import SamplesConfig
 from nemo_vlm.conversion.jobs import Run, import_huggingface
@@ -18,7 +19,7 @@ from nemo_vlm.files import written_whole
 from nemo_vlm.inference import answers, samples
 from nemo_vlm.inference.settings import DecodingConfig, GenerateConfig, NevaInferenceConfig
 from nemo_vlm.sources.opening import open_source
-from nemo_vlm.training.exp_manager import archive_path, archive_version
+from nemo_vlm.training.exp_manager import archive_version
 from nemo_vlm.training.module import Plan
 
 QUESTION = "Which square is red?"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nemo_vlm.checkpoints import run_folder
+from nemo_vlm.checkpoints import archive_path, run_folder
 from nemo_vlm.config import RunConfig
 from nemo_vlm.data.records import RecordFile, look
 from nemo_vlm.errors import ConfigError, SampleError
@@ -20,7 +20,6 @@ from nemo_vlm.inference.restore import Restored, restore, terminators
 from nemo_vlm.inference.settings import DecodingConfig, EvaluateConfig, GenerateConfig, MachineConfig
 from nemo_vlm.models.images import image_size
 from nemo_vlm.models.video import Video, frame_size
-from nemo_vlm.training.exp_manager import archive_path
 
 QUESTIONS_AT_ONCE = 64
 

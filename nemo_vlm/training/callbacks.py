@@ -16,14 +16,14 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from nemo_vlm import heartbeat
 from nemo_vlm.archive import TOKENIZER, self_contained, write_archive
-from nemo_vlm.checkpoints import run_folder
+from nemo_vlm.checkpoints import archive_path, run_folder
 from nemo_vlm.config import RunConfig, seconds
 from nemo_vlm.config.exp_manager import OF_VALIDATION
 from nemo_vlm.formats.safetensors import TensorSpec
 from nemo_vlm.mcore import groups, weights
 from nemo_vlm.parallel import rank
 from nemo_vlm.training import early_stopping, saving
-from nemo_vlm.training.exp_manager import archive_path, read_rows
+from nemo_vlm.training.exp_manager import read_rows
 from nemo_vlm.training.module import TrainingModule
 from nemo_vlm.training.saving import Saver
 from nemo_vlm.typed import model_tree

@@ -76,15 +76,10 @@ class Opened:
     settings: dict[str, Any]
 
 
-def archive_path(config: ExpManagerConfig) -> Path:
-    params = config.checkpoint_callback_params
-    return checkpoints.folder_of(config) / f"{params.prefix or config.name}{params.postfix}"
-
-
 def archive_version(config: ExpManagerConfig) -> tuple[int, int] | None:
     """What tells the archive from one that takes its place; None: there is none."""
     try:
-        found = archive_path(config).stat()
+        found = checkpoints.archive_path(config).stat()
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_mtime_ns
@@ -96,7 +91,7 @@ def open_run(config: ExpManagerConfig, settings: dict[str, Any]) -> Opened:
     folder = checkpoints.make_run_folder(config)
     for name in checkpoints.clean(checkpoints.folder_of(config)):
         log.warning("removed the unfinished checkpoint %s", name)
-    remove_partial(archive_path(config))
+    remove_partial(checkpoints.archive_path(config))
     with open(folder / "cmd-args.log", "a") as file:
         file.write(shlex.join(sys.argv) + "\n")
     left = [path for name in OF_ONE_RUN for path in folder.glob(name)]
@@ -159,7 +154,7 @@ def begin(config: ExpManagerConfig, opened: Opened) -> None:
     else:
         start = "STARTING FROM ZERO" if checkpoint is None else f"starting from {checkpoint}"
         set_aside(checkpoints.run_folder(config), opened.left, start)
-        archive = archive_path(config)
+        archive = checkpoints.archive_path(config)
         set_aside(folder, checkpoints.complete(folder) + [archive] * archive.exists(), start)  # of a dirpath elsewhere
     write_down(config, opened.settings)
     if checkpoint is not None:
