@@ -17,8 +17,9 @@ from nemo_vlm.config import ParallelConfig, RunConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout, check, resolve
 from nemo_vlm.mcore import groups
-from nemo_vlm.mcore.attention import CoreAttention, packed_sequences
+from nemo_vlm.mcore.attention import CoreAttention
 from nemo_vlm.mcore.context import ContextParallelAttention, Split, split
+from nemo_vlm.mcore.packed import packed_sequences
 
 CPU = torch.device("cpu")
 HEADS, GROUPS, SIZE = 4, 2, 8

@@ -123,9 +123,10 @@ def test_a_gpu_answers_as_transformers_on_the_cpu(name: str, tmp_path: Path) -> 
 
 
 BACKENDS = [f"model.attention_backend={name}" for name in ("flash", "fused", "unfused", "local")]
-EIGHT_BITS = ["model.fp8=true", "model.fp8_e4m3=true"]
-SETTINGS = {**{(backend,): 0.02 for backend in BACKENDS}, ("model.cpu_offloading=true",): 0.02}
-SETTINGS |= {tuple(EIGHT_BITS[:1]): 0.05, tuple(EIGHT_BITS): 0.05}
+EIGHT_BITS = [("model.fp8=true", *more) for more in ((), ("model.fp8_e4m3=true",), ("model.fp8_recipe=tensorwise",))]
+GRAPHS = ("model.enable_cuda_graph=true", "model.data.pad_to=512")
+SETTINGS = {(backend,): 0.02 for backend in BACKENDS} | dict.fromkeys([("model.cpu_offloading=true",), GRAPHS], 0.02)
+SETTINGS |= dict.fromkeys([*EIGHT_BITS, (*EIGHT_BITS[-1], *GRAPHS)], 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def bf16_losses(folder: Path, *settings: str) -> list[float]:
 @pytest.mark.skipif(not HAVE_TE, reason="needs Transformer Engine")
 @pytest.mark.parametrize(("settings", "tolerance"), SETTINGS.items(), ids=[" ".join(key) for key in SETTINGS])
 def test_kernels_agree(tmp_path, in_bf16, settings: tuple[str, ...], tolerance: float) -> None:
-    """Other attention, offload and 8-bit products in the language model: nearly the losses of bf16."""
+    """Other attention, offload, CUDA graphs and 8-bit products in the language model: nearly the losses of bf16."""
     if "model.fp8=true" in settings and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no 8-bit floats on this GPU")
     losses = bf16_losses(tmp_path, *settings)

@@ -10,6 +10,8 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
+from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
 from megatron.core.transformer.enums import AttnBackend
 from test_families import TINY, make_layout, run_of
 
@@ -21,7 +23,7 @@ from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import one_process
 from nemo_vlm.mcore import groups
 from nemo_vlm.mcore.attention import CoreAttention
-from nemo_vlm.mcore.config import context, language_config
+from nemo_vlm.mcore.config import ACTIVATIONS, context, language_config
 from nemo_vlm.mcore.layers import takes_our_attention
 from nemo_vlm.models.build import build_chunks
 from nemo_vlm.planning.machine import check_kernels
@@ -48,6 +50,7 @@ def run_with(step: dict, precision: str = "bf16", data: dict | None = None, mode
 FP8 = {"fp8": True}
 UB = {"ub_tp_comm_overlap": True}
 OFFLOAD = {"cpu_offloading": True}
+GRAPHS = {"enable_cuda_graph": True}
 FIXED = {"data": {"pad_to": 128}}
 APART = [
     (dict(step=FP8 | {"transformer_impl": "local"}), "model.fp8=true: is Transformer Engine's; take model.transformer"),
@@ -80,6 +83,17 @@ APART = [
     (dict(step=OFFLOAD | {"cpu_offloading_num_layers": 4}), "model.cpu_offloading_num_layers=4: must be from 1 to 3,"),
     (dict(step=OFFLOAD | {"cpu_offloading_num_layers": 0}), "model.cpu_offloading_num_layers=0: must be from 1 to 3,"),
     (dict(step=FP8 | {"fp8_e4m3": True, "fp8_hybrid": True}), "model.fp8_e4m3=true: model.fp8_hybrid=true too; one"),
+    (
+        dict(step=FP8 | {"fp8_recipe": "tensorwise", "fp8_margin": 1}),
+        "model.fp8_margin=1: must be 0 with model.fp8_recipe=tensorwise, which looks at no step before",
+    ),
+    (dict(step=GRAPHS), "model.enable_cuda_graph=true: all batches must be as long; give model.data.pad_to=128"),
+    (
+        dict(step=GRAPHS | FULL, data={"data_impl": "sft_idxmap"}, fsdp=True, pipeline_model_parallel_size=2),
+        "model.enable_cuda_graph=true: not with model.pipeline_model_parallel_size=2, where each micro-batch has "
+        "graphs of its own; nor with packed samples, whose borders differ; nor with model.fsdp=true, which moves the "
+        "weights; nor with model.activations_checkpoint_granularity=full",
+    ),
     (dict(step=FP8 | {"fp8_hybrid": False}), "model.fp8_e4m3=false: model.fp8_hybrid=false too; one of them goes"),
 ]
 
@@ -97,6 +111,8 @@ TOGETHER = [
     dict(step=FP8, model={"num_query_groups": 1}, **TP2_SP),  # which each rank has a copy of
     dict(step=FP8 | {"fp8_e4m3": True} | FULL, pipeline_model_parallel_size=2),
     dict(step=OFFLOAD | {"attention_backend": "flash"}),
+    dict(step=GRAPHS | FP8 | {"fp8_recipe": "tensorwise"}, **TP2_SP, **FIXED),
+    dict(step=GRAPHS, data={"data_impl": "mmap"}),
     dict(step={"attention_backend": "local", "transformer_impl": "local"}, precision="32"),
     dict(step={"cpu_offloading_num_layers": 31}),  # NeMo's recipes have it beside cpu_offloading=false
 ]
@@ -108,7 +124,7 @@ def test_what_goes_together(settings: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [FP8, UB, OFFLOAD, *({"attention_backend": b} for b in ("flash", "fused"))], ids=str
+    "setting", [FP8, UB, OFFLOAD, GRAPHS, *({"attention_backend": b} for b in ("flash", "fused"))], ids=str
 )
 def test_a_machine_without_transformer_engine_says_so_before_the_run(setting: dict) -> None:
     ((key, value),) = setting.items()
@@ -129,9 +145,19 @@ def test_what_megatron_is_told() -> None:
     assert (hybrid.fp8, hybrid.fp8_recipe, hybrid.fp8_margin) == ("hybrid", "delayed", 1)
     assert (hybrid.fp8_amax_history_len, hybrid.fp8_amax_compute_algo) == (7, "most_recent")
     assert told(run_with(FP8 | {"fp8_e4m3": True})).fp8 == "e4m3"
+    assert told(run_with(FP8 | {"fp8_recipe": "tensorwise"})).fp8_recipe == "tensorwise"
+    graphs = told(run_with(GRAPHS))
+    assert (plain.cuda_graph_impl, graphs.cuda_graph_impl, graphs.cuda_graph_scope) == ("none", "local", [])
     offloading = told(run_with(OFFLOAD))
     assert (offloading.cpu_offloading, offloading.cpu_offloading_num_layers) == (True, 3)
     assert told(run_with(OFFLOAD | {"cpu_offloading_num_layers": 2})).cpu_offloading_num_layers == 2
+
+
+def test_the_tower_s_gelu_is_the_one_that_megatron_fuses() -> None:
+    """Where there are kernels for it, Megatron takes its bias_gelu for F.gelu, which is not the same to five digits."""
+    hidden, bias = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 64)
+    torch.testing.assert_close(bias_gelu_impl(hidden, bias), ACTIVATIONS["gelu_pytorch_tanh"](hidden + bias))
+    assert not torch.allclose(bias_gelu_impl(hidden, bias), ACTIVATIONS["gelu"](hidden + bias), atol=1e-5)
 
 
 def test_in_fp32_the_attention_is_ours_unless_another_is_asked_for() -> None:
@@ -156,7 +182,7 @@ def test_one_process_builds_models_with_different_attention() -> None:
 
 
 def test_a_plan_needs_no_machine() -> None:
-    plain, loaded = run_with({}), run_with(FP8 | OFFLOAD | {"attention_backend": "fused"})
+    plain, loaded = run_with({}), run_with(FP8 | OFFLOAD | GRAPHS | {"attention_backend": "fused"})
     layout = one_process(plain.model)
     assert hold(loaded, layout, 0, 0) == hold(plain, layout, 0, 0)
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nemo_vlm.batch import Batch
 from nemo_vlm.mcore.cache import Cache
+from nemo_vlm.mcore.packed import PackedSamples
 
 
 class CoreAttention(torch.nn.Module):
@@ -34,7 +33,7 @@ class CoreAttention(torch.nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Cache | None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSamples | None = None,
         **unused: Any,
     ) -> Tensor:
         """Query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
@@ -46,7 +45,7 @@ class CoreAttention(torch.nn.Module):
             parts = [part.permute(1, 2, 0, 3) for part in (query, key, value)]
             out = attention_mask.attend(self.layer_number, *parts) if attention_mask else self.attend(*parts)
             return out.permute(2, 0, 1, 3).flatten(2)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        lengths = packed_seq_params.lengths
         # split, not slices: the backward of n slices fills n tensors of the full length
         samples = zip(*(part.transpose(0, 1)[None].split(lengths, 2) for part in (query, key, value)), strict=True)
         out = torch.cat([self.attend(*sample) for sample in samples], 2)
@@ -56,31 +55,3 @@ class CoreAttention(torch.nn.Module):
         """Query [b, heads, s, d], key and value [b, groups, s, d] -> as query."""
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal, enable_gqa=grouped)
-
-
-def packed_sequences(lengths: list[int], device: torch.device) -> PackedSeqParams:
-    """Megatron's description of samples that stand one behind the other."""
-    borders = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=borders,
-        cu_seqlens_kv=borders,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-    )
-
-
-def packed_batch(batch: Batch, lengths: list[int] | None = None) -> PackedSeqParams | None:
-    """None of a padded batch.
-
-    Args:
-        lengths: of its samples, where they are padded to be split.
-    """
-    return packed_sequences(lengths or row_lengths(batch), batch.tokens.device) if batch.packed else None
-
-
-def row_lengths(batch: Batch) -> list[int]:
-    """Of the samples of a packed batch; what they leave of the row is padding, and counts as one more."""
-    lengths = batch.lengths.tolist()
-    rest = batch.tokens.shape[1] - sum(lengths)
-    return [*lengths, rest] if rest else lengths

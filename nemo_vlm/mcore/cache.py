@@ -38,10 +38,9 @@ class Cache:
         if int(self.lengths.min()) + 1 < self.width:
             self.visible = (torch.arange(self.width, device=self.device) <= self.ends[:, None])[:, None, None]
 
-    def rotate_by(self, angles: Tensor, dtype: torch.dtype) -> None:
-        """The rotary angles [s, b or 1, 1, d] of this pass's tokens; layers rotate in their own dtype."""
-        angles = angles.permute(1, 2, 0, 3)
-        self.cosine, self.sine = angles.cos().to(dtype), angles.sin().to(dtype)
+    def rotate_by(self, turns: Tensor, dtype: torch.dtype) -> None:
+        """The turns [s, b or 1, 1, 2 d] of this pass's tokens; layers rotate in their own dtype."""
+        self.turns = turns.permute(1, 2, 0, 3).to(dtype)
 
     def positions(self, width: int) -> Tensor:
         """[s, b or 1]: of the tokens of this pass; of prompts without images and videos."""
@@ -82,7 +81,7 @@ class Cache:
             query: [b, heads, s, d]; s is 1 in a step.
             key, value: [b, groups, s, d].
         """
-        query, key = rotate(query, self.cosine, self.sine), rotate(key, self.cosine, self.sine)
+        query, key = rotate(query, self.turns), rotate(key, self.turns)
         grouped = query.shape[1] != key.shape[1]
         if not self.filled:
             room = (0, 0, 0, self.capacity - key.shape[2])

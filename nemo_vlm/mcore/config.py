@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +32,14 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": quick_gelu,
 }
 
@@ -50,6 +55,11 @@ class BuildContext:
     @property
     def kernels(self) -> Kernels:
         return kernels(self.step.transformer_impl)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether there are kernels for several operations at once."""
+        return self.kernels == "transformer_engine"
 
 
 def context(layout: Layout, precision: str = "32", step: StepConfig | None = None) -> BuildContext:
@@ -83,6 +93,11 @@ def language_config(model: LanguageConfig, build: BuildContext) -> TransformerCo
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
+        # Megatron's SwiGLU with a weight for each token, that of experts one by one, takes no bias.
+        bias_activation_fusion=build.fuses and not (model.num_moe_experts and model.bias),
+        apply_rope_fusion=build.fuses,  # M-RoPE is RotatedAttention's own business
+        cuda_graph_impl="local" if step.enable_cuda_graph else "none",
+        cuda_graph_scope=[],  # whole layers
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         pipeline_model_parallel_layout=f"E{layers}L" if layout.pipeline > 1 else None,
@@ -98,7 +113,7 @@ def language_config(model: LanguageConfig, build: BuildContext) -> TransformerCo
         cpu_offloading=step.cpu_offloading,
         cpu_offloading_num_layers=offloaded_layers(step, model.num_layers) if step.cpu_offloading else 0,
         fp8=step.fp8_format,
-        fp8_recipe="delayed",
+        fp8_recipe=step.fp8_recipe,
         fp8_margin=step.fp8_margin,
         fp8_amax_history_len=step.fp8_amax_history_len,
         fp8_amax_compute_algo=step.fp8_amax_compute_algo,
@@ -111,7 +126,6 @@ def expert_settings(model: LanguageConfig, build: BuildContext) -> dict[str, Any
     settings: dict[str, Any] = dict(moe_token_dispatcher_type=step.moe_token_dispatcher_type)
     if model.num_moe_experts is None:
         return settings
-    fused = build.kernels == "transformer_engine"
     return settings | dict(
         num_moe_experts=model.num_moe_experts,
         moe_ffn_hidden_size=model.moe_ffn_hidden_size,
@@ -119,7 +133,7 @@ def expert_settings(model: LanguageConfig, build: BuildContext) -> dict[str, Any
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",  # mcore.experts takes the auxiliary loss in
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
-        moe_grouped_gemm=fused if step.moe_grouped_gemm is None else step.moe_grouped_gemm,
+        moe_grouped_gemm=build.fuses if step.moe_grouped_gemm is None else step.moe_grouped_gemm,
         moe_permute_fusion=step.moe_permute_fusion,
         expert_model_parallel_size=build.layout.expert,
         expert_tensor_parallel_size=build.layout.expert_tensor,
@@ -129,16 +143,20 @@ def expert_settings(model: LanguageConfig, build: BuildContext) -> dict[str, Any
 def encoder_config(build: BuildContext, tensor_parallel: bool, **shape: Any) -> TransformerConfig:
     """A part that stands whole on the first stage and outside sequence parallelism: a vision tower or projector.
 
-    Neither 8-bit floats nor overlap nor offload are for it.
+    Neither 8-bit floats nor overlap nor offload nor CUDA graphs are for it. Of the activations, Megatron fuses the GELU
+    of a tanh with the bias before it, which it then takes for F.gelu.
 
     Args:
         tensor_parallel: split it over the tensor-parallel ranks, or hold it whole on each.
         shape: TransformerConfig's fields for the part itself.
     """
     selective = build.step.activations_checkpoint_granularity == "selective"  # full: the tower runs its own layers
+    if build.fuses and shape.get("activation_func") is gelu_tanh:
+        shape |= dict(activation_func=F.gelu, bias_activation_fusion=True)
     return TransformerConfig(
         **shared(build),
         **shape,
+        cuda_graph_scope=[],
         recompute_granularity="selective" if selective else None,
         tensor_model_parallel_size=build.layout.tensor if tensor_parallel else 1,
     )
@@ -146,7 +164,7 @@ def encoder_config(build: BuildContext, tensor_parallel: bool, **shape: Any) -> 
 
 def shared(build: BuildContext) -> dict[str, Any]:
     """Settings of every part: no dropout, initial values drawn elsewhere (mcore.weights), fusions where kernels are."""
-    fused = build.kernels == "transformer_engine"
+    fused = build.fuses
     on_meta = torch.get_default_device().type == "meta"
     return dict(
         params_dtype=build.dtype,
@@ -160,12 +178,17 @@ def shared(build: BuildContext) -> dict[str, Any]:
         use_cpu_initialization=on_meta and not fused,
         init_model_with_meta_device=on_meta and fused,
         perform_initialization=not pretending(),  # what is only counted needs no marks, and is built in half the time
-        bias_activation_fusion=False,
         bias_dropout_fusion=fused,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,  # of attention that materialises the scores, which none does here
+        # Products add to the gradient buffers of Megatron's DistributedDataParallel themselves; FSDP has none.
+        gradient_accumulation_fusion=fused and build.layout.fsdp is None and adds_gradients(),
         attention_backend=AttnBackend[build.step.attention_backend],
     )
+
+
+def adds_gradients() -> bool:
+    """Whether NVIDIA's apex is here, by which the layers that are not Transformer Engine's do it."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def forget_attention_choice() -> None:

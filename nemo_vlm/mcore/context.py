@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
@@ -22,8 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_vlm.batch import Batch, round_up
-from nemo_vlm.mcore.attention import CoreAttention, row_lengths
+from nemo_vlm.mcore.attention import CoreAttention
 from nemo_vlm.mcore.cache import Cache
+from nemo_vlm.mcore.packed import PackedSamples, row_lengths
 from nemo_vlm.options import token_multiple
 
 
@@ -79,8 +79,10 @@ def split(lengths: list[int], ranks: int, rank: int, multiple: int, device: torc
     chunk = within * (2 * ranks) // full[sample]
     order = torch.minimum(chunk, 2 * ranks - 1 - chunk).argsort(stable=True)  # one rank's behind another's
     places = order.argsort()[within < real[sample]]
-    held, padding = (each[order].chunk(ranks)[rank].to(device) for each in (position, within >= real[sample]))
-    return Split(padded, held, padding, places.to(device))
+    held, padding = (
+        each[order].chunk(ranks)[rank].to(device, non_blocking=True) for each in (position, within >= real[sample])
+    )
+    return Split(padded, held, padding, places.to(device, non_blocking=True))
 
 
 class ContextParallelAttention(CoreAttention):
@@ -107,13 +109,13 @@ class ContextParallelAttention(CoreAttention):
         key: Tensor,
         value: Tensor,
         attention_mask: Cache | None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedSamples | None = None,
         **unused: Any,
     ) -> Tensor:
         """As CoreAttention's, of this rank's part; a cache never comes, see inference.laid_out."""
         if packed_seq_params is None:
             return self.attend_split(query, key, value, [len(query)])
-        lengths = (packed_seq_params.cu_seqlens_q.diff() // self.ranks).tolist()
+        lengths = [length // self.ranks for length in packed_seq_params.lengths]
         return self.attend_split(query[:, None], key[:, None], value[:, None], lengths)[:, 0]
 
     def attend_split(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,7 @@ def enable() -> None:
     redirect_cuda_calls()
     redirect_rng()
     redirect_experts()
+    redirect_gradients()
     mode = CudaLiteralsToCpu()
     mode.__enter__()
     _mode.append(mode)
@@ -153,6 +155,21 @@ def redirect_experts() -> None:
 
     torch.distributed.all_to_all_single = send_sizes
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_sizes, scatter_sizes
+
+
+def redirect_gradients() -> None:
+    """The product that adds to a gradient buffer, apex's kernel on CUDA."""
+    from megatron.core.tensor_parallel import layers
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_product)
+
+
+def add_product(hidden: Tensor, grad: Tensor, total: Tensor) -> None:
+    """Hidden states [n, in] and gradients [n, out] of what a weight made of them: their product onto [out, in]."""
+    if total.dtype is hidden.dtype:
+        total.addmm_(grad.t(), hidden)
+    else:
+        total.add_(grad.t() @ hidden)
 
 
 def as_list(sizes: Any) -> list[int] | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from nemo_vlm.batch import NUM_COUNTS, Batch
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import cpu, groups, weights
 from nemo_vlm.mcore.cache import Cache
+from nemo_vlm.mcore.clock import Clock
 from nemo_vlm.mcore.experts import ExpertLoads, take_loads
 from nemo_vlm.mcore.fsdp import FullySharded
 from nemo_vlm.mcore.replicated import Replicated
@@ -39,12 +41,15 @@ class StepResult:
         grad_norm: global, before clipping; where it is not finite, the step changed nothing.
         counts: Batch.counts of the global batch.
         experts: what the routers did; None of a model without experts.
+        seconds: by phase, on this rank: forward_backward, grad_reduction (what of it, and of the loss's, did not
+            overlap with the backward pass), checkpoint_stall (see Engine.reader), optimizer.
     """
 
     loss: float
     grad_norm: float
     counts: tuple[float, ...]
     experts: ExpertLoads | None = None
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def skipped(self) -> bool:
@@ -107,20 +112,40 @@ class Engine:
             FullySharded(stages, updates, layout, reduce_dtype) if layout.fsdp else Replicated(stages, updates)
         )
         self.config = stages[0].config
-        self.config.finalize_model_grads_func = self.updater.finalize
+        self.config.finalize_model_grads_func = self._finalize
         self.config.grad_scale_func = self.updater.scale_loss
+        self.clock = Clock()  # of the step
+        self.reader: Future | None = None  # copies weights and moments; until it is done, no step changes them
 
     def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
         """Forward, backward, reduction, clipping and update on this rank's micro-batches of a global batch."""
         for group in self.updater.param_groups:
             group["lr"] = lr * group["lr_mult"]
+        self.clock = Clock()
         self.updater.start()
         heartbeat.at("forward and backward pass")
         loss_sum, weight, *counts = self._run(micro_batches, self.loss_function)
-        heartbeat.at("optimizer")
         loss = loss_sum / weight if weight else float("nan")
         loads = take_loads(self.updater.modules, self.config, weight)
-        return StepResult(loss, self.updater.update(), tuple(counts), loads)
+        self.clock.end("grad_reduction")
+        self._wait_for_reader()
+        self.clock.end("checkpoint_stall")
+        heartbeat.at("optimizer")
+        norm = self.updater.update()
+        self.clock.end("optimizer")
+        return StepResult(loss, norm, tuple(counts), loads, self.clock.seconds())
+
+    def _finalize(self, *modules: Any, **groups: Any) -> None:
+        """The schedule calls this behind the last backward pass."""
+        self.clock.end("forward_backward")
+        self.updater.finalize(*modules, **groups)
+
+    def _wait_for_reader(self) -> None:
+        """Its errors are raised here."""
+        if self.reader is not None:
+            heartbeat.at("copy for the checkpoint")
+            self.reader.result()
+            self.reader = None
 
     def evaluate(self, micro_batches: list[Batch], loss_function: LossFunction) -> tuple[float, ...]:
         """A loss function's two sums over a global batch, and Batch.counts of it."""
@@ -187,20 +212,29 @@ class Engine:
         self, loss_function: LossFunction, micro_batches: Iterator[Batch], model: nn.Module
     ) -> tuple[Tensor, Callable]:
         batch = next(micro_batches)
-        if self.config.num_moe_experts and torch.is_grad_enabled():
-            _, weight = loss_function(torch.zeros(batch.labels.shape), batch)
-            batch = replace(batch, loss_weight=weight)
-        batch = batch.to(cpu.device())
+        batch = self._weighed(loss_function, batch) if torch.is_grad_enabled() else batch.to(cpu.device())
 
         def reduce(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             total, weight = loss_function(losses, batch)
-            counts = batch.counts().to(total.device)
+            counts = batch.counts().to(total.device, non_blocking=True)
             report = torch.cat([torch.stack([total.detach().double(), weight.double()]), counts])
             # Megatron sums weights over the context-parallel ranks too
             once = weight if groups.first_of_context() else torch.zeros_like(weight)
             return total, once.int(), report
 
         return model(batch, batch.labels), reduce
+
+    def _weighed(self, loss_function: LossFunction, batch: Batch) -> Batch:
+        """The batch on this rank's device, with what each position's loss weighs, as the model wants to know."""
+        losses = torch.ones(batch.labels.shape, requires_grad=True)
+        total, weight = loss_function(losses, batch)
+        (token_weights,) = torch.autograd.grad(total, losses)
+        assert torch.isclose(total, token_weights.sum(), rtol=1e-3), "a loss function is a weighted sum of the losses"
+        loss_weight = weight if self.config.num_moe_experts else None
+        batch = replace(batch, token_weights=token_weights, loss_weight=loss_weight).to(cpu.device())
+        if self.updater.scaler is None:
+            return batch
+        return replace(batch, token_weights=self.updater.scale_loss(batch.token_weights))  # for fp16's small numbers
 
     def parts(self) -> list[weights.Part]:
         """This rank's weights as they are now, in place."""

@@ -156,9 +156,10 @@ def loss_weights(batch: Batch) -> Tensor | None:
         return None
     position = torch.arange(batch.tokens.shape[1])
     ends = batch.lengths.sum()[None] if batch.packed else batch.lengths
-    weights = torch.where(position < ends[:, None], batch.loss_weight.float(), PADDING).to(batch.tokens.device)
-    single = (batch.lengths == 1)[batch.segments].to(weights.device)
-    return weights.masked_fill(single & (batch.labels == IGNORE_INDEX), PADDING)
+    weights = torch.where(position < ends[:, None], batch.loss_weight.float(), PADDING)
+    single = (batch.lengths == 1)[batch.segments]
+    weights = weights.masked_fill(single & (batch.at_hand.labels == IGNORE_INDEX), PADDING)
+    return weights.to(batch.tokens.device, non_blocking=True)
 
 
 def take_loads(stages: Iterable[nn.Module], config: TransformerConfig, weight: float) -> ExpertLoads | None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from nemo_vlm.batch import Batch
+from nemo_vlm.batch import IGNORE_INDEX, Batch
 from nemo_vlm.config import LanguageConfig
-from nemo_vlm.mcore.attention import packed_batch
 from nemo_vlm.mcore.cache import Cache
 from nemo_vlm.mcore.config import BuildContext, forget_attention_choice, language_config
-from nemo_vlm.mcore.context import split_batch
+from nemo_vlm.mcore.context import Split, split_batch
+from nemo_vlm.mcore.cross_entropy import LanguageModel, Targets, labelled
 from nemo_vlm.mcore.deepstack import DeepStackLayer, take_features, with_unused
 from nemo_vlm.mcore.experts import PADDING, loss_weights, prepare
 from nemo_vlm.mcore.groups import Stage
 from nemo_vlm.mcore.layers import layer_spec, norm_class
-from nemo_vlm.mcore.rotary import MultimodalRotary
+from nemo_vlm.mcore.packed import packed_batch
+from nemo_vlm.mcore.rotary import MultimodalRotary, TextRotary, turns
 
 
 def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTModel:
@@ -30,7 +31,7 @@ def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTMo
     if model.deepstack_layers:
         layer.module = DeepStackLayer
     forget_attention_choice()
-    gpt = GPTModel(
+    gpt = LanguageModel(
         config,
         TransformerBlockSubmodules([layer] * stage.num_layers, norm_class(config, build.kernels)),
         vocab_size=padded_vocab_size(model, build.layout.tensor),
@@ -45,13 +46,14 @@ def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTMo
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         scatter_embedding_sequence_parallel=False,  # vision features are merged into the whole sequence first
         vp_stage=stage.chunk,
+        num_tokens=model.vocab_size,
     )
     if model.num_moe_experts:
         prepare(gpt.decoder)
     if model.mrope_section:
         gpt.rotary_pos_emb = MultimodalRotary(model.rotary_base, model.mrope_interleaved)
-    if stage.last:
-        gpt.output_layer.register_forward_hook(HidePadding(model.vocab_size))
+    elif build.kernels == "local":
+        gpt.rotary_pos_emb.__class__ = TextRotary  # GPTModel leaves no choice
     return gpt
 
 
@@ -59,24 +61,6 @@ def padded_vocab_size(model: LanguageConfig, tensor_parallel_size: int) -> int:
     """The vocabulary rounded up so that every rank gets an equal part of a multiple of make_vocab_size_divisible_by."""
     multiple = model.make_vocab_size_divisible_by * tensor_parallel_size
     return -(-model.vocab_size // multiple) * multiple  # type: ignore[operator]
-
-
-class HidePadding:
-    """Forward hook of the output layer: rows that only pad the vocabulary must not take part in the softmax."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def __call__(
-        self, module: torch.nn.Module, args: tuple, output: tuple[Tensor, Tensor | None]
-    ) -> tuple[Tensor, Tensor | None]:
-        logits, bias = output
-        width = logits.shape[-1]
-        visible = self.vocab_size - parallel_state.get_tensor_model_parallel_rank() * width
-        if visible < width:
-            columns = torch.arange(width, device=logits.device)
-            logits = logits.masked_fill(columns >= visible, torch.finfo(logits.dtype).min)
-        return logits, bias
 
 
 def embed(gpt: GPTModel, tokens: Tensor) -> Tensor:
@@ -107,7 +91,13 @@ def decode(
         return decode_cached(gpt, embeddings, batch.tokens.shape[1], cache, positions)
     if gpt.config.context_parallel_size > 1:
         return decode_split(gpt, embeddings, batch, labels, positions)
-    return run_layers(gpt, embeddings, labels, positions, packed_batch(batch), loss_weights(batch))
+    targets = None if labels is None else targets_of(labels, batch)
+    return run_layers(gpt, embeddings, targets, positions, packed_batch(batch), loss_weights(batch))
+
+
+def targets_of(labels: Tensor, batch: Batch) -> Targets:
+    at_hand = batch.at_hand.labels if labels is batch.labels else labels
+    return Targets(labels, batch.token_weights, labelled(at_hand).to(labels.device, non_blocking=True))
 
 
 def decode_split(
@@ -117,17 +107,23 @@ def decode_split(
     split = split_batch(batch, gpt.config)
     positions = None if positions is None else split.part(positions, 2)
     embeddings = None if embeddings is None else split.part(embeddings, 0)
-    labels = None if labels is None else split.part(labels, 1)
+    targets = None if labels is None else split_targets(split, labels, batch.token_weights)
     weights = loss_weights(batch)
     weights = None if weights is None else split.part(weights, 1).masked_fill(split.padding, PADDING)
-    output = run_layers(gpt, embeddings, labels, positions, packed_batch(batch, split.lengths), weights)
+    output = run_layers(gpt, embeddings, targets, positions, packed_batch(batch, split.lengths), weights)
     return split.whole(output) if gpt.post_process else output
+
+
+def split_targets(split: Split, labels: Tensor, weights: Tensor | None) -> Targets:
+    """This rank's part; padding, which repeats a position, has no label."""
+    labels = split.part(labels, 1).masked_fill(split.padding, IGNORE_INDEX)
+    return Targets(labels, None if weights is None else split.part(weights, 1))
 
 
 def run_layers(
     gpt: GPTModel,
     embeddings: Tensor | None,
-    labels: Tensor | None,
+    targets: Targets | None,
     positions: Tensor | None,
     packed: PackedSeqParams | None,
     weights: Tensor | None,
@@ -143,7 +139,7 @@ def run_layers(
         positions,
         None,
         decoder_input=embeddings,
-        labels=labels,
+        labels=targets,
         packed_seq_params=packed,
         padding_mask=weights,
         extra_block_kwargs={"context": features},
@@ -163,7 +159,7 @@ def decode_cached(
     Returns:
         On the last stage the logits [b, 1, vocab / tp] behind the last token of each row, elsewhere hidden states.
     """
-    cache.rotate_by(cached_frequencies(gpt, width, cache, positions), gpt.config.params_dtype)
+    cache.rotate_by(cached_turns(gpt, width, cache, positions), gpt.config.params_dtype)
     embeddings, features = take_features(gpt, embeddings)
     hidden = gpt.decoder(embeddings, attention_mask=cache, context=features)
     if not gpt.post_process:
@@ -174,10 +170,11 @@ def decode_cached(
     return logits.transpose(0, 1)
 
 
-def cached_frequencies(gpt: GPTModel, width: int, cache: Cache, positions: Tensor | None) -> Tensor:
-    """Rotary angles [s, b or 1, 1, d] of this pass's tokens; M-RoPE's three axes are equal behind a prompt."""
+def cached_turns(gpt: GPTModel, width: int, cache: Cache, positions: Tensor | None) -> Tensor:
+    """The turns [s, b or 1, 1, 2 d] of this pass's tokens; M-RoPE's three axes are equal behind a prompt."""
     if gpt.position_embedding_type != "mrope":
-        return gpt.rotary_pos_emb(cache.capacity)[:, 0][cache.positions(width)]
+        angles = RotaryEmbedding.forward(gpt.rotary_pos_emb, cache.capacity)
+        return turns(angles[:, 0, :, : angles.shape[-1] // 2][cache.positions(width)])
     if positions is None:
         positions = cache.positions(width).T.expand(3, -1, -1)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -43,9 +43,19 @@ def initialize(layout: Layout, seed: int) -> None:
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=False,
     )
-    # Tensor-parallel ranks share a seed, and have one of their own; here all other ranks have others.
+    seed_ranks(layout, seed)
+
+
+def seed_ranks(layout: Layout, seed: int, for_graphs: bool = False) -> None:
+    """Seed Megatron's random numbers: tensor-parallel ranks share a seed, and have one of their own; others do not.
+
+    Args:
+        for_graphs: keep their states where CUDA graphs may take them from; to be said before a layer is built.
+    """
     first_of_tensor_group = torch.distributed.get_rank() // layout.tensor * layout.tensor
-    tensor_parallel.model_parallel_cuda_manual_seed(seed + first_of_tensor_group)
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        seed + first_of_tensor_group, use_cudagraphable_rng=for_graphs, force_reset_rng=for_graphs
+    )
 
 
 def shut_down() -> None:
@@ -66,10 +76,6 @@ def data_parallel_rank() -> int:
     return parallel_state.get_data_parallel_rank()
 
 
-def data_parallel_size() -> int:
-    return parallel_state.get_data_parallel_world_size()
-
-
 def first_of_context() -> bool:
     """Whether this rank is the one of its context-parallel ranks that counts what all of them know."""
     return parallel_state.get_context_parallel_rank() == 0
@@ -85,11 +91,12 @@ def sum_over_data(values: torch.Tensor) -> torch.Tensor:
     return summed.to(values)
 
 
-def of_data_ranks(value: float) -> list[float]:
-    """The value of each data-parallel rank, on every rank."""
-    values = torch.zeros(data_parallel_size(), dtype=torch.float64, device=cpu.device())
-    values[data_parallel_rank()] = value
-    return list(sum_over_data(values).tolist())
+def of_every_rank(values: Sequence[float]) -> list[list[float]]:
+    """The values of each rank, in order of ranks, on every rank."""
+    mine = torch.tensor(values, dtype=torch.float64, device=cpu.device())
+    found = mine.new_empty(torch.distributed.get_world_size() * len(values))
+    torch.distributed.all_gather_into_tensor(found, mine)
+    return found.view(-1, len(values)).tolist()
 
 
 def from_last_stage(values: torch.Tensor) -> torch.Tensor:
@@ -130,6 +137,32 @@ def from_first_of_experts(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def first_of_batch() -> bool:
+    """Whether this rank is the first of those that see the same samples at the same stage."""
+    return first_of_context() and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def owners_in_batch(flags: Sequence[bool]) -> list[int | None]:
+    """For each flag the first rank that has raised it, of those that see the same samples; None where all or none have.
+
+    All of them must call it with as many flags.
+    """
+    group = parallel_state.get_tensor_and_context_parallel_group()
+    if group.size() == 1 or not flags:
+        return [None] * len(flags)
+    mine = torch.tensor(flags, dtype=torch.int32, device=cpu.device())
+    raised = [torch.empty_like(mine) for _ in range(group.size())]
+    torch.distributed.all_gather(raised, mine, group)
+    each = torch.stack(raised, 1).tolist()
+    return [torch.distributed.get_global_rank(group, by.index(1)) if len(set(by)) > 1 else None for by in each]
+
+
+def from_owner(values: torch.Tensor, owner: int) -> torch.Tensor:
+    """What that rank has, on all that see the same samples; on the others `values` is overwritten."""
+    torch.distributed.broadcast(values, owner, parallel_state.get_tensor_and_context_parallel_group())
+    return values
+
+
 def any_rank(*flags: bool) -> list[bool]:
     """For each flag, whether any rank has raised it."""
     raised = torch.tensor(flags, dtype=torch.int32, device=cpu.device())
@@ -151,8 +184,8 @@ def from_every_rank(value: T) -> list[T]:
     return values
 
 
-def barrier() -> None:
-    torch.distributed.barrier()
+def barrier(group: torch.distributed.ProcessGroup | None = None) -> None:
+    torch.distributed.barrier(group)
 
 
 def background_group() -> torch.distributed.ProcessGroup:

@@ -28,7 +28,9 @@ from nemo_vlm.mcore.attention import CoreAttention
 from nemo_vlm.mcore.context import ContextParallelAttention
 from nemo_vlm.mcore.experts import expert_spec
 from nemo_vlm.mcore.linear import ColumnLinear, RowLinear
+from nemo_vlm.mcore.norms import LayerNorm, RMSNorm
 from nemo_vlm.mcore.rotary import RotatedAttention, TowerAttention
+from nemo_vlm.mcore.swiglu import GatedMLP
 
 Kernels = Literal["local", "transformer_engine"]
 
@@ -41,23 +43,6 @@ def kernels(transformer_impl: str) -> Kernels:
         lacking = "it cannot be imported" if on_cuda else "it needs a CUDA device"
         raise ConfigError(f"model.transformer_impl=transformer_engine: {lacking}; auto or local runs here")
     return "transformer_engine" if available and transformer_impl != "local" else "local"
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose gradient is summed over the tensor-parallel ranks under sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
-        super().__init__(hidden_size, eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # read by Megatron's finalize_model_grads
-
-
-class LayerNorm(torch.nn.LayerNorm):
-    """LayerNorm, as RMSNorm above."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
-        super().__init__(hidden_size, eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.bias.sequence_parallel = config.sequence_parallel
 
 
 def norm_class(config: TransformerConfig, chosen: Kernels) -> type:
@@ -80,7 +65,8 @@ def layer_spec(config: TransformerConfig, chosen: Kernels, causal: bool, own_pos
     """A pre-norm transformer layer: norm, self-attention, norm, MLP.
 
     Args:
-        own_positions: each token has a position of its own, see RotatedAttention; else its place in its sample.
+        own_positions: each token has a position of its own, see RotatedAttention; else its place in its sample. Our
+            modules of a decoder take turns either way.
     """
     rotated = RotatedAttention if causal else TowerAttention
     if chosen == "transformer_engine":
@@ -103,7 +89,9 @@ def layer_spec(config: TransformerConfig, chosen: Kernels, causal: bool, own_pos
         k_layernorm=head_norm,
     )
     mask = AttnMaskType.causal if causal else AttnMaskType.no_mask
-    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear))
+    mlp: Any = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear))
+    if config.gated_linear_unit:
+        mlp = GatedMLP
     # Transformer Engine fuses a norm into the linear layer behind it; checkpoints use its names.
     fused = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.num_moe_experts:
@@ -115,7 +103,7 @@ def layer_spec(config: TransformerConfig, chosen: Kernels, causal: bool, own_pos
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                rotated if own_positions else SelfAttention,
+                rotated if own_positions or causal else SelfAttention,
                 params={"attn_mask_type": mask},
                 submodules=attention,
             ),

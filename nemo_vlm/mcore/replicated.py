@@ -8,18 +8,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
+from nemo_vlm.mcore import cpu, groups
+from nemo_vlm.mcore.cross_entropy import OutputLayer
 from nemo_vlm.mcore.updates import (
     MOMENTS,
     Shard,
@@ -28,6 +31,7 @@ from nemo_vlm.mcore.updates import (
     optimizer_config,
     overrides,
 )
+from nemo_vlm.mcore.vit import VisionTransformer
 
 
 class Replicated:
@@ -38,13 +42,18 @@ class Replicated:
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=optim.distributed,
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=optim.overlap_grad_sync or optim.overlap_param_sync,  # the second needs the first
+            overlap_grad_reduce=optim.overlap_grad_sync,
             overlap_param_gather=optim.overlap_param_sync,
         )
         self.modules: list[Any] = [
             DistributedDataParallel(self.config, ddp, stage, disable_bucketing=number > 0)
             for number, stage in enumerate(stages)
         ]
+        for module in self.modules:
+            if cpu.device().type == "cpu":
+                add_to_buffers(module)
+            if ddp.overlap_param_gather:
+                wait_for_patches(module)
         settings = optimizer_config(updates, self.config.params_dtype)
         self.optimizer = get_megatron_optimizer(
             settings, self.modules, overrides(settings, updates.lr_ratios), use_gloo_process_groups=False
@@ -52,7 +61,7 @@ class Replicated:
         self.optimizers = [each for each in self.optimizer.chained_optimizers if not each.is_stub_optimizer]
         self.param_groups = self.optimizer.param_groups
         apply_weight_decay(self.param_groups, optim.weight_decay)
-        self.max_norm = settings.clip_grad
+        self.max_norm, self.num_tokens = settings.clip_grad, torch.zeros((), dtype=torch.int)
         self.scaler = getattr(self.optimizer.chained_optimizers[0], "grad_scaler", None)
         if ddp.overlap_grad_reduce:  # the schedule starts reductions behind the last micro-batch
             hooks = [module.no_sync for module in self.modules]
@@ -60,14 +69,17 @@ class Replicated:
         self._make_state()
 
     def _make_state(self) -> None:
-        """Adam's state from the start, so that it can be loaded."""
+        """Adam's state from the start, so that it can be loaded; torch's takes a step in one kernel a parameter."""
+        fused = cpu.device().type != "npu"  # torch has no such kernel there
         for optimizer in self._adams():
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     optimizer.state[parameter] = {key: torch.zeros_like(parameter.data) for key in MOMENTS}
                     if isinstance(optimizer, torch.optim.AdamW):  # torch wants the count where its kernel looks for it
-                        where = parameter.device if group.get("fused") else None
+                        where = parameter.device if fused else None
                         optimizer.state[parameter]["step"] = torch.zeros((), device=where)
+                if isinstance(optimizer, torch.optim.AdamW):
+                    group["fused"] = fused
         for each in self.optimizers:
             if isinstance(each.optimizer, HybridDeviceOptimizer):
                 each.optimizer._sync_sub_optimizers_state_to_hdo()
@@ -90,8 +102,13 @@ class Replicated:
     def scale_loss(self, loss: Tensor) -> Tensor:
         return self.optimizer.scale_loss(loss)
 
-    def finalize(self, modules: list[nn.Module], num_tokens: Tensor | None, **groups: Any) -> None:
-        finalize_model_grads(modules, num_tokens, **groups)
+    def finalize(self, modules: list[nn.Module], num_tokens: Tensor | None, **unused: Any) -> None:
+        """The division waits for `update`, which clips in the same pass over the gradients."""
+        assert num_tokens is not None
+        finalize_model_grads(modules, None, **unused)
+        self.num_tokens = groups.from_last_stage(num_tokens)
+        every = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(self.num_tokens, group=every)
 
     def _prepare_grads(self) -> bool:
         """As ChainedOptimizer.prepare_grads, but that of experts apart overflows and is scaled with the others'."""
@@ -108,11 +125,14 @@ class Replicated:
 
     def update(self) -> float:
         overflow = self._prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
+        scale = 1.0 / max(int(self.num_tokens), 1)
+        norm = float(self.optimizer.get_grad_norm()) * scale
         if overflow or not math.isfinite(norm):
             return float("inf") if math.isfinite(norm) else norm
-        for each in self.optimizers:
-            clip_grad_by_total_norm_fp32(each.get_parameters(), self.max_norm, norm)
+        scale *= min(1.0, self.max_norm / (norm + 1e-6))  # as Megatron's clip_grad_by_total_norm_fp32
+        grads = [p.grad for each in self.optimizers for p in each.get_parameters() if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, scale)
         self.optimizer.step_with_ready_grads()
         return norm
 
@@ -174,6 +194,31 @@ class Replicated:
             if isinstance(each.optimizer, HybridDeviceOptimizer):
                 for parameter, copy in each.optimizer.gpu_params_map_cpu_copy.items():
                     copy.data.copy_(parameter.data)
+
+
+def add_to_buffers(module: DistributedDataParallel) -> None:
+    """Let the linear layers add their weights' gradients to the buffers, instead of making them first.
+
+    Not by the model's config, as on GPUs (mcore.config): on a CPU models are differentiated without buffers as well,
+    where there would be nothing to add to. The output layer makes its gradients itself.
+    """
+    for linear in module.modules():
+        if isinstance(linear, ColumnParallelLinear | RowParallelLinear) and not isinstance(linear, OutputLayer):
+            linear.gradient_accumulation_fusion = True
+
+
+def wait_for_patches(module: DistributedDataParallel) -> None:
+    """Megatron waits for gathered weights where the module that holds them is called; a tower reads some itself."""
+
+    def wait(tower: VisionTransformer, unused: Any) -> None:
+        gathers = module.remove_forward_pre_hook_handles  # not in an evaluation, which has gathered them all
+        for name, parameter in tower.named_parameters() if gathers else ():
+            if name.startswith(VisionTransformer.READ) and parameter in module.param_to_bucket_group:
+                module.param_to_bucket_group[parameter].finish_param_sync()
+
+    for tower in module.modules():
+        if isinstance(tower, VisionTransformer):
+            tower.register_forward_pre_hook(wait)
 
 
 def kept(optimizer: Any) -> list[tuple[nn.Parameter, int, dict[str, Tensor]]]:

@@ -7,6 +7,7 @@ import random
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import convert_cuda_rng_state
 
 from nemo_vlm.mcore.weights import Part
 
@@ -18,7 +19,7 @@ def rng_part(rank: int) -> Part:
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "tracker": get_cuda_rng_tracker().get_states(),
+        "tracker": {key: convert_cuda_rng_state(state) for key, state in get_cuda_rng_tracker().get_states().items()},
     }
     torch.save(states, buffer)
     data = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
@@ -36,7 +37,8 @@ def restore_rng(part: Part) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
+    tracker, for_graphs = get_cuda_rng_tracker(), get_cuda_rng_tracker().use_cudagraphable_rng
+    tracker.set_states({key: convert_cuda_rng_state(state, for_graphs) for key, state in states["tracker"].items()})
 
 
 def name(rank: int) -> str:

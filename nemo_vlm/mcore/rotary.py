@@ -1,4 +1,9 @@
-"""Rotary positions that have several axes: M-RoPE in the decoder, height and width in a vision tower."""
+"""Rotary positions: of text, M-RoPE's three axes, height and width in a vision tower.
+
+Cosines and sines are made once for all layers, and travel through Megatron's layers in the place of its angles as
+`turns` [s, b or 1, 1, 2 d] fp32: of each token that comes, its cosines and then its sines, those of the first half of a
+head negated.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,39 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
+
+from nemo_vlm.mcore.packed import PackedSamples
 
 VISION_BASE = 10000.0
 
 
+class TextRotary(RotaryEmbedding):
+    """Megatron's, whose angles it keeps, but for what comes of them: turns."""
+
+    def get_rotary_seq_len(self, *about: Any) -> tuple[int, PackedSamples | None]:  # type: ignore[override]
+        """What GPTModel hands on to `forward`; the last that it is asked with are the packed samples."""
+        return super().get_rotary_seq_len(*about), about[-1]
+
+    def forward(self, rows: tuple[int, PackedSamples | None], **unused: Any) -> Tensor:  # type: ignore[override]
+        """Turns [s, 1, 1, 2 d] of this rank's part of rows, each of them one sample or all of the same samples."""
+        length, packed = rows
+        if packed is None:
+            return turns(super().forward(length)[..., : len(self.inv_freq)])
+        angles = super().forward(length, packed_seq=True)[..., : len(self.inv_freq)]
+        lengths = packed.lengths
+        ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+        if ranks == 1:
+            return turns(torch.cat([angles[:length] for length in lengths]))
+        chunks = [angles[:length].chunk(2 * ranks) for length in lengths]
+        return turns(torch.cat([sample[number] for sample in chunks for number in (rank, 2 * ranks - 1 - rank)]))
+
+
 class MultimodalRotary(torch.nn.Module):
-    """Stands in GPTModel for Megatron's MultimodalRotaryEmbedding and is called as that is.
+    """Stands in GPTModel for Megatron's MultimodalRotaryEmbedding and is called as that is; it gives turns.
 
     Megatron's takes the angles from a matrix product, which TF32 and autocast would round, and wants the positions of
     all context-parallel ranks; here they are those of this rank.
@@ -24,14 +54,14 @@ class MultimodalRotary(torch.nn.Module):
         self.base, self.axes = base, interleaved_axes if interleaved else chunked_axes
 
     def forward(self, position_ids: Tensor, mrope_section: Sequence[int], **unused: Any) -> Tensor:
-        """Angles [s, b, 1, d] fp32 of positions [3, b, s].
+        """Turns [s, b, 1, 2 d] of positions [3, b, s].
 
         Args:
             mrope_section: frequencies that each axis gets; d / 2 in all.
         """
-        axes = self.axes(mrope_section).to(position_ids.device)
+        axes = self.axes(mrope_section).to(position_ids.device, non_blocking=True)
         half = position_ids.permute(2, 1, 0)[..., axes] * frequencies(len(axes), self.base, position_ids.device)
-        return torch.cat([half, half], -1)[:, :, None]
+        return turns(half)[:, :, None]
 
 
 def chunked_axes(sections: Sequence[int]) -> Tensor:
@@ -48,36 +78,36 @@ def interleaved_axes(sections: Sequence[int]) -> Tensor:
 
 
 class RotatedAttention(SelfAttention):
-    """Megatron's self-attention, whose angles [s, b or 1, 1, d] are those of the very tokens that come, packed or not.
+    """Megatron's self-attention, which is given turns of the very tokens that come, packed or not, for its angles.
 
     Megatron cuts the angles of packed samples apart by their borders, which it asks the device for, one by one and in
     each layer.
 
     Attributes:
-        angles: of the forward pass that is under way; None: a Cache has them.
+        turns: of the forward pass that is under way; None: a Cache has them.
         rotates_in: None: in the dtype of the layer, as the decoders of Hugging Face.
     """
 
-    angles: Tensor | None = None
+    turns: Tensor | None = None
     rotates_in: torch.dtype | None = None
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any, rotary_pos_emb: Tensor | None = None, **rest: Any
     ) -> tuple[Tensor, Tensor]:
-        self.angles = rotary_pos_emb
+        self.turns = rotary_pos_emb
         try:
             return super().forward(hidden_states, attention_mask, **rest)
         finally:
-            self.angles = None
+            self.turns = None
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value [s, b, heads, d], the first two rotated where there are angles."""
+        """Query, key and value [s, b, heads, d], the first two rotated where there are turns."""
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        if self.angles is None:  # a cache rotates them
+        if self.turns is None:  # a cache rotates them
             return query, key, value
         dtype = self.rotates_in or query.dtype
-        cosine, sine = self.angles.cos().to(dtype), self.angles.sin().to(dtype)
-        query, key = (rotate(heads.to(dtype), cosine, sine).to(heads.dtype) for heads in (query, key))
+        exact = self.turns.to(dtype)
+        query, key = (rotate(heads.to(dtype), exact).to(heads.dtype) for heads in (query, key))
         return query, key, value
 
 
@@ -87,10 +117,34 @@ class TowerAttention(RotatedAttention):
     rotates_in = torch.float32
 
 
-def rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """As Megatron's and HF's: the halves of a head are the two coordinates."""
+def turns(half: Tensor) -> Tensor:
+    """Angles [..., d / 2] of the pairs of a head, to what `rotate` takes, [..., 2 d]."""
+    cosine, sine = half.cos(), half.sin()
+    return torch.cat([cosine, cosine, -sine, sine], -1)
+
+
+def rotate(heads: Tensor, turns: Tensor) -> Tensor:
+    """Heads [..., d] as Megatron's apply_rotary_pos_emb and HF's turn them: their halves are the two coordinates."""
+    return Rotation.apply(heads, *turns.chunk(2, -1))
+
+
+class Rotation(torch.autograd.Function):
+    """Keeps the turns alone for its backward pass, which turns the gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return turned(heads, cosine, sine)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cosine, sine = ctx.saved_tensors
+        return turned(gradient, cosine, -sine), None, None
+
+
+def turned(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = heads.chunk(2, -1)
-    return heads * cosine + torch.cat([-second, first], -1) * sine
+    return (heads * cosine).add_(torch.cat([second, first], -1).mul_(sine))
 
 
 def frequencies(count: int, base: float, device: torch.device) -> Tensor:
@@ -99,7 +153,7 @@ def frequencies(count: int, base: float, device: torch.device) -> Tensor:
 
 
 def grid_angles(height: int, width: int, merge_size: int, head_size: int, device: torch.device) -> Tensor:
-    """Angles [height * width, d] of a frame's patches, as HF's Qwen2VisionTransformerPretrainedModel has them.
+    """Angles [height * width, d / 2] of a frame's patches, as HF's Qwen2VisionTransformerPretrainedModel has them.
 
     Patches come block by block of `merge_size` x `merge_size`; a quarter of a head goes by row, a quarter by column.
     """
@@ -107,8 +161,7 @@ def grid_angles(height: int, width: int, merge_size: int, head_size: int, device
         torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
     )
     positions = block_by_block(torch.stack([rows, columns], -1), merge_size)[..., None]
-    half = (positions * frequencies(head_size // 4, VISION_BASE, device)).flatten(1)
-    return torch.cat([half, half], -1)
+    return (positions * frequencies(head_size // 4, VISION_BASE, device)).flatten(1)
 
 
 def block_by_block(grid: Tensor, merge_size: int) -> Tensor:

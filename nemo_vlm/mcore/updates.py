@@ -64,10 +64,12 @@ class Updater(Protocol):
     def scale_loss(self, loss: Tensor) -> Tensor: ...
 
     def finalize(self, modules: list[nn.Module], num_tokens: Tensor | None, **unused: Any) -> None:
-        """Reduce the gradients over all ranks and divide them by `num_tokens`, the loss's weight, of all of them."""
+        """Reduce the gradients over all ranks. Only when `update` is done need they be divided by `num_tokens`, the
+        loss's weight, of all of them.
+        """
 
     def update(self) -> float:
-        """Clip and step, unless the norm of the gradients is not finite; that norm."""
+        """Clip and step, unless the norm of the gradients, which are then divided, is not finite; that norm."""
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Around forward passes without a backward pass."""

@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from nemo_vlm.batch import Images
 from nemo_vlm.config import StepConfig
-from nemo_vlm.mcore.attention import packed_sequences
 from nemo_vlm.mcore.config import ACTIVATIONS, BuildContext, encoder_config
 from nemo_vlm.mcore.groups import without_tensor_parallel
 from nemo_vlm.mcore.layers import layer_spec, norm_class
 from nemo_vlm.mcore.mlp import ShardedList
-from nemo_vlm.mcore.rotary import block_by_block, grid_angles
+from nemo_vlm.mcore.packed import packed_sequences
+from nemo_vlm.mcore.rotary import block_by_block, grid_angles, turns
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class VisionTransformer(MegatronModule):
     Args:
         depth: layers that run. The others, and what stands behind the last, are only carried along for export.
     """
+
+    READ = ("conv1.", "position_embeddings.")  # modules that are not called, but whose weights are read
 
     def __init__(self, shape: VisionShape, depth: int, build: BuildContext) -> None:
         tp = build.layout.tensor
@@ -92,6 +94,12 @@ class VisionTransformer(MegatronModule):
                 parameter.tensor_model_parallel = False
 
     def forward(self, images: Images) -> Tensor:
+        """`features`, for whose backward pass nothing is kept where nothing of the tower is trained."""
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            return self.features(images)
+
+    def features(self, images: Images) -> Tensor:
         """Hidden states [patches, h] of views after `depth` layers, without class tokens, and beside them those of the
         taps: [patches, (1 + taps) h].
 
@@ -99,15 +107,16 @@ class VisionTransformer(MegatronModule):
         """
         frames = [(height, width) for time, height, width in images.grids for _ in range(time)]
         weight, bias = self.conv1.weight, self.conv1.bias
-        patches = F.linear(images.pixel_values.to(weight.dtype), weight.flatten(1), bias)  # a convolution's stride
-        hidden = self.with_positions(patches, frames)
+        hidden = images.normalised().pixel_values.to(weight.dtype)  # one name: pixels need not wait for the end
+        hidden = F.linear(hidden, weight.flatten(1), bias)  # a convolution's stride
+        hidden = self.with_positions(hidden, frames)
         lengths = [height * width + self.shape.class_token for height, width in frames]
         packed, batched = None, len(set(frames)) == 1
         if batched:
             hidden = hidden.unflatten(0, (len(frames), -1)).transpose(0, 1).contiguous()
         else:
             hidden, packed = hidden[:, None], packed_sequences(lengths, hidden.device)
-        rotary = self.rotary_angles(frames[:1] if batched else frames)
+        rotary = self.rotary_turns(frames[:1] if batched else frames)
         hidden, tapped = self.ln_pre(hidden), []
         for start, stop, recompute in recompute_runs(self.depth, self.step):
             if recompute and torch.is_grad_enabled():
@@ -127,14 +136,14 @@ class VisionTransformer(MegatronModule):
         pixels = torch.zeros(edge**2, math.prod(weight.shape[1:]), device=weight.device)
         return Images(pixels, torch.tensor([[1, edge, edge]]))
 
-    def rotary_angles(self, frames: list[tuple[int, int]]) -> Tensor | None:
-        """[patches, 1, 1, head size] of frames one behind the other; None of a tower with a table alone."""
+    def rotary_turns(self, frames: list[tuple[int, int]]) -> Tensor | None:
+        """Turns [patches, 1, 1, 2 head size] of frames one behind the other; None of a tower with a table alone."""
         merge_size, device = self.shape.merge_size, self.conv1.weight.device
         if merge_size is None:
             return None
         head_size = self.shape.hidden_size // self.shape.num_attention_heads
         known = {size: grid_angles(*size, merge_size, head_size, device) for size in set(frames)}
-        return torch.cat([known[size] for size in frames])[:, None, None]
+        return turns(torch.cat([known[size] for size in frames]))[:, None, None]
 
     def with_positions(self, patches: Tensor, frames: list[tuple[int, int]]) -> Tensor:
         """Patches [n, h] of frames with the class token in front of each, and the position table added."""

@@ -1,0 +1,50 @@
+"""Norms without Transformer Engine, under sequence parallelism too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose gradient is summed over the tensor-parallel ranks under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # read by Megatron's finalize_model_grads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """torch has a kernel on GPUs alone; elsewhere it keeps every step on the way."""
+        return super().forward(x) if x.is_cuda else Normalization.apply(x, self.weight, self.eps)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """LayerNorm, as RMSNorm above."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__(hidden_size, eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.bias.sequence_parallel = config.sequence_parallel
+
+
+class Normalization(torch.autograd.Function):
+    """x / rms(x) * weight, computed in fp32; it keeps x and the reciprocals of its root mean squares."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        exact = x.float()
+        scale = exact.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (exact * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight, scale = ctx.saved_tensors
+        normal, exact = x.float() * scale, gradient.float()
+        of_weight = (exact * normal).flatten(0, -2).sum(0)
+        inner = exact * weight
+        along = torch.linalg.vecdot(inner, normal)[..., None].div_(-x.shape[-1])
+        return inner.addcmul_(normal, along).mul_(scale).to(x.dtype), of_weight.to(weight.dtype), None

@@ -1,0 +1,77 @@
+"""Functions of autograd in our layers, beside torch's own pieces; a tower that keeps nothing where it is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_families import TINY, build, one_rank
+from torch import Tensor
+
+from nemo_vlm.batch import collate
+from nemo_vlm.layout import one_process
+from nemo_vlm.mcore.norms import Normalization
+from nemo_vlm.mcore.swiglu import SwiGLU
+from nemo_vlm.models.base import family
+
+
+def plain_swiglu(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def ours(x: Tensor, weight: Tensor) -> Tensor:
+    return Normalization.apply(x, weight, 1e-5)
+
+
+def torchs(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("found", "expected", "weights"),
+    [(SwiGLU.apply, plain_swiglu, 0), (ours, torchs, 1)],
+    ids=["swiglu", "rms_norm"],
+)
+def test_values_and_gradients_equal_torchs(
+    found: Callable, expected: Callable, weights: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, *rest = (torch.randn(shape, generator=generator).to(dtype) for shape in [(7, 3, 48), (48,)][: 1 + weights])
+    given = [each.requires_grad_() for each in (x, *rest)]
+    one, two = found(*given), expected(*given)
+    assert torch.equal(one, two)
+    gradient = torch.randn(one.shape, generator=generator).to(dtype)
+    close = dict(rtol=1e-5, atol=1e-5) if dtype is torch.float32 else dict(rtol=2e-2, atol=2e-2)
+    for mine, theirs in zip(*(torch.autograd.grad(each, given, gradient) for each in (one, two)), strict=True):
+        torch.testing.assert_close(mine, theirs, **close)
+
+
+def test_functions_keep_no_products_in_between() -> None:
+    """Beside their inputs: nothing, and one number a token."""
+    kept: list[Tensor] = []
+    both, weight = torch.randn(7, 3, 48, requires_grad=True), torch.ones(48, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        SwiGLU.apply(both)
+        ours(both, weight)
+    assert [each.numel() for each in kept] == [both.numel(), both.numel(), weight.numel(), 7 * 3]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_frozen_tower_keeps_nothing(name: str) -> None:
+    config = TINY[name]
+    batch = collate(family(name, "tiny").samples(config, 2, torch.Generator().manual_seed(0)))
+    with one_rank(config):
+        model, _ = build(name, config, one_process(config))
+        assert model.vision_model(batch.images).requires_grad
+        expected = model.vision_model(batch.images)
+        model.vision_model.requires_grad_(False)
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda one: one):
+            found = model.vision_model(batch.images)
+        assert not kept and not found.requires_grad
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert model(batch, batch.labels).requires_grad
