@@ -124,10 +124,11 @@ def test_what_the_model_sees_is_what_its_patches_were_cut_from(folder: Path, tmp
 
 
 def test_llavas_views_are_shown_too(tmp_path: Path) -> None:
-    transform = family("llava", "views").image_transform(family("llava", "tiny").config().mm_cfg, "square")
+    views = family("llava", "views").Views(family("llava", "tiny").config(), DataConfig())
     pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    (view,) = transform.views(Image.fromarray(pixels.numpy()))
-    assert numpy.array_equal(numpy.asarray(transform.picture(view)), pixels.numpy())
+    Image.fromarray(pixels.numpy()).save(tmp_path / "noise.png")
+    ((shown,),) = views.frames(views.pixels([tmp_path / "noise.png"]))
+    assert numpy.array_equal(numpy.asarray(shown), pixels.numpy())
 
 
 def test_questions_at_the_end_are_scored_by_category(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

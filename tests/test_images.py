@@ -21,7 +21,7 @@ from nemo_vlm.config import DataConfig, ParallelConfig
 from nemo_vlm.errors import ConfigError, SampleError
 from nemo_vlm.models import video as videos
 from nemo_vlm.models.base import family
-from nemo_vlm.models.images import CLIP, ImageTransform, image_size, load_image
+from nemo_vlm.models.images import CLIP, ImageTransform, image_size, load_image, unpatchify
 from nemo_vlm.models.llava.config import Config
 from nemo_vlm.models.llava.views import Views
 from nemo_vlm.models.multimodal import media_of
@@ -43,7 +43,7 @@ def test_keep_is_nemos(size: tuple[int, int], tower: int) -> None:
     transform = ImageTransform(tower, **CLIP, mode="keep")
     shortest = max(int(min(448 * scale / (max(size) / min(size)), 224 * scale)), 1)
     theirs = CLIPImageProcessorPil(size={"shortest_edge": shortest}, do_center_crop=False)
-    (view,) = transform.views(image)
+    (view,) = unpatchify(transform.patches(transform.views(image), 1).normalised())
     torch.testing.assert_close(view, theirs(image, return_tensors="pt")["pixel_values"][0], rtol=0, atol=1e-5)
     assert transform.view_sizes(*size) == [tuple(view.shape[1:])]
 
@@ -57,10 +57,9 @@ def test_tiles_are_quarters_of_twice_the_size(mode: str) -> None:
     whole = large.views(image)[0]
     for number, tile in enumerate(tiles):
         top, left = 32 * (number // 2), 32 * (number % 2)
-        assert torch.equal(tile, whole[:, top : top + 32, left : left + 32])
-    expected = large.square(image, 64).resize((32, 32), Image.Resampling.BICUBIC)
-    assert torch.equal(overview, large.normalised(expected))
-    assert tiled.view_sizes(50, 80) == [tuple(view.shape[1:]) for view in (overview, *tiles)]
+        assert tile == whole.crop((left, top, left + 32, top + 32))
+    assert overview == whole.resize((32, 32), Image.Resampling.BICUBIC)
+    assert tiled.view_sizes(50, 80) == [view.size[::-1] for view in (overview, *tiles)]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def test_a_long_image_takes_no_memory(tmp_path: Path, mode: str, size: tuple[int
         views.pixels([tmp_path / "long.png"])
     assert caught.value.reason == "huge_image"
     with Image.open(tmp_path / "long.png") as image:
-        assert ImageTransform(32, **CLIP, mode="keep").views(image.convert("RGB"))[0].numel()
+        assert ImageTransform(32, **CLIP, mode="keep").views(image.convert("RGB"))[0].width
 
 
 @pytest.mark.parametrize("read", [load_image, image_size])

@@ -449,7 +449,8 @@ def trained(runs: list[RunConfig], tokenizer: object) -> list[list[tuple[float, 
         for micro_batches in training_loader(dataset, where, share, run, 3, 0):
             result = engine.step(micro_batches, 1e-2)
             mine = sum(run.model.visual_tokens(batch.images.grids) for batch in micro_batches)
-            steps.append((result.loss, result.grad_norm, *groups.of_data_ranks(mine)))
+            loads = [load for (load,) in groups.of_every_rank([mine])]
+            steps.append((result.loss, result.grad_norm, *loads))
         found.append(steps)
         groups.shut_down()
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding
 from megatron.core.transformer.attention import SelfAttention
 from test_families import TINY, build, one_rank
@@ -21,7 +22,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbe
 from nemo_vlm.batch import IGNORE_INDEX, Batch, Images, Sample, collate, empty_sample, pack
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import one_process
-from nemo_vlm.mcore.rotary import MultimodalRotary
+from nemo_vlm.mcore.rotary import MultimodalRotary, rotate, turns
 from nemo_vlm.models.positions import mrope_positions
 
 TEXT, IMAGE, VIDEO, START, END = 1, 10, 11, 12, 13
@@ -160,7 +161,7 @@ def test_angles_equal_megatrons() -> None:
         theirs = MultimodalRotaryEmbedding(128, 1.0, rotary_base=1000000)
         expected = theirs(positions, [16, 24, 24], parallel_state.get_context_parallel_group())
         found = MultimodalRotary(1e6)(positions, [16, 24, 24])
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, turns(expected[..., :64]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sections", [(24, 20, 20), (26, 20, 18), (24, 19, 21)])
@@ -170,17 +171,27 @@ def test_interleaved_angles_equal_hugging_faces(sections: tuple[int, int, int]) 
     positions = positions_of(collate(list(APART.values())), apart=True)
     cosine, sine = theirs(torch.zeros(1), positions)
     found = MultimodalRotary(5e6, interleaved=True)(positions, sections)[:, :, 0].transpose(0, 1)
-    torch.testing.assert_close(found.cos(), cosine, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.sin(), sine, rtol=0, atol=1e-5)
+    sine = torch.cat([-sine[..., :64], sine[..., 64:]], -1)
+    torch.testing.assert_close(found, torch.cat([cosine, sine], -1), rtol=0, atol=1e-5)
 
 
 def test_text_has_the_angles_of_ordinary_rope() -> None:
     with one_rank(TINY["gpt"]):
         model, _ = build("gpt", TINY["gpt"], one_process(TINY["gpt"]))
-        expected = model.language_model.rotary_pos_emb(50)
+        expected = model.language_model.rotary_pos_emb((50, None))
     positions = torch.arange(50).expand(3, 1, 50)
     found = MultimodalRotary(TINY["gpt"].rotary_base)(positions, [2, 3, 3])
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_heads_and_gradients_turn_as_megatrons() -> None:
+    generator = torch.Generator().manual_seed(0)
+    heads, gradient = torch.randn(2, 17, 3, 5, 16, generator=generator)
+    half = 9 * torch.randn(17, 1, 1, 8, generator=generator)
+    heads.requires_grad_()
+    found, expected = rotate(heads, turns(half)), _apply_rotary_pos_emb_bshd(heads, torch.cat([half, half], -1))
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(each, heads, gradient)[0] for each in (found, expected)))
 
 
 def test_half_precision_rotates_as_hugging_face() -> None:
@@ -192,11 +203,11 @@ def test_half_precision_rotates_as_hugging_face() -> None:
             attention, generator = layers[0].self_attention.bfloat16(), torch.Generator().manual_seed(0)
             attention.core_attention.register_forward_pre_hook(lambda _, given: seen.append(given[:2]))
             hidden = torch.randn(9, 1, attention.config.hidden_size, generator=generator).bfloat16()
-            angles = 30 * torch.rand(9, half, generator=generator).repeat(1, 2)
-            attention(hidden, None, rotary_pos_emb=angles[:, None, None])
-            assert attention.angles is None
+            angles = 30 * torch.rand(9, half, generator=generator)
+            attention(hidden, None, rotary_pos_emb=turns(angles)[:, None, None])
+            assert attention.turns is None
             query, key = (part[:, 0] for part in SelfAttention.get_query_key_value_tensors(attention, hidden)[:2])
-            cosine, sine = angles.cos(), angles.sin()
+            cosine, sine = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
             if half == 8:
                 turned = theirs_of.apply_rotary_pos_emb(query, key, cosine.bfloat16(), sine.bfloat16(), -2)
             else:

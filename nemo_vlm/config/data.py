@@ -12,7 +12,7 @@ from nemo_vlm.errors import ConfigError
 # are for asking the model later
 OF_RECORDS = (
     *("packing", "validation_split", "eval_samples", "eval_tokens", "too_long"),
-    *("max_visual_tokens", "max_visual_tokens_per_micro_batch", "balance_visual_tokens"),
+    *("max_visual_tokens", "max_visual_tokens_per_micro_batch", "balance_visual_tokens", "cache_vision_features"),
 )
 OF_JSON = ("datasets_exclude", "image_folder", "video_folder")  # of records that are not in tars, with their images
 
@@ -26,7 +26,8 @@ LIMITS = (
 )
 OF_MEDIA = (
     *LIMITS,
-    *("num_frames", "splice_single_frame", "image_aspect_ratio", "image_token_len", "crop_size", "image_size"),
+    *("num_frames", "splice_single_frame", "image_aspect_ratio", "image_draft"),
+    *("image_token_len", "crop_size", "image_size"),
 )
 PAIRS = (
     ("min_pixels", "max_pixels"),
@@ -93,6 +94,13 @@ class DataConfig:
     too_long: Literal["truncate", "drop"] = "truncate"  # a sample beyond encoder_seq_length; never within an image
     # square: the tower's own way; pad: a square canvas in the mean colour; keep: the whole image in its proportions
     image_aspect_ratio: Literal["square", "pad", "keep"] = "square"
+    # JPEGs of three times the width and height that they are resized to, or more, are decoded at 1/2, 1/4 or 1/8: two
+    # to three times as fast; pixels differ by 1 to 3 levels of 255 on the average
+    image_draft: bool = False
+    # What a frozen tower makes of images and videos is kept on disk, and read instead of computed from then on; in
+    # vision_cache_dir, or $NEMO_VLM_CACHE/vision, or ~/.cache/nemo_vlm/vision
+    cache_vision_features: bool = False
+    vision_cache_dir: str | None = None
     # Of an image, between which it is resized, for families that see images in their own sizes; null: the family's
     min_pixels: int | None = None
     max_pixels: int | None = None

@@ -12,6 +12,8 @@ from nemo_vlm.config.model import LanguageConfig, tower_flops
 from nemo_vlm.config.multimodal import MediaConfig, TowerConfig
 from nemo_vlm.errors import ConfigError
 
+PHOTOGRAPH = (640, 480)  # pixels
+
 
 @dataclass(frozen=True)
 class DynamicVisionConfig(TowerConfig):
@@ -46,6 +48,11 @@ class DynamicVisionConfig(TowerConfig):
         rising = layers == sorted(set(layers)) and all(0 <= layer < self.num_layers for layer in layers)
         right = f"layers of the tower in rising order, 0 to {self.num_layers - 1}"
         demand(rising, f"{branch}.deepstack_visual_indexes", layers, right)
+
+    @property
+    def depth(self) -> int:
+        """Layers that run."""
+        return self.num_layers
 
     @property
     def patch_values(self) -> int:
@@ -95,6 +102,14 @@ class DynamicMediaConfig(MediaConfig):
     def media_break(self) -> str:
         return ""
 
+    def typical_grid(self, min_pixels: int, max_pixels: int) -> tuple[int, int, int]:
+        """Patches in time, height and width of a photograph as COCO's, resized between those limits."""
+        vision, pixels = self.vision_encoder, math.prod(PHOTOGRAPH)
+        scale = math.sqrt(min(max(pixels, min_pixels), max_pixels) / pixels) / vision.patch_dim
+        block = vision.spatial_merge_size
+        width, height = (max(int(side * scale / block), 1) * block for side in PHOTOGRAPH)
+        return 1, height, width
+
     def visual_tokens(self, grids: Iterable[tuple[int, int, int]]) -> int:
         """What views of these patches in time, height and width are in the text."""
         block = self.vision_encoder.spatial_merge_size**2
@@ -105,9 +120,12 @@ class DynamicMediaConfig(MediaConfig):
         vision = self.vision_encoder
         tower = tower_flops(vision.num_layers, vision.hidden_size, vision.ffn_hidden_size, patches, squared_frames)
         embedding = 2 * patches * vision.patch_values * vision.hidden_size
-        merged, block = self.projector_input_size, vision.spatial_merge_size**2
-        mergers = 1 + len(vision.deepstack_visual_indexes)
-        return tower + embedding + mergers * 2 * patches / block * merged * (merged + out_size)
+        return tower + embedding + self.projector_flops(out_size, patches)
+
+    def projector_flops(self, out_size: int, patches: float) -> float:
+        """The mergers alone."""
+        merged, mergers = self.projector_input_size, 1 + len(self.vision_encoder.deepstack_visual_indexes)
+        return mergers * 2 * patches / self.vision_encoder.spatial_merge_size**2 * merged * (merged + out_size)
 
 
 class DynamicConfig(Protocol):

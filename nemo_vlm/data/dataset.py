@@ -11,6 +11,8 @@ import numpy
 
 from nemo_vlm.batch import Sample
 
+Numbers = numpy.ndarray | range  # of records; a range takes no memory
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -39,7 +41,7 @@ class Samples(Protocol):
     packed: bool
 
     @property
-    def parts(self) -> Sequence[numpy.ndarray | range]: ...
+    def parts(self) -> Sequence[Numbers]: ...
 
     def __len__(self) -> int: ...
 

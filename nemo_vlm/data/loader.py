@@ -240,7 +240,8 @@ def loader(dataset: Samples, sampler: Sampler | list[Groups], layout: Layout, ru
         sampler=sampler,
         batch_size=None,
         num_workers=run.data.num_workers,
-        prefetch_factor=1 if run.data.num_workers else None,  # of each worker, since an item is a whole step
+        # Whole steps of each worker: with one alone, each step that takes its worker longer than others is waited for
+        prefetch_factor=2 if run.data.num_workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: the run's random numbers do not depend on when a loader starts
     )
@@ -277,7 +278,8 @@ def order_of(dataset: Samples, run: RunConfig) -> Blend | Grouped:
     assert dataset.lengths is not None
     kinds, shares = [], []
     for kind in (1, 0):  # with images or videos, without
-        some = [part[(dataset.lengths[part, 1] > 0) == kind] for part in parts]
+        arrays = [numpy.asarray(part) for part in parts]
+        some = [part[(dataset.lengths[part, 1] > 0) == kind] for part in arrays]
         held = [weight * len(few) / len(part) for weight, few, part in zip(weights, some, parts, strict=True)]
         present = [number for number, share in enumerate(held) if share]
         if present:

@@ -13,7 +13,7 @@ import torch
 from nemo_vlm.config import DataConfig, RunConfig
 from nemo_vlm.data import lengths
 from nemo_vlm.data.cached import cached
-from nemo_vlm.data.dataset import Datasets
+from nemo_vlm.data.dataset import Datasets, Numbers
 from nemo_vlm.data.orders import FILES_APART, generator
 from nemo_vlm.data.records import RecordDataset, RecordFile, Records
 from nemo_vlm.data.webdataset import WebDataset
@@ -98,15 +98,15 @@ def open_files(
     ]
 
 
-def of_use(file: RecordFile | WebDataset, datasets_exclude: tuple[str, ...]) -> numpy.ndarray:
+def of_use(file: RecordFile | WebDataset, datasets_exclude: tuple[str, ...]) -> Numbers:
     """Numbers of the records that are not left out, by that setting or by a split.yaml."""
     return not_excluded(file, datasets_exclude) if isinstance(file, RecordFile) else file.kept
 
 
-def not_excluded(file: RecordFile, names: tuple[str, ...]) -> numpy.ndarray:
+def not_excluded(file: RecordFile, names: tuple[str, ...]) -> Numbers:
     """Numbers of the records whose `dataset` is none of these."""
     if not names:
-        return numpy.arange(len(file))
+        return range(len(file))
     mask = cached(file.path, "excluded", repr(names), lambda: excluded(file, names))
     log.info("model.data.datasets_exclude=%s: %d records of %s are left out", list(names), mask.sum(), file.path)
     return numpy.flatnonzero(~mask)
@@ -125,15 +125,16 @@ def of_dataset(file: RecordFile, number: int, names: tuple[str, ...]) -> bool:
     return isinstance(record, dict) and record.get("dataset") in names
 
 
-def split(records: numpy.ndarray, fraction: float, seed: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+def split(records: Numbers, fraction: float, seed: int) -> tuple[Numbers, Numbers]:
     """Those to train on and those to validate on, which end a permutation; both in the order of the file.
 
     A fraction above 0 holds out one record at least.
     """
-    count = max(round(len(records) * fraction), 1) if fraction else 0
+    if not fraction:
+        return records, records[:0]
     order = torch.randperm(len(records), generator=generator(seed, NOT_AN_EPOCH)).numpy()
-    first = len(records) - count
-    return records[numpy.sort(order[:first])], records[numpy.sort(order[first:])]
+    first, numbers = len(records) - max(round(len(records) * fraction), 1), numpy.asarray(records)
+    return numbers[numpy.sort(order[:first])], numbers[numpy.sort(order[first:])]
 
 
 def lengths_of(files: Sequence[Records], data: DataConfig, processor: Any) -> numpy.ndarray | None:

@@ -45,11 +45,13 @@ class Order:
 
     def __init__(self, size: int, seed: int, shuffle: bool) -> None:
         self.size, self.seed, self.shuffle = size, seed, shuffle
-        self.epoch, self.permutation = -1, torch.arange(size)
+        self.epoch, self.permutation = -1, torch.empty(0)
 
     def __getitem__(self, k: int) -> int:
         epoch, position = divmod(k, self.size)
-        if self.shuffle and epoch != self.epoch:
+        if not self.shuffle:
+            return position
+        if epoch != self.epoch:
             self.epoch, self.permutation = epoch, torch.randperm(self.size, generator=generator(self.seed, epoch))
         return int(self.permutation[position])
 

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from nemo_vlm.batch import IMAGE_TAG, Sample, empty_sample
 from nemo_vlm.data import spans
 from nemo_vlm.data.cached import cached, of_kind
-from nemo_vlm.data.dataset import Origin
+from nemo_vlm.data.dataset import Numbers, Origin
 from nemo_vlm.data.forms import as_llava, has_answer, is_llava, parsed
 from nemo_vlm.data.media import descriptor, open_folder
 from nemo_vlm.errors import ConfigError, SampleError
@@ -244,6 +244,13 @@ def read_records(data_path: str, image_folder: str | None, key: str = KEY) -> li
     return [file[number] for number in range(len(file))]
 
 
+def shifted(numbers: Numbers, first: int) -> Numbers:
+    """Counted from there on."""
+    if isinstance(numbers, range):
+        return range(numbers.start + first, numbers.stop + first)
+    return numbers + first
+
+
 class RecordDataset(Dataset):
     """Samples made of records by a family's processor when they are drawn, by the records' numbers.
 
@@ -260,14 +267,14 @@ class RecordDataset(Dataset):
     def __init__(
         self,
         files: Sequence[Records],
-        chosen: Sequence[numpy.ndarray] | None,
+        chosen: Sequence[Numbers] | None,
         processor: Any,
         lengths: numpy.ndarray | None = None,
     ) -> None:
         self.files, self.processor, self.lengths = files, processor, lengths
         self.first = [0, *itertools.accumulate(len(file) for file in files)]
-        chosen = [numpy.arange(len(file)) for file in files] if chosen is None else chosen
-        self.parts = [first + some for first, some in zip(self.first[:-1], chosen, strict=True)]
+        chosen = [range(len(file)) for file in files] if chosen is None else chosen
+        self.parts = [shifted(some, first) for first, some in zip(self.first[:-1], chosen, strict=True)]
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)

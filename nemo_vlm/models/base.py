@@ -3,7 +3,8 @@
     config.py     Config, a frozen dataclass on LanguageConfig; STARTS, the settings that name checkpoints with first
                   weights, and the module that each is for (None: all); where two bring the same, the later one wins
     model.py      Model(config, build, stage), a torch module: forward(batch, labels) -> losses, logits, hidden states;
-                  vision_language.py has what those that see have in common
+                  vision_language.py has what those that see have in common, which also tell their tower to the plan:
+                  vision_shape(config.mm_cfg.vision_encoder)
     processor.py  settle(config, tokenizer); Processor(config, data, tokenizer): record -> Sample;
                   hf_processor(config, data), data_from_hf(files, config): Hugging Face's files of a processor that does
                   the same, written and read

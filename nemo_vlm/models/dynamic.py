@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy
@@ -14,15 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nemo_vlm.batch import Images, join
+from nemo_vlm.batch import RGB, Images, join
 from nemo_vlm.data.media import Source
 from nemo_vlm.errors import SampleError
-from nemo_vlm.models.images import denormalised, image_size, load_image, named, resize
+from nemo_vlm.models.images import Picture, decoding, image_size, line_of, named, resize, write_patches
 from nemo_vlm.models.tokens import PlaceholderRun, Runs
 from nemo_vlm.models.video import Reader, Video, use
 
 MAX_RATIO = 200  # of an image's sides
-ROWS_AT_ONCE = 2  # of blocks, in which an image is normalised
 SLACK = 1.05  # a frame's largest size is so much above its smallest at least, whatever a video's budget
 
 Grid = tuple[int, int, int]
@@ -67,8 +66,8 @@ class PatchFormat:
     patch_size: int
     temporal_patch_size: int
     merge_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: RGB
+    std: RGB
 
     @property
     def factor(self) -> int:
@@ -88,35 +87,20 @@ class PatchFormat:
         return self.times(frames), height // self.patch_size, width // self.patch_size
 
     def patches(self, frames: Sequence[Image.Image]) -> Images:
-        """One view: resized frames of one size; an image is one frame, and stands in every frame of its patches.
+        """One view: resized frames of one size; an image is one frame, which its patches hold once, see Images.copies.
 
         A number that makes no whole patches is filled up with the last frame.
         """
-        grid, depth, lines = self.grid(len(frames), *frames[0].size), self.temporal_patch_size, self.merge_size
-        shape = (grid[0], grid[1] // lines, grid[2] * lines, 3, depth, self.patch_size**2)
-        pixels = numpy.empty(shape, numpy.float32)
+        grid, copies = self.grid(len(frames), *frames[0].size), self.temporal_patch_size if len(frames) == 1 else 1
+        depth, edge, block = self.temporal_patch_size // copies, self.patch_size, self.merge_size
+        shape = (grid[0], grid[1] // block, grid[2] // block, block, block, 3, depth, edge)
+        pixels = numpy.empty(shape, line_of(edge))
         for number, frame in enumerate(frames):
             time, place = divmod(number, depth)
             end = depth if number == len(frames) - 1 else place + 1
-            self._fill(pixels[time, ..., place:end, :], frame)
-        return Images(torch.from_numpy(pixels).view(math.prod(grid), -1), torch.tensor([grid]))
-
-    def _fill(self, out: numpy.ndarray, frame: Image.Image) -> None:
-        """Writes a frame, normalised to the last bit as Hugging Face's, to [block rows, patches, 3, frames, pixels].
-
-        Few rows at a time: what is made on the way then fits the cache, and the system is not asked for its memory.
-        """
-        edge, block = self.patch_size, self.merge_size
-        blocks = numpy.asarray(frame).reshape(len(out), block, edge, -1, block, edge, 3)
-        mean, std = (numpy.array(given, numpy.float32)[:, None] for given in (self.mean, self.std))
-        for first in range(0, len(out), ROWS_AT_ONCE):
-            rows = blocks[first : first + ROWS_AT_ONCE]
-            values = rows.transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, -1).astype(numpy.float32)
-            values /= 255
-            values -= mean
-            values /= std
-            parted = values.reshape(3, len(rows), -1, 1, edge**2)
-            out[first : first + ROWS_AT_ONCE] = parted.transpose(1, 2, 0, 3, 4)
+            write_patches(frame, pixels[time, ..., place:end, :])
+        patches = torch.from_numpy(pixels.view(numpy.uint8)).view(math.prod(grid), -1)
+        return Images(patches, torch.tensor([grid]), self.mean, self.std, copies)
 
     def frames(self, images: Images) -> list[list[Image.Image]]:
         """The frames of each view again; those that only fill up its last patches are left out."""
@@ -124,12 +108,12 @@ class PatchFormat:
         return [self._frames(view, *grid) for view, grid in zip(views, images.grids, strict=True)]
 
     def _frames(self, view: Tensor, time: int, rows: int, columns: int) -> list[Image.Image]:
-        depth, edge, block = self.temporal_patch_size, self.patch_size, self.merge_size
+        depth, edge, block = view.shape[1] // (3 * self.patch_size**2), self.patch_size, self.merge_size
         parted = view.view(time, rows // block, columns // block, block, block, 3, depth, edge, edge)
         frames = parted.permute(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(time * depth, rows * edge, columns * edge, 3)
         while len(frames) > (time - 1) * depth + 1 and torch.equal(frames[-1], frames[-2]):
             frames = frames[:-1]
-        return [denormalised(frame.numpy(), self.mean, self.std) for frame in frames]
+        return [Image.fromarray(frame.numpy()) for frame in frames]
 
 
 @dataclass(frozen=True)
@@ -177,17 +161,27 @@ class Sampling(Protocol):
 
 @dataclass(frozen=True)
 class DynamicViews:
-    """The image part of a processor: each image and each video is one view."""
+    """The image part of a processor: each image and each video is one view.
+
+    Attributes:
+        draft: JPEGs may be decoded smaller than they are; no length depends on it.
+    """
 
     format: PatchFormat
     images: PixelLimits
     videos: VideoLimits
     sampling: Sampling
+    draft: bool = field(default=False, repr=False)
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """All that `runs` depends on, beside the files."""
         return (self,)
+
+    @property
+    def pixel_settings(self) -> tuple[Any, ...]:
+        """All that `pixels` depends on, beside the files."""
+        return self, self.draft
 
     def runs(self, media: Source | Video) -> Runs:
         """The placeholders of an image or a video; of the file, only what it says of its size is read.
@@ -217,8 +211,11 @@ class DynamicViews:
         return (PlaceholderRun(self.format.features(width, height)),)
 
     def _image(self, source: Source) -> Images:
-        image = load_image(source, upright=True)
-        return self.format.patches([resize(image, self.images.resized(image.size, 1, self.format))])
+        with decoding(source) as file:
+            picture = Picture(file, upright=True)
+            size = self.images.resized(picture.size, 1, self.format)
+            image = picture.load(size if self.draft else None)
+        return self.format.patches([resize(image, size)])
 
     def _video_runs(self, reader: Reader) -> Runs:
         """One, of all its moments."""

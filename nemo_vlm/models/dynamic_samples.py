@@ -86,4 +86,4 @@ def hf_inputs(config: DynamicConfig, batch: Batch) -> dict[str, Any]:
 
 def pixels_of(images: Images, chosen: Tensor) -> Tensor:
     """The patches of those views."""
-    return images.pixel_values[chosen.repeat_interleave(images.image_grid_thw.prod(1))]
+    return images.normalised().pixel_values[chosen.repeat_interleave(images.image_grid_thw.prod(1))]

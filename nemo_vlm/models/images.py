@@ -1,4 +1,4 @@
-"""Images to pixels, as Hugging Face's CLIPImageProcessor and SiglipImageProcessor make them, and pixels to patches."""
+"""Images to pixels, as Hugging Face's CLIPImageProcessor and SiglipImageProcessor see them, and pixels to patches."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from nemo_vlm.batch import Images
+from nemo_vlm.batch import RGB, Images
 from nemo_vlm.data.media import Source, opened, reraise_of_disk
 from nemo_vlm.errors import SampleError
 
 KEEP_EDGES = (224, 448)  # the largest shortest and longest edge of NeMo's image_aspect_ratio=keep
 # Pixels of what is made on the way to the tower's square, so that an image of 1 x 100000 does not take all memory
 MAX_PADDED, MAX_SCALED = 2**30 // 12, 2**30 // 48  # the first is Pillow's own limit of images
+# A JPEG may be decoded to this times what it is to become: photographs then differ from a full decoding by 1 to 3
+# levels of 255 on the average (32 dB and more); with nothing left to resize it would be twice as much
+DRAFT = 1.5
 # What Pillow's readers raise of damaged files, RuntimeError and TypeError in rarer formats
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, struct.error)
 
@@ -37,6 +40,8 @@ TURNS = {
 }
 SIDEWAYS = [TURNS[turn] for turn in (5, 6, 7, 8)]
 
+Size = tuple[int, int]  # width, height
+
 
 @dataclass(frozen=True)
 class ImageTransform:
@@ -50,23 +55,42 @@ class ImageTransform:
     """
 
     size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: RGB
+    std: RGB
     mode: Literal["crop", "stretch", "pad", "keep"]
     tiles: bool = False
 
-    def views(self, image: Image.Image) -> list[Tensor]:
-        """[3, height, width] float32 each, normalised; the whole image first, then its tiles row by row.
+    def views(self, image: Image.Image, own: Size | None = None) -> list[Image.Image]:
+        """The whole image first, then its tiles row by row.
 
+        Args:
+            own: its size in the file, where it was decoded smaller.
         Raises:
             SampleError: huge_image: it is so long that its square is made of too many pixels.
         """
+        whole = self.square(image, self.edge, own or image.size)
         if not self.tiles:
-            return [self.normalised(self.square(image, self.size))]
-        whole = self.square(image, 2 * self.size)
+            return [whole]
         edges = (0, self.size)
         tiles = [whole.crop((x, y, x + self.size, y + self.size)) for y in edges for x in edges]
-        return [self.normalised(view) for view in (resize(whole, (self.size, self.size)), *tiles)]
+        return [resize(whole, (self.size, self.size)), *tiles]
+
+    def patches(self, views: Sequence[Image.Image], patch_size: int) -> Images:
+        """Views cut into patches, of uint8; a rest that makes no whole patch is left out.
+
+        Raises:
+            SampleError: broken_image: a view is smaller than a patch.
+        """
+        grids = torch.tensor([(1, view.height // patch_size, view.width // patch_size) for view in views])
+        pixels = numpy.empty((int(grids.prod(1).sum()), 3, patch_size), line_of(patch_size))
+        ends = grids.prod(1).cumsum(0).tolist()
+        for view, (_, rows, columns), end in zip(views, grids.tolist(), ends, strict=True):
+            if not rows or not columns:
+                small = f"a view of {view.width} x {view.height} pixels holds no patch of {patch_size}"
+                raise SampleError("broken_image", small)
+            whole = cut(view, (0, 0, columns * patch_size, rows * patch_size))
+            write_patches(whole, pixels[end - rows * columns : end].reshape(rows, columns, 1, 1, 3, 1, patch_size))
+        return Images(torch.from_numpy(pixels.view(numpy.uint8)).flatten(1), grids, self.mean, self.std)
 
     def view_sizes(self, width: int, height: int) -> list[tuple[int, int]]:
         """(height, width) of the views of an image, in pixels."""
@@ -74,82 +98,113 @@ class ImageTransform:
             return [kept(width, height, self.size)[::-1]]
         return [(self.size, self.size)] * (5 if self.tiles else 1)
 
-    def square(self, image: Image.Image, size: int) -> Image.Image:
+    @property
+    def edge(self) -> int:
+        """Of the square that an image becomes, tiles and all."""
+        return 2 * self.size if self.tiles else self.size
+
+    def whole(self, width: int, height: int, size: int) -> Size:
+        """What all of an image of that size is resized to, before it is cut to its square or behind its padding."""
         if self.mode == "keep":
-            return resize(image, kept(*image.size, size))
+            return kept(width, height, size)
+        if self.mode == "crop":
+            return scaled(width, height, size)
         if self.mode == "pad":
-            image = pad_to_square(image, tuple(int(255 * value) for value in self.mean))
-        if self.mode != "crop":
-            return resize(image, (size, size))
-        whole = scaled(*image.size, size)
-        check_canvas(image, whole, MAX_SCALED)
-        image = resize(image, whole)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        return image.crop((left, top, left + size, top + size))
+            longer = max(width, height)
+            return max(round(size * width / longer), 1), max(round(size * height / longer), 1)
+        return size, size
 
-    def normalised(self, image: Image.Image) -> Tensor:
-        pixels = numpy.asarray(image, dtype=numpy.float32) / 255
-        pixels = (pixels - numpy.asarray(self.mean, numpy.float32)) / numpy.asarray(self.std, numpy.float32)
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-
-    def picture(self, view: Tensor) -> Image.Image:
-        """The image that a view [3, height, width] was."""
-        return denormalised(view.permute(1, 2, 0).numpy(), self.mean, self.std)
-
-
-def denormalised(pixels: numpy.ndarray, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """The image of normalised pixels [height, width, 3]."""
-    return Image.fromarray(((pixels * std + mean) * 255).round().clip(0, 255).astype(numpy.uint8))
+    def square(self, image: Image.Image, size: int, own: Size) -> Image.Image:
+        if self.mode == "pad":
+            return padded(image, size, tuple(int(255 * value) for value in self.mean))
+        whole = self.whole(*own, size)
+        if self.mode == "crop":
+            check_canvas(own, whole, MAX_SCALED)
+            return cropped(image, whole, size)
+        return resize(image, whole)
 
 
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 SIGLIP = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
-def scaled(width: int, height: int, shortest: int) -> tuple[int, int]:
+def scaled(width: int, height: int, shortest: int) -> Size:
     """(width, height) with that shortest edge, as HF's get_resize_output_image_size."""
     longer = int(shortest * max(width, height) / min(width, height))
     return (shortest, longer) if width <= height else (longer, shortest)
 
 
-def kept(width: int, height: int, size: int) -> tuple[int, int]:
+def kept(width: int, height: int, size: int) -> Size:
     """(width, height) of NeMo's keep: neither edge beyond its limit; smaller towers have smaller limits."""
     short, long = (edge * min(size, KEEP_EDGES[0]) // KEEP_EDGES[0] for edge in KEEP_EDGES)
     return scaled(width, height, max(int(min(long / (max(width, height) / min(width, height)), short)), 1))
 
 
-def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resize(image: Image.Image, size: Size) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+def cut(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    return image if box == (0, 0, *image.size) else image.crop(box)
+
+
+def cropped(image: Image.Image, whole: Size, size: int) -> Image.Image:
+    """The middle square of an image that is resized; columns of a wide one that are outside go halfway, see padded."""
+    if image.width < image.height:
+        top = (whole[1] - size) // 2
+        return cut(resize(image, whole), (0, top, size, top + size))
+    left = (whole[0] - size) // 2
+    narrow = cut(resize(image, (whole[0], image.height)), (left, 0, left + size, image.height))
+    return resize(narrow, (size, size))
+
+
+def padded(image: Image.Image, size: int, colour: tuple[int, ...]) -> Image.Image:
+    """An image in the middle of a square canvas, resized with it.
+
+    What is wider than high is made as narrow as it will be before the canvas: the same to the last bit, since Pillow
+    then resizes widths first (of what is much higher than wide, heights), and less work.
+    """
     edge = max(image.size)
-    check_canvas(image, (edge, edge), MAX_PADDED)
-    canvas = Image.new("RGB", (edge, edge), colour)
-    canvas.paste(image, ((edge - image.width) // 2, (edge - image.height) // 2))
-    return canvas
+    check_canvas(image.size, (edge, edge), MAX_PADDED)
+    width, above = edge, (edge - image.height) // 2
+    if image.width == edge:
+        image, width = resize(image, (size, image.height)), size
+    canvas = Image.new("RGB", (width, edge), colour)
+    canvas.paste(image, ((width - image.width) // 2, above))
+    return resize(canvas, (size, size))
 
 
-def check_canvas(image: Image.Image, size: tuple[int, int], most: int) -> None:
+def check_canvas(own: Size, size: Size, most: int) -> None:
     if size[0] * size[1] > most:
-        what = f"{image.width} x {image.height} pixels would become {size[0]} x {size[1]} on the way"
+        what = f"{own[0]} x {own[1]} pixels would become {size[0]} x {size[1]} on the way"
         raise SampleError("huge_image", f"{what}, more than {most} in all")
 
 
-def patchify(views: Sequence[Tensor], patch_size: int) -> Images:
-    """Views [3, height, width] cut into patches; a rest that makes no whole patch is left out.
+def line_of(patch_size: int) -> str:
+    """The type of a patch's row of one channel, which moves as one thing, several times as fast as its pixels."""
+    return f"V{patch_size}"
 
-    Raises:
-        SampleError: broken_image: a view is smaller than a patch.
+
+def write_patches(image: Image.Image, lines: numpy.ndarray) -> None:
+    """Write the patches of an image, block by block.
+
+    Args:
+        lines: [block rows, block columns, rows of a block, columns of a block, 3, frames, rows of a patch] of line_of;
+            the image is every frame.
     """
+    rows, columns, block, _, _, _, edge = lines.shape
+    planes = b"".join(image.tobytes("raw", channel) for channel in "RGB")  # as numpy would, but faster
+    parted = numpy.frombuffer(planes, lines.dtype).reshape(3, rows, block, edge, columns, block)
+    lines[...] = parted.transpose(1, 4, 2, 5, 0, 3)[..., None, :]
+
+
+def patchify(views: Sequence[Tensor], patch_size: int) -> Images:
+    """As ImageTransform.patches, of normalised views [3, height, width]."""
     if not views:
         return Images()
     patches, grids = [], []
     for view in views:
         rows, columns = view.shape[1] // patch_size, view.shape[2] // patch_size
-        if not rows or not columns:
-            small = f"a view of {view.shape[2]} x {view.shape[1]} pixels holds no patch of {patch_size}"
-            raise SampleError("broken_image", small)
         cut = view[:, : rows * patch_size, : columns * patch_size]
         parted = cut.unflatten(2, (columns, patch_size)).unflatten(1, (rows, patch_size))
         patches.append(parted.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1))
@@ -158,7 +213,7 @@ def patchify(views: Sequence[Tensor], patch_size: int) -> Images:
 
 
 def unpatchify(images: Images) -> list[Tensor]:
-    """The views [3, height, width] again, without what was left out."""
+    """The views [3, height, width] again, without what was left out; pixels as they are, uint8 or float32."""
     edge = math.isqrt(images.pixel_values.shape[1] // 3)
     views = images.pixel_values.split([time * rows * columns for time, rows, columns in images.grids])
     return [
@@ -167,34 +222,55 @@ def unpatchify(images: Images) -> list[Tensor]:
     ]
 
 
-def load_image(source: Source, upright: bool = False) -> Image.Image:
-    """An image file as RGB.
+class Picture:
+    """An open image file, of which no more than its header has been read.
 
     Args:
         upright: turned as its EXIF says, and on white where it is transparent, as transformers 5 opens images and
             qwen_vl_utils; else neither, as NeMo opens LLaVA's.
+    """
+
+    def __init__(self, file: BinaryIO, upright: bool) -> None:
+        self.image, self.upright = Image.open(file), upright
+        self.turn = TURNS.get(orientation(self.image)) if upright else None
+        self.size: Size = self.image.size[::-1] if self.turn in SIDEWAYS else self.image.size
+
+    def load(self, least: Size | None = None) -> Image.Image:
+        """As RGB.
+
+        Args:
+            least: what it will be resized to; a JPEG is then decoded at a half, a quarter or an eighth of its own
+                size, as long as half as much again is left to resize.
+        """
+        if least is not None:
+            width, height = (math.ceil(DRAFT * side) for side in least)
+            self.image.draft(None, (height, width) if self.turn in SIDEWAYS else (width, height))
+        if not self.upright:
+            self.image.load()
+            return self.image if self.image.mode == "RGB" else self.image.convert("RGB")
+        opaque = on_white(self.image)
+        return opaque if self.turn is None else opaque.transpose(self.turn)
+
+
+def load_image(source: Source, upright: bool = False) -> Image.Image:
+    """An image file as RGB, see Picture.
+
     Raises:
         SampleError: it does not exist, is no image, is damaged, or so large that it may be an attack.
         OSError: the file system fails.
     """
     with decoding(source) as file:
-        image = Image.open(file)
-        if not upright:
-            return image.convert("RGB")
-        turn = TURNS.get(orientation(image))
-        opaque = on_white(image)
-        return opaque if turn is None else opaque.transpose(turn)
+        return Picture(file, upright).load()
 
 
-def image_size(source: Source, upright: bool = False) -> tuple[int, int]:
+def image_size(source: Source, upright: bool = False) -> Size:
     """(width, height) from the file's header, as of load_image.
 
     Raises:
         SampleError, OSError: as load_image.
     """
     with decoding(source) as file:
-        image = Image.open(file)
-        return image.size[::-1] if upright and TURNS.get(orientation(image)) in SIDEWAYS else image.size
+        return Picture(file, upright).size
 
 
 def orientation(image: Image.Image) -> int | None:
@@ -232,6 +308,8 @@ def decoding(source: Source) -> Iterator[BinaryIO]:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             yield file
+        except SampleError:
+            raise
         except Image.DecompressionBombError as error:
             raise SampleError("huge_image", f"{source}: {error}") from None
         except UnidentifiedImageError:  # which says so of the file object

@@ -14,7 +14,7 @@ def merge(embeddings: Tensor, tokens: Tensor, features: Tensor, placeholder_ids:
 
     Args:
         embeddings: [s, b, h] word embeddings.
-        tokens: [b, s].
+        tokens: [b, s], on the CPU where they are known there, so that their count waits for no device.
         features: [n, w], one for each placeholder in the batch, whichever it is; w is h or more.
     Returns:
         [s, b, w]; behind word embeddings stand zeros.
@@ -26,5 +26,6 @@ def merge(embeddings: Tensor, tokens: Tensor, features: Tensor, placeholder_ids:
     if count != len(features):
         raise ValueError(f"{count} placeholders of images and videos in the tokens, {len(features)} vision features")
     behind = features.shape[-1] - embeddings.shape[-1]
+    mask = mask.to(embeddings.device, non_blocking=True)
     by_sample = (F.pad(embeddings, (0, behind)) if behind else embeddings).transpose(0, 1)
     return by_sample.masked_scatter(mask.unsqueeze(-1), features.to(embeddings.dtype)).transpose(0, 1).contiguous()

@@ -50,6 +50,11 @@ class Views(Protocol):
         """All that `runs` depends on, beside the files."""
         ...
 
+    @property
+    def pixel_settings(self) -> tuple[Any, ...]:
+        """All that `pixels` depends on, beside the files."""
+        ...
+
 
 class MultimodalProcessor:
     """Makes samples of a settled config's model.

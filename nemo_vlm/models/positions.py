@@ -27,8 +27,9 @@ def mrope_positions(
         merge_size: patches along an edge of the block that a token stands for.
         frames_apart: what stands at each time of a video is a view of its own, with text between them.
     Returns:
-        [3, b, s] int64 on the device of the tokens, from 0 in each sample. Nothing is copied back from there.
+        [3, b, s] int64 on the device of the tokens, from 0 in each sample. They are made where the tokens are at hand.
     """
+    device, batch = batch.tokens.device, batch.at_hand
     tokens = batch.tokens
     steps, offsets = torch.ones_like(tokens), tokens.new_zeros(3, *tokens.shape)
     if len(batch.images):
@@ -41,7 +42,7 @@ def mrope_positions(
         offsets = torch.where(seen, places.to(tokens.device)[:, numbers], 0)
     before = steps.flatten().cumsum(0).view(tokens.shape) - steps
     starts = first_tokens(batch).to(tokens.device)
-    return before - before.flatten()[starts] + offsets
+    return (before - before.flatten()[starts] + offsets).to(device, non_blocking=True)
 
 
 def single_frames(grids: Tensor) -> Tensor:

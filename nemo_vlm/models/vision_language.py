@@ -12,6 +12,7 @@ from nemo_vlm.mcore.config import BuildContext
 from nemo_vlm.mcore.gpt import build_gpt, decode, embed
 from nemo_vlm.mcore.groups import Stage
 from nemo_vlm.mcore.vit import VisionShape, VisionTransformer
+from nemo_vlm.models.feature_cache import KeptFeatures
 from nemo_vlm.models.merge import merge
 from nemo_vlm.models.positions import mrope_positions
 
@@ -29,6 +30,7 @@ class VisionLanguageModel(nn.Module):
     def __init__(self, config: LanguageConfig, build: BuildContext, stage: Stage) -> None:
         super().__init__()
         self.config, self.stage = config, stage
+        self.kept_features: KeptFeatures | None = None
         self.language_model = build_gpt(config, build, stage)
 
     def forward(self, batch: Batch, labels: Tensor | None = None, cache: Cache | None = None) -> Tensor:
@@ -44,7 +46,7 @@ class VisionLanguageModel(nn.Module):
         """
         embeddings = embed(self.language_model, batch.tokens)
         features = self.encode(batch.images) if len(batch.images) or together else embeddings[0, :0]
-        return merge(embeddings, batch.tokens, features, self.config.placeholder_ids)
+        return merge(embeddings, batch.at_hand.tokens, features, self.config.placeholder_ids)
 
     def encode(self, images: Images) -> Tensor:
         """Features [tokens, h] of all views, in order, or wider.
@@ -52,8 +54,9 @@ class VisionLanguageModel(nn.Module):
         No image is still a smallest one to compute: ranks gather and reduce the tower's weights together, so all must
         run it.
         """
-        seen = images if len(images) else self.vision_model.blank()
-        features = self.vision_projection(self.joined(self.vision_model(seen), seen))
+        seen, kept = images if len(images) else self.vision_model.blank(), self.kept_features
+        hidden = kept(images) if kept else self.vision_model(seen)
+        features = self.vision_projection(self.joined(hidden, seen))
         return features if len(images) else features[:0]
 
     def joined(self, features: Tensor, images: Images) -> Tensor:

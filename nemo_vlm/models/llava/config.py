@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nemo_vlm.config import LanguageConfig, fill, tower_flops
+from nemo_vlm.config import DataConfig, LanguageConfig, fill, tower_flops
 from nemo_vlm.config.checks import only, refuse_others
 from nemo_vlm.config.multimodal import STARTS as STARTS
 from nemo_vlm.config.multimodal import LlmConfig as CommonLlmConfig
@@ -74,6 +74,11 @@ class VisionConfig(TowerConfig):
     def depth(self) -> int:
         """Layers that run to reach the selected hidden state."""
         return self.vision_select_layer + (self.num_layers + 1 if self.vision_select_layer < 0 else 0)
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in a patch."""
+        return 3 * self.patch_dim**2
 
     @property
     def num_patches(self) -> int:
@@ -148,11 +153,15 @@ class Config(LanguageConfig):
     @property
     def media_settings(self) -> dict[str, Any]:
         keys = ("image_aspect_ratio", "splice_single_frame", "max_visual_tokens")
-        return {"num_frames": 8} | dict.fromkeys(keys)
+        return {"num_frames": 8} | dict.fromkeys(keys) | {"image_draft": False}
 
     @property
     def tiles_images(self) -> bool:
         return self.mm_cfg.use_image_tile
+
+    def typical_views(self, data: DataConfig) -> list[tuple[int, int, int]]:
+        edge = self.mm_cfg.vision_encoder.image_size // self.mm_cfg.vision_encoder.patch_dim
+        return [(1, edge, edge)] * (5 if self.mm_cfg.use_image_tile else 1)
 
     def visual_tokens(self, grids: Iterable[tuple[int, int, int]]) -> int:
         return sum(time * self.mm_cfg.features_of_grid(rows, columns) for time, rows, columns in grids)
@@ -164,4 +173,7 @@ class Config(LanguageConfig):
         """
         vision = self.mm_cfg.vision_encoder
         tower = tower_flops(vision.depth, vision.hidden_size, vision.ffn_hidden_size, patches, squared_frames)
-        return tower + 2 * patches * self.hidden_size * (vision.hidden_size + self.hidden_size)
+        return tower + self.projector_flops(patches)
+
+    def projector_flops(self, patches: float) -> float:
+        return 2 * patches * self.hidden_size * (self.mm_cfg.vision_encoder.hidden_size + self.hidden_size)

@@ -52,5 +52,5 @@ def samples(config: Config, count: int, generator: torch.Generator) -> list[Samp
 
 def hf_inputs(config: Config, batch: Batch) -> dict[str, Any]:
     """The arguments of the Hugging Face class's forward."""
-    views = unpatchify(batch.images)
+    views = unpatchify(batch.images.normalised())
     return {"input_ids": batch.tokens} | ({"pixel_values": torch.stack(views)} if views else {})

@@ -9,7 +9,8 @@ from PIL import Image
 
 from nemo_vlm.batch import Images, join
 from nemo_vlm.config import DataConfig
-from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform, image_size, load_image, named, patchify, unpatchify
+from nemo_vlm.data.media import Source
+from nemo_vlm.models.images import CLIP, SIGLIP, ImageTransform, Picture, decoding, image_size, named, unpatchify
 from nemo_vlm.models.llava.config import Config, MultimodalConfig
 from nemo_vlm.models.multimodal import Media
 from nemo_vlm.models.tokens import PlaceholderRun, Runs
@@ -22,12 +23,18 @@ class Views:
     def __init__(self, config: Config, data: DataConfig) -> None:
         self.mm_cfg, self.patch_size = config.mm_cfg, config.mm_cfg.vision_encoder.patch_dim
         self.transform = image_transform(config.mm_cfg, data.image_aspect_ratio)
+        self.draft = data.image_draft
         self.sampling = FrameSampling(config.media_choices(data)["num_frames"], data.splice_single_frame)
 
     @property
     def settings(self) -> tuple[Any, ...]:
         """All that `runs` depends on, beside the files."""
         return self.transform, self.patch_size, self.sampling, self.mm_cfg.mm_mlp_adapter_type
+
+    @property
+    def pixel_settings(self) -> tuple[Any, ...]:
+        """All that `pixels` depends on, beside the files."""
+        return self.transform, self.patch_size, self.sampling, self.draft
 
     def runs(self, media: Media) -> Runs:
         """Of an image or a video one; where all images take the same, the file is not opened.
@@ -54,12 +61,23 @@ class Views:
 
     def frames(self, images: Images) -> list[list[Image.Image]]:
         """Each view for itself, frames of videos and tiles too."""
-        return [[self.transform.picture(view)] for view in unpatchify(images)]
+        return [[Image.fromarray(view.permute(1, 2, 0).numpy())] for view in unpatchify(images)]
 
     def of_one(self, media: Media) -> Images:
-        seen: list[Image.Image] = self.sampling.frames(media) if isinstance(media, Video) else [load_image(media)]
         with named(media):
-            return patchify([view for image in seen for view in self.transform.views(image)], self.patch_size)
+            views = self.of_video(media) if isinstance(media, Video) else self.of_image(media)
+            return self.transform.patches(views, self.patch_size)
+
+    def of_video(self, video: Video) -> list[Image.Image]:
+        return [view for frame in self.sampling.frames(video) for view in self.transform.views(frame)]
+
+    def of_image(self, source: Source) -> list[Image.Image]:
+        transform = self.transform
+        with decoding(source) as file:
+            picture = Picture(file, upright=False)
+            least = transform.whole(*picture.size, transform.edge) if self.draft else None
+            image = picture.load(least)
+        return transform.views(image, picture.size)
 
 
 def image_transform(mm_cfg: MultimodalConfig, aspect_ratio: str) -> ImageTransform:

@@ -11,7 +11,8 @@ from nemo_vlm.mcore.groups import Stage
 from nemo_vlm.mcore.vit import VisionTransformer
 from nemo_vlm.models.projector import build_merger
 from nemo_vlm.models.qwen2_vl.config import Config
-from nemo_vlm.models.vision_language import VisionLanguageModel, dynamic_positions, dynamic_shape
+from nemo_vlm.models.vision_language import VisionLanguageModel, dynamic_positions
+from nemo_vlm.models.vision_language import dynamic_shape as vision_shape  # by models.base's name
 
 
 class Model(VisionLanguageModel):
@@ -23,7 +24,7 @@ class Model(VisionLanguageModel):
         super().__init__(config, build, stage)
         if stage.first:
             vision = config.mm_cfg.vision_encoder
-            self.vision_model = VisionTransformer(dynamic_shape(vision), vision.num_layers, build)
+            self.vision_model = VisionTransformer(vision_shape(vision), vision.num_layers, build)
             self.vision_projection = build_merger(config, build)
 
     def positions(self, batch: Batch, cache: Cache | None) -> Tensor | None:

@@ -46,6 +46,7 @@ def views_of(config: Config, data: DataConfig) -> DynamicViews:
         PixelLimits(chosen["min_pixels"], chosen["max_pixels"]),
         PixelLimits(*(chosen[f"video_{name}_pixels"] for name in ("min", "max", "total"))),
         RateSampling(patches.temporal_patch_size, *rates_of(chosen)),
+        data.image_draft,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_vlm.config import LanguageConfig
+from nemo_vlm.config import DataConfig, LanguageConfig
 from nemo_vlm.config.checks import demand
 from nemo_vlm.config.dynamic import DynamicMediaConfig, DynamicVisionConfig, settle_axes
 from nemo_vlm.config.multimodal import STARTS as STARTS
@@ -85,10 +85,18 @@ class Config(LanguageConfig):
             "video_max_frames": 768,
             "num_frames": None,
             "max_visual_tokens": None,
+            "image_draft": False,
         }
+
+    def typical_views(self, data: DataConfig) -> list[tuple[int, int, int]]:
+        choices = self.media_choices(data)
+        return [self.mm_cfg.typical_grid(choices["min_pixels"], choices["max_pixels"])]
 
     def visual_tokens(self, grids: Iterable[tuple[int, int, int]]) -> int:
         return self.mm_cfg.visual_tokens(grids)
 
     def vision_flops(self, patches: float, squared_frames: float) -> float:
         return self.mm_cfg.vision_flops(self.hidden_size, patches, squared_frames)
+
+    def projector_flops(self, patches: float) -> float:
+        return self.mm_cfg.projector_flops(self.hidden_size, patches)

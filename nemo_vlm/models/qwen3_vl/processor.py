@@ -46,6 +46,7 @@ def views_of(config: Config, data: DataConfig) -> TimedViews:
         PixelLimits(chosen["min_pixels"], chosen["max_pixels"]),
         TotalLimits(chosen["video_total_min_pixels"], chosen["video_total_pixels"]),
         EvenSampling(*rates_of(chosen)),
+        data.image_draft,
     )
 
 
