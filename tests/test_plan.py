@@ -19,10 +19,13 @@ from test_families import EXPERT_LAYOUTS, LAYOUTS, VARIANTS, build_all, micro_ba
 
 from nemo_vlm.archive import write_archive
 from nemo_vlm.config import (
+    CheckpointConfig,
     DataConfig,
+    ExpManagerConfig,
     LanguageConfig,
     OptimConfig,
     ParallelConfig,
+    PeftConfig,
     RunConfig,
     StepConfig,
     TokenizerConfig,
@@ -133,7 +136,7 @@ def test_30b_a3b_over_eight_nodes() -> None:
     assert middle["bytes"]["gradients"] == 4 * (own + dense)
     assert middle["bytes"]["optimizer"] == 12 * own // 2 + 12 * dense // 4
     most = heaviest(run, planning.training(run, {}).layout, trains=True).memory.total
-    assert most == max(sum(filter(None, entry["bytes"].values())) for entry in plan["stages"])
+    assert most == max(sum(kept(entry).values()) for entry in plan["stages"])
     lines = list(report(plan))
     assert "of them active" in lines[0] and "expert 8 (tensor 1, data 2)" in lines[1]
     assert lines[-4].split()[:3] == ["0", "0-3", "0-7"]
@@ -231,6 +234,19 @@ def test_groups_are_megatrons(variant: str, layout: str) -> None:
     assert any("sequence_parallel" in note for note in plan["notes"]) == (layout == "tp2_ep2")
 
 
+@pytest.mark.parametrize(("layout", "rank"), [("tp2", "each"), ("fsdp", "the first")])
+def test_the_copy_of_asynchronous_saves_is_told(layout: str, rank: str) -> None:
+    settings = CheckpointConfig(async_save=True, save_optimizer=layout == "tp2")
+    run, kept = tiny("gpt", layout), ExpManagerConfig(checkpoint_callback_params=settings)
+    run = replace(run, exp_manager=kept, parallel=replace(run.parallel, fsdp_sharded_checkpoint=False))
+    plan = planned(run)
+    held = max(entry["bytes"]["weights"] + entry["bytes"]["optimizer"] * (layout == "tp2") for entry in plan["stages"])
+    (note,) = [note for note in plan["notes"] if "async_save" in note]
+    most = held * (1 if layout == "tp2" else plan["layout"]["shards"])
+    assert f"up to {most / 2**30:.3f} GiB of the host's memory for {rank} rank" in note
+    assert not any("async_save" in note for note in planned(tiny("gpt", layout))["notes"])
+
+
 def of(ranks: list[list[int]], rank: int) -> list[int]:
     (group,) = [group for group in ranks if rank in group]
     return group
@@ -259,6 +275,11 @@ def engine_bytes(run: RunConfig, layout: Layout) -> dict[str, int]:
     return {kind: sum(each.numel() * each.itemsize for each in tensors) for kind, tensors in kinds.items()}
 
 
+def kept(entry: dict[str, Any]) -> dict[str, int]:
+    """Bytes from step to step; tests/test_plan_memory.py is about those inside one."""
+    return {kind: entry["bytes"][kind] for kind in ("weights", "gradients", "optimizer")}
+
+
 def frozen(run: RunConfig) -> RunConfig:
     llm = replace(run.model.mm_cfg.llm, freeze=True)
     return replace(run, model=replace(run.model, mm_cfg=replace(run.model.mm_cfg, llm=llm)))
@@ -271,7 +292,7 @@ def test_bytes_are_what_engines_hold(layout: str, precision: str) -> None:
     plan, resolved = planned(run), planning.training(run, {}).layout
     ranks = run_ranks(engine_bytes, resolved.world_size, run, resolved)
     for entry in plan["stages"]:
-        assert entry["bytes"] == {**ranks[entry["rank"]], "activations": None}
+        assert kept(entry) == ranks[entry["rank"]]
 
 
 def test_gathered_weights_count_under_grad() -> None:
@@ -279,7 +300,8 @@ def test_gathered_weights_count_under_grad() -> None:
         planned(tiny("llava", layout, precision="bf16-mixed"))["stages"][0] for layout in ("fsdp", "fsdp_grad")
     )
     gathered = 2 * (grad["parameters"] + grad["padding_parameters"])
-    assert grad["bytes"] == full["bytes"] | {"weights": full["bytes"]["weights"] + gathered}
+    assert kept(grad) == kept(full) | {"weights": full["bytes"]["weights"] + gathered}
+    assert grad["bytes"]["buffers"] < full["bytes"]["buffers"]  # no layer is gathered again
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
@@ -303,10 +325,12 @@ def test_experts_are_shared_by_their_own_data_parallel_ranks() -> None:
     assert held == sum(rank["optimizer"] for rank in ranks)
 
 
-def test_frozen_parts_have_neither_gradients_nor_state() -> None:
-    run = frozen(tiny("llava", "single"))
+@pytest.mark.parametrize("layout", ["single", "fsdp", "lora"])
+def test_frozen_parts_have_neither_gradients_nor_state(layout: str) -> None:
+    run = frozen(tiny("llava", "single" if layout == "lora" else layout))
+    run = replace(run, peft=PeftConfig("lora" if layout == "lora" else None))
     (entry,), resolved = planned(run)["stages"], planning.training(run, {}).layout
-    assert {**run_ranks(engine_bytes, 1, run, resolved)[0], "activations": None} == entry["bytes"]
+    assert run_ranks(engine_bytes, resolved.world_size, run, resolved)[0] == kept(entry)
     parts = entry["parameters_by_part"]
     assert entry["bytes"]["gradients"] < 4 * (parts["vision_model"] + parts["vision_projection"])
 
@@ -400,6 +424,8 @@ def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
         ("model.tokenizer.type=nowhere", "model.vocab_size=null: model.tokenizer.type=nowhere is not here to tell it"),
         ("dry_run=maybe", "dry_run=maybe: must be true or false"),
         ("dry_run=false plan_file=plan.json", "plan_file=plan.json: goes with dry_run=true"),
+        ("dry_run=false hardware=h200", "hardware=h200: goes with dry_run=true"),
+        ("hardware=foo", "hardware=foo: must be one of h100, h200, b200, a100, 910b"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, arguments: str, message: str) -> None:
@@ -422,7 +448,8 @@ def test_the_evaluation_is_planned_from_its_archive(tmp_path: Path) -> None:
     (entry,) = plan["stages"]
     assert (plan["world_size"], plan["total_parameters"], entry["parameters"]) == (1, count, count)
     held = 2 * (count + entry["padding_parameters"])
-    assert entry["bytes"] == {"weights": held, "gradients": 0, "optimizer": 0, "activations": None}
+    in_a_step = {"activations": None, "buffers": None}
+    assert entry["bytes"] == {"weights": held, "gradients": 0, "optimizer": 0} | in_a_step
     missing = command(script, "neva_model_file=nowhere.nemo", "dry_run=true", cwd=tmp_path)
     assert (missing.returncode, missing.stderr) == (
         2,

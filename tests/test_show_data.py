@@ -16,6 +16,7 @@ from nemo_vlm import experiment
 from nemo_vlm.batch import IGNORE_INDEX, Sample
 from nemo_vlm.command_line import beside
 from nemo_vlm.config import DataConfig
+from nemo_vlm.config.plan import KEYS, PlanConfig
 from nemo_vlm.data.codec import Codec
 from nemo_vlm.data.loader import Share, training_loader
 from nemo_vlm.door import CONF, store_defaults
@@ -33,7 +34,7 @@ def tree(*overrides: str):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         given = [beside(override, experiment.BESIDE[experiment.show]) for override in overrides]
         composed = OmegaConf.to_container(compose("show_data", given), resolve=True)
-    return {key: value for key, value in composed.items() if key not in ("debug", "dry_run", "plan_file")}
+    return {key: value for key, value in composed.items() if key not in ("debug", "dry_run", *KEYS)}
 
 
 @pytest.fixture
@@ -152,5 +153,5 @@ def test_a_picture_that_cannot_be_written(folder: Path) -> None:
 
 def test_it_has_a_plan(folder: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
-        experiment.plan(experiment.show, None, tree("model.vocab_size=400"))
+        experiment.plan(experiment.show, PlanConfig(), tree("model.vocab_size=400"))
     assert "world size 1" in caplog.text

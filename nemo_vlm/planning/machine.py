@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Mapping
 
@@ -15,9 +16,13 @@ from nemo_vlm.mcore import npu
 from nemo_vlm.mcore.cpu import DeviceType
 from nemo_vlm.mcore.layers import kernels
 from nemo_vlm.options import of_transformer_engine
-from nemo_vlm.planning.memory import heaviest
+from nemo_vlm.parallel import rank
+from nemo_vlm.planning.activations import activation_bytes, buffer_bytes
+from nemo_vlm.planning.hardware import GIB
+from nemo_vlm.planning.memory import Holding, heaviest
 
-GIB = 1024**3
+log = logging.getLogger(__name__)
+
 FP8_CAPABILITY = (8, 9)  # Ada, Hopper and later
 FLASH = ("flash_attn", "flash_attn_3", "flash_attn_interface")  # packages that Transformer Engine knows
 
@@ -48,13 +53,18 @@ def check_machine(run: RunConfig, layout: Layout, gpus: int, env: Mapping[str, s
         ConfigError: what is lacking, all of it.
     """
     check_kernels(run.step, gpus, env)
+    need, (have, where) = heaviest(run, layout, trains), memory_here(layout, gpus)
     lacking = [
         *lacking_devices(layout, gpus),
         *lacking_nodes(layout, env),
-        *lacking_memory(run, layout, gpus, trains),
+        *lacking_memory(need, have, where, trains),
     ]
     if lacking:
         raise ConfigError(f"this machine cannot run it: {'; '.join(lacking)}")
+    step = need.memory.total + (in_a_step(run, layout) if trains else 0)
+    if step > have and rank.first(env):
+        told = "a step may need up to %.1f GiB a rank (dry_run=true says for what), %s is %.1f GiB"
+        log.warning(told, step / GIB, where, have / GIB)
 
 
 def check_kernels(step: StepConfig, gpus: int, env: Mapping[str, str]) -> None:
@@ -99,15 +109,15 @@ def lacking_nodes(layout: Layout, env: Mapping[str, str]) -> list[str]:
     return lacking
 
 
-def lacking_memory(run: RunConfig, layout: Layout, gpus: int, trains: bool) -> list[str]:
-    need = heaviest(run, layout, trains)
+def memory_here(layout: Layout, gpus: int) -> tuple[int, str]:
+    """Bytes that a rank may have, and of what."""
     if gpus:
-        have, where = torch.cuda.get_device_properties(0).total_memory, "its GPU"
-    else:
-        have, where = (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // layout.ranks_per_node,
-            "its share of this CPU's memory",
-        )
+        return torch.cuda.get_device_properties(0).total_memory, "its GPU"
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole // layout.ranks_per_node, "its share of this CPU's memory"
+
+
+def lacking_memory(need: Holding, have: int, where: str, trains: bool) -> list[str]:
     if need.memory.total <= have:
         return []
     return [
@@ -115,3 +125,9 @@ def lacking_memory(run: RunConfig, layout: Layout, gpus: int, trains: bool) -> l
         f"{'weights, gradients and optimizer state' if trains else 'the weights'} of "
         f"{need.num_parameters / 1e9:.2f} B parameters, {where} is {have / GIB:.1f} GiB"
     ]
+
+
+def in_a_step(run: RunConfig, layout: Layout) -> int:
+    """Bytes that the rank with most activations needs for them where every row is as long as it may be."""
+    stages = (activation_bytes(run, layout, stage) for stage in range(layout.pipeline))
+    return buffer_bytes(run, layout) + max(sum(parts.values()) for parts in stages)

@@ -1,10 +1,16 @@
-"""What each rank holds of a run's model, and the bytes of it; counted from the real modules on the meta device."""
+"""What each rank holds of a run's model, and the bytes of it; counted from the real modules on the meta device.
+
+A stage's decoder layers are alike but for their numbers: one is built, and stands for all.
+"""
 
 from __future__ import annotations
 
 import math
+import re
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -17,6 +23,7 @@ from nemo_vlm.models.build import build_chunks
 
 FP32_BYTES = 4  # gradients are accumulated, main weights kept in fp32
 ADAM_BYTES = 8  # two fp32 moments
+LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
 
 
 @dataclass(frozen=True)
@@ -59,20 +66,75 @@ def hold(run: RunConfig, layout: Layout, stage: int, number: int = 0, trains: bo
         number: which of the ranks that hold a copy of the stage, see mcore.ranks.first_replica.
         trains: gradients and the optimizer's state are kept.
     """
-    run = replace(run, step=run.step.on_paper())
-    ranks = layout.ranks_of_copy * layout.pipeline
-    one_replica = replace(layout, num_nodes=1, ranks_per_node=ranks, fsdp=None, context=1)
-    with groups.pretend(one_replica, first_replica(one_replica)[stage][number]):
-        chunks = build_chunks(run, one_replica)
+    short, few = shortened(replace(run, step=run.step.on_paper()), layout)
+    with groups.pretend(few, first_replica(few)[stage][number]):
+        chunks = build_chunks(short, few)
         parts = [part for chunk in chunks for part in weights.parts(chunk, run.model.vocab_size)]
-    held = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    sizes = {
+        (name, part.bounds): math.prod(stop - start for start, stop in part.bounds)
+        for part in parts
+        for name in stood_for(part.name, few, layout)
+    }
+    held = [
+        parameter
+        for chunk, place in zip(chunks, range(stage, len(layout.stage_layers), layout.pipeline), strict=True)
+        for name, parameter in chunk.named_parameters()
+        for _ in range(times(name, layout.stage_layers[place]))
+    ]
     trained = [parameter for parameter in held if parameter.requires_grad and trains]
-    sizes = {(part.name, part.bounds): math.prod(stop - start for start, stop in part.bounds) for part in parts}
     if layout.fsdp is not None:
         memory = fsdp_memory(layout, DTYPES[run.trainer.precision].itemsize, held, trained)
     else:
         memory = replicated_memory(run, layout, held, trained)
     return Holding(sizes, num_elements(held) - sum(sizes.values()), memory)
+
+
+def moved(holding: Holding, layout: Layout, stage: int, onto: int) -> Holding:
+    """What one stage's rank holds as the other's, where both have only decoder layers, and as many."""
+    firsts = [0, *accumulate(layout.stage_layers)]
+
+    def renamed(name: str) -> str:
+        found = LAYER.match(name)
+        assert found, "between the first and the last stage are layers only"
+        place = bisect(firsts, int(found[2])) - 1
+        return f"{found[1]}{int(found[2]) - firsts[place] + firsts[place + onto - stage]}{found[3]}"
+
+    return replace(holding, sizes={(renamed(name), bounds): size for (name, bounds), size in holding.sizes.items()})
+
+
+def alike(layout: Layout, stage: int, other: int) -> bool:
+    """Whether two stages have only decoder layers, and as many."""
+    between = all(0 < one < layout.pipeline - 1 for one in (stage, other))
+    return between and layout.stage_layers[stage :: layout.pipeline] == layout.stage_layers[other :: layout.pipeline]
+
+
+def shortened(run: RunConfig, layout: Layout) -> tuple[RunConfig, Layout]:
+    """One copy of the model, with as few decoder layers in each stage as it can have."""
+    least = max(run.model.deepstack_layers, 1)
+    counts = tuple(min(count, least) for count in layout.stage_layers)
+    ranks = layout.ranks_of_copy * layout.pipeline
+    few = replace(layout, num_nodes=1, ranks_per_node=ranks, fsdp=None, context=1, stage_layers=counts)
+    return replace(run, model=replace(run.model, num_layers=sum(counts))), few
+
+
+def stood_for(name: str, few: Layout, layout: Layout) -> list[str]:
+    """The names of the tensors that one of the short model's stands for; none, where another does already."""
+    if not (found := LAYER.match(name)):
+        return [name]
+    before, number, behind = found[1], int(found[2]), found[3]
+    firsts = [0, *accumulate(few.stage_layers)]
+    stage = bisect(firsts, number) - 1
+    if number > firsts[stage]:
+        return []
+    first = sum(layout.stage_layers[:stage])
+    return [f"{before}{first + place}{behind}" for place in range(layout.stage_layers[stage])]
+
+
+def times(name: str, num_layers: int) -> int:
+    """How many of a chunk's parameters one of the short chunk's stands for."""
+    if not (found := LAYER.match(name)):
+        return 1
+    return num_layers if found[2] == "0" else 0
 
 
 def replicated_memory(run: RunConfig, layout: Layout, held: Sequence[Tensor], trained: Sequence[Tensor]) -> RankMemory:
@@ -81,13 +143,17 @@ def replicated_memory(run: RunConfig, layout: Layout, held: Sequence[Tensor], tr
     The distributed optimizer's state is shared by the ranks that train the same weights; of experts (Megatron's mark is
     `allreduce`) these are others.
     """
+    experts = num_elements([parameter for parameter in trained if not getattr(parameter, "allreduce", True)])
+    return replicated_bytes(run, layout, num_elements(held), num_elements(trained) - experts, experts)
+
+
+def replicated_bytes(run: RunConfig, layout: Layout, held: int, others: int, experts: int) -> RankMemory:
+    """The same of so many elements held, and trained outside of experts and in them."""
     size = DTYPES[run.trainer.precision].itemsize
     state = ADAM_BYTES if size == FP32_BYTES else ADAM_BYTES + FP32_BYTES
-    experts = num_elements([parameter for parameter in trained if not getattr(parameter, "allreduce", True)])
-    others = num_elements(trained) - experts
-    sharing = (layout.replicas, layout.expert_data) if run.optim.distributed else (1, 1)
+    sharing = (layout.replicas, layout.expert_data) if run.optim.shards(layout, run.trainer.precision) else (1, 1)
     optimizer = sum(-(-state * count // ranks) for count, ranks in zip((others, experts), sharing, strict=True))
-    return RankMemory(size * num_elements(held), FP32_BYTES * (others + experts), optimizer)
+    return RankMemory(size * held, FP32_BYTES * (others + experts), optimizer)
 
 
 def fsdp_memory(layout: Layout, size: int, held: Sequence[Tensor], trained: Sequence[Tensor]) -> RankMemory:
@@ -98,8 +164,13 @@ def fsdp_memory(layout: Layout, size: int, held: Sequence[Tensor], trained: Sequ
     """
     shards = sum(first_shard(parameter, layout.shards) for parameter in held)
     trained_shards = sum(first_shard(parameter, layout.shards) for parameter in trained)
-    gathered = size * num_elements(held) if layout.fsdp == "grad" else 0
-    return RankMemory(FP32_BYTES * shards + gathered, FP32_BYTES * trained_shards, ADAM_BYTES * trained_shards)
+    return fsdp_bytes(layout, size, num_elements(held), shards, trained_shards)
+
+
+def fsdp_bytes(layout: Layout, size: int, held: int, shards: int, trained: int) -> RankMemory:
+    """The same of so many elements, whole, of a rank's shards and of those that train."""
+    gathered = size * held if layout.fsdp == "grad" else 0
+    return RankMemory(FP32_BYTES * shards + gathered, FP32_BYTES * trained, ADAM_BYTES * trained)
 
 
 def first_shard(parameter: Tensor, shards: int) -> int:

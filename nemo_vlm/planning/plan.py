@@ -12,13 +12,14 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_vlm import checkpoints
 from nemo_vlm import layout as layouts
 from nemo_vlm.config import ExpManagerConfig, LanguageConfig, RunConfig
+from nemo_vlm.config.plan import PlanConfig
 from nemo_vlm.data.tokenizer import tokenizer_exists
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import written_whole
@@ -26,8 +27,16 @@ from nemo_vlm.layout import Layout
 from nemo_vlm.mcore.ranks import first_replica, rank_groups
 from nemo_vlm.mcore.weights import Bounds
 from nemo_vlm.planning import machine
-from nemo_vlm.planning.memory import Holding, hold
+from nemo_vlm.planning.activations import activation_bytes, buffer_bytes
+from nemo_vlm.planning.communication import Case
+from nemo_vlm.planning.expected import expected
+from nemo_vlm.planning.hardware import named
+from nemo_vlm.planning.memory import Holding, alike, hold, moved
+from nemo_vlm.planning.parameters import of_holding
+from nemo_vlm.planning.picture import draw
 from nemo_vlm.planning.report import report
+from nemo_vlm.planning.timing import stage_times
+from nemo_vlm.planning.workload import in_words, workload
 from nemo_vlm.sources.starting import with_tokenizer
 from nemo_vlm.sources.tokenizers import load_tokenizer
 from nemo_vlm.typed import plain
@@ -42,22 +51,37 @@ class Planned:
     Attributes:
         trains: gradients and optimizer state are kept.
         notes: what was not found here, and what was assumed for it.
+        wanted: hardware and samples that it is planned for, and where it goes.
     """
 
     run: RunConfig
     layout: Layout
     trains: bool
     notes: list[str]
+    wanted: PlanConfig = field(default_factory=PlanConfig)
 
 
-def show(planned: Planned, plan_file: str | None) -> None:
-    """Print the plan, and write it to `plan_file`."""
-    plan = describe(planned)
+def show(planned: Planned) -> None:
+    """Print the plan, and write and draw what is wanted of it.
+
+    Raises:
+        ConfigError: hardware that is not in the table, or a file that cannot be written.
+    """
+    plan, wanted = describe(planned), planned.wanted
+    if wanted.plan_picture is not None and not planned.trains:
+        raise ConfigError(f"plan_picture={wanted.plan_picture}: goes with training, which has a schedule")
     for line in report(plan):
         log.info("%s", line)
-    if plan_file is not None:
-        write(plan, Path(plan_file))
-        log.info("wrote %s", plan_file)
+    if wanted.plan_file is not None:
+        write(plan, Path(wanted.plan_file))
+        log.info("wrote %s", wanted.plan_file)
+    if wanted.plan_picture is not None:
+        case = case_of(planned)
+        try:
+            draw(plan, case, stage_times(case), Path(wanted.plan_picture))
+        except OSError as error:
+            raise ConfigError(f"plan_picture={wanted.plan_picture}: cannot be written ({error.strerror})") from None
+        log.info("drew %s", wanted.plan_picture)
 
 
 def training(run: RunConfig, env: Mapping[str, str]) -> Planned:
@@ -121,7 +145,7 @@ def absent_checkpoint(config: ExpManagerConfig) -> list[str]:
 def describe(planned: Planned) -> dict[str, Any]:
     """The plan as plain containers, fit for JSON."""
     run, layout, holdings = planned.run, planned.layout, hold_all(planned)
-    stages = describe_ranks(layout, holdings)
+    stages = describe_ranks(layout, holdings, in_a_step(planned))
     by_part: Counter[str] = Counter()
     for entry in stages:
         by_part.update(entry["parameters_by_part"])
@@ -143,8 +167,37 @@ def describe(planned: Planned) -> dict[str, Any]:
         "total_parameters": sum(by_part.values()),
         "total_parameters_by_part": dict(by_part),
         "active_parameters": sum(by_part.values()) - idle_parameters(run.model, holdings),
-        "notes": planned.notes,
+        **outlook(planned, holdings, stages),
     }
+
+
+def case_of(planned: Planned) -> Case:
+    wanted, run, layout = planned.wanted, planned.run, planned.layout
+    work = workload(run, layout, wanted.plan_tokens, wanted.plan_images)
+    return Case(run, layout, work, named(wanted.hardware))
+
+
+def outlook(planned: Planned, holdings: list[Holding], stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The notes, and of a run that trains what is expected of a step."""
+    if not planned.trains:
+        return {"notes": planned.notes}
+    run, layout, case = planned.run, planned.layout, case_of(planned)
+    counts = [of_holding(run, layout, holding) for holding in holdings[:: layout.ranks_of_copy]]
+    most = max(sum(filter(None, entry["bytes"].values())) for entry in stages)
+    notes = [*planned.notes, *copied(run, layout, holdings), in_words(case.work)]
+    return expected(case, counts, most) | {"notes": notes}
+
+
+def copied(run: RunConfig, layout: Layout, holdings: list[Holding]) -> list[str]:
+    """What the copies of asynchronous saves take of the host's memory (training.staging), at most."""
+    settings, key = run.exp_manager.checkpoint_callback_params, "exp_manager.checkpoint_callback_params.async_save"
+    if not (settings.async_save and run.exp_manager.create_checkpoint_callback):
+        return []
+    most = max(held.memory.weights + held.memory.optimizer * settings.save_optimizer for held in holdings)
+    whole = layout.fsdp is not None and not run.parallel.fsdp_sharded_checkpoint
+    most *= layout.shards * layout.tensor if whole else 1
+    taken = f"takes up to {most / machine.GIB:.3f} GiB of the host's memory for {'the first' if whole else 'each'} rank"
+    return [f"{key}=true: a copy of what is saved {taken}, to the end of the run"]
 
 
 def describe_layout(layout: Layout) -> dict[str, Any]:
@@ -155,7 +208,19 @@ def describe_layout(layout: Layout) -> dict[str, Any]:
     return fields | counts | {"experts_apart": layout.experts_apart}
 
 
-def describe_ranks(layout: Layout, holdings: list[Holding]) -> list[dict[str, Any]]:
+def in_a_step(planned: Planned) -> list[dict[str, Any]]:
+    """What a rank of each stage needs at the peak of a training step, beside what it keeps from step to step."""
+    if not planned.trains:
+        return [{"activations": None, "buffers": None, "by_part": {}}] * planned.layout.pipeline
+    case, found = case_of(planned), []
+    for stage in range(planned.layout.pipeline):
+        parts = activation_bytes(case.run, case.layout, stage, case.work)
+        buffers = buffer_bytes(case.run, case.layout, case.work)
+        found.append({"activations": sum(parts.values()), "buffers": buffers, "by_part": parts})
+    return found
+
+
+def describe_ranks(layout: Layout, holdings: list[Holding], in_a_step: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """An entry for each rank of the first copy of the model; the other copies are like it."""
     ranks = first_replica(layout)
     places = [(stage, number, rank) for stage, row in enumerate(ranks) for number, rank in enumerate(row)]
@@ -169,19 +234,24 @@ def describe_ranks(layout: Layout, holdings: list[Holding]) -> list[dict[str, An
             "parameters_by_part": counts,
             "replicated_parameters": holding.num_parameters - sum(counts.values()),
             "padding_parameters": holding.num_padding,
-            "bytes": {**plain(holding.memory), "activations": None},
+            "bytes": plain(holding.memory) | {key: in_a_step[stage][key] for key in ("activations", "buffers")},
+            "activations_by_part": in_a_step[stage]["by_part"],
         }
         for (stage, number, rank), holding, counts in zip(places, holdings, count_once(holdings), strict=True)
     ]
 
 
 def hold_all(planned: Planned) -> list[Holding]:
-    """What the ranks of the first copy of the model hold, stage by stage."""
-    holdings = []
-    for stage, row in enumerate(first_replica(planned.layout)):
+    """What the ranks of the first copy of the model hold, stage by stage; of stages that are alike one is built."""
+    layout = planned.layout
+    holdings: list[Holding] = []
+    for stage, row in enumerate(first_replica(layout)):
+        if alike(layout, stage - 1, stage):
+            holdings += [moved(holding, layout, stage - 1, stage) for holding in holdings[-len(row) :]]
+            continue
         for number in range(len(row)):
             with only_first_speaks((stage, number)):
-                holdings.append(hold(planned.run, planned.layout, stage, number, planned.trains))
+                holdings.append(hold(planned.run, layout, stage, number, planned.trains))
     return holdings
 
 

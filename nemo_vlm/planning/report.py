@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from nemo_vlm.planning.machine import GIB
+from nemo_vlm.planning.hardware import GIB
 
-COLUMNS = ("weights", "gradients", "optimizer")
+KEPT = ("weights", "gradients", "optimizer")
+IN_A_STEP = ("activations", "buffers")  # of a run that trains
 
 
 def report(plan: dict[str, Any]) -> Iterator[str]:
@@ -26,11 +27,32 @@ def report(plan: dict[str, Any]) -> Iterator[str]:
         f"global batch {batch['global_batch_size']} = micro-batch {batch['micro_batch_size']} x micro-batches "
         f"{batch['num_micro_batches']} x data-parallel ranks {batch['data_parallel_size']}"
     )
+    if "step_time" in plan:
+        yield from outlook(plan)
     yield from plan["notes"]
-    yield f"GiB of each rank in precision {plan['precision']}, activations not counted:"
+    trains = plan["stages"][0]["bytes"]["activations"] is not None
+    counted = "at the peak of a step" if trains else "activations not counted"
+    yield f"GiB of each rank in precision {plan['precision']}, {counted}:"
+    columns = KEPT + IN_A_STEP * trains
     kinds = ("tensor", "expert") if layout["experts_apart"] else ("tensor",)
-    header = ("stage", *(f"{kind} ranks" for kind in kinds), "parameters held", *COLUMNS, "total")
-    yield from aligned([header, *rows(plan["stages"], kinds)])
+    header = ("stage", *(f"{kind} ranks" for kind in kinds), "parameters held", *columns, "total")
+    yield from aligned([header, *rows(plan["stages"], kinds, columns)])
+
+
+def outlook(plan: dict[str, Any]) -> Iterator[str]:
+    """What is expected of a step, and the rules that are broken."""
+    time, flops, seen = plan["step_time"], dict(plan["flops"]), plan["visual_tokens"]
+    total = flops.pop("total")
+    each = time["tokens_per_sec"] / plan["world_size"]
+    shares = ", ".join(f"{part} {100 * count / total:.1f} %" for part, count in flops.items() if count)
+    sent = ", ".join(f"{kind} {count / GIB:.2f} GiB" for kind, count in plan["communication"].items() if count)
+    yield (
+        f"expected on {time['hardware']}: {time['seconds']:.3f} s a step, {each:,.0f} tokens/s a GPU, "
+        f"MFU {100 * time['mfu']:.1f} % (HFU {100 * time['hfu']:.1f} %), bubble {100 * plan['bubble']:.1f} %"
+    )
+    yield f"a step computes {total / 1e15:,.2f} PFLOP: {shares}" + f"; sees {seen:,} visual tokens" * bool(seen)
+    yield f"a rank sends in it {sent or 'nothing'}"
+    yield from (f"against a rule: {rule}" for rule in plan["rules"])
 
 
 def sizes(layout: dict[str, Any]) -> str:
@@ -49,12 +71,12 @@ def shortened(ranks: list[int]) -> str:
     return ", ".join(shown if len(shown) <= 8 else [*shown[:3], "...", shown[-1]])
 
 
-def rows(stages: list[dict[str, Any]], kinds: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def rows(stages: list[dict[str, Any]], kinds: Sequence[str], columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """A row for neighbouring ranks of a stage that hold equally much."""
 
     def holding(entry: dict[str, Any]) -> tuple[int, ...]:
         held = (entry[key] for key in ("parameters", "replicated_parameters", "padding_parameters"))
-        return (entry["stage"], sum(held), *(entry["bytes"][column] for column in COLUMNS))
+        return (entry["stage"], sum(held), *(entry["bytes"][column] for column in columns))
 
     for (stage, held, *num_bytes), entries in groupby(stages, holding):
         alike = list(entries)

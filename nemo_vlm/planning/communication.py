@@ -1,0 +1,245 @@
+"""What ranks send to each other in a training step, in bytes, and over which links.
+
+Counted is what one rank sends, as rings do it: of n bytes that r ranks gather or scatter, (r - 1) / r * n; of a sum
+that all get, twice that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from nemo_vlm.config import RunConfig
+from nemo_vlm.layout import Layout
+from nemo_vlm.mcore.vit import recompute_runs
+from nemo_vlm.planning.flops import passes
+from nemo_vlm.planning.footprints import engine
+from nemo_vlm.planning.hardware import Hardware
+from nemo_vlm.planning.memory import FP32_BYTES
+from nemo_vlm.planning.parameters import Count
+from nemo_vlm.planning.workload import Workload
+
+Passes = tuple[float, float]  # forward and backward
+Shared = tuple[float, float]  # outside of experts, and in them
+
+
+@dataclass(frozen=True)
+class Case:
+    """A settled run on a machine.
+
+    Attributes:
+        work: a micro-batch of one data-parallel rank.
+    """
+
+    run: RunConfig
+    layout: Layout
+    work: Workload
+    hardware: Hardware
+
+    @property
+    def size(self) -> int:
+        """Bytes of a weight, and of an activation."""
+        return 4 if self.run.trainer.precision == "32" else 2
+
+    @property
+    def tokens(self) -> float:
+        """Positions of a micro-batch that a rank's layers see; under sequence parallelism, those of its group."""
+        return self.work.positions / self.layout.context
+
+    @property
+    def own_tokens(self) -> float:
+        """Those that are a rank's own between the layers' products."""
+        return self.tokens / (self.layout.tensor if self.layout.sequence_parallel else 1)
+
+    def recomputed(self, layers: int) -> int:
+        """Of so many layers of a stage or of the tower, those that run again in the backward pass."""
+        return sum(stop - start for start, stop, again in recompute_runs(layers, self.run.step) if again)
+
+    @cached_property
+    def overlap(self) -> tuple[bool, bool]:
+        """Whether gradients are reduced beside the backward pass, and weights gathered beside the forward pass."""
+        optim = self.run.optim.settled(self.layout, self.run.trainer.precision, on_cpu=False)
+        return bool(optim.overlap_grad_sync), bool(optim.overlap_param_sync)
+
+
+def ring(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+def of_layer(case: Case) -> dict[str, Passes]:
+    """Of one decoder layer and micro-batch."""
+    return {"tensor": tensor(case), "context": context(case), "expert": expert(case)}
+
+
+def tensor(case: Case) -> Passes:
+    """Sums behind attention and FFN, and backward in front of them.
+
+    Under sequence parallelism these are a gather and a scatter each, and what was gathered is gathered again for the
+    weights' gradients. Experts' FFNs take no part in it: their tokens travel as `expert` counts.
+    """
+    layout, blocks = case.layout, 1 if case.run.model.num_moe_experts else 2
+    one = blocks * 2 * ring(layout.tensor) * case.tokens * case.run.model.hidden_size * case.size
+    return one, one * (1.5 if layout.sequence_parallel else 1)
+
+
+def context(case: Case) -> Passes:
+    """Keys and values go round; backward their gradients too.
+
+    Our own kernels (mcore.context) gather them, keep them, and scatter their gradients.
+    """
+    model, layout = case.run.model, case.layout
+    groups = max(model.num_query_groups // layout.tensor, 1)  # type: ignore[operator]
+    sent = (layout.context - 1) * case.tokens * 2 * groups * model.kv_channels * case.size  # type: ignore[operator]
+    return sent, (2 if engine(case.run) else 1) * sent
+
+
+def expert(case: Case) -> Passes:
+    """Tokens to their experts and back, evenly spread; ranks that share an expert gather and scatter them."""
+    model, layout = case.run.model, case.layout
+    if model.num_moe_experts is None:
+        return 0.0, 0.0
+    own = case.own_tokens * model.hidden_size * case.size
+    if case.run.step.moe_token_dispatcher_type == "allgather":
+        both = 2 * own * (layout.expert * layout.expert_tensor - 1)
+    else:
+        routed = own * model.moe_router_topk
+        both = 2 * routed * (ring(layout.expert) + layout.expert_tensor - 1)
+    return both, both
+
+
+def tower(case: Case) -> Passes:
+    """Of a micro-batch in the vision tower and the projectors, which know no sequence parallelism: as `tensor`.
+
+    Two sums a layer and one a projector (DeepStack has more) each way; the tower's backward ones where it trains.
+    """
+    media, work = case.run.model.media, case.work
+    if media is None or not work.patches:
+        return 0.0, 0.0
+    vision, times = media.vision_encoder, passes(case.run.model, case.run.peft.lora is not None)
+    share = 2 * ring(case.layout.tensor) * case.size
+    layers = share * 2 * vision.depth * work.patches * vision.hidden_size * (tower_split(case) > 1)  # type: ignore[attr-defined]
+    out = share * work.visual_tokens * case.run.model.hidden_size * (1 + case.run.model.deepstack_layers)
+    return layers + out, layers * (times["vision"] == 3) + out * (times["projector"] > 1)
+
+
+def tower_split(case: Case) -> int:
+    """Tensor-parallel ranks that share the tower; where its heads or FFN do not divide, each has it whole."""
+    vision, tensor = case.run.model.media.vision_encoder, case.layout.tensor  # type: ignore[union-attr]
+    divides = vision.num_attention_heads % tensor == 0 and vision.ffn_hidden_size % tensor == 0  # type: ignore[attr-defined]
+    return tensor if divides else 1
+
+
+def boundary(case: Case) -> float:
+    """Of hidden states from one stage to the next, and of their gradients back."""
+    return case.own_tokens * case.run.model.hidden_size * case.size if case.layout.pipeline > 1 else 0.0
+
+
+def of_update(case: Case, count: Count) -> tuple[Shared, Shared]:
+    """Gradients that are summed over the replicas once a step, and weights that they gather."""
+    layout = case.layout
+    sharded = case.run.optim.shards(layout, case.run.trainer.precision)
+    others, experts = count.trained * ring(layout.replicas), count.trained_experts * ring(layout.expert_data)
+    reduced, gathered = (1 if sharded else 2) * FP32_BYTES, case.size * sharded
+    return (reduced * others, reduced * experts), (gathered * others, gathered * experts)
+
+
+def tied(case: Case) -> float:
+    """Gradients of tied embeddings, which the first and the last of several stages sum once a step."""
+    model, layout = case.run.model, case.layout
+    trained = passes(model, case.run.peft.lora is not None)["output"] == 3
+    if layout.pipeline == 1 or not model.share_embeddings_and_output_weights or not trained:
+        return 0.0
+    return FP32_BYTES * (model.vocab_size or 0) * model.hidden_size / layout.tensor
+
+
+def of_fsdp(case: Case, count: Count) -> tuple[float, float, float]:
+    """Gradients scattered and weights gathered over the shards by a micro-batch, and gradients summed over the copies.
+
+    Weights are gathered forward and backward, unless they are kept.
+    """
+    layout, gathers = case.layout, 1 if case.layout.fsdp == "grad" else 2
+    trained, share = count.trained + count.trained_experts, ring(layout.shards)
+    reduced = trained * (FP32_BYTES if case.run.parallel.fsdp_grad_reduce_dtype == "32" else 2)
+    copies = 2 * ring(layout.replicas // layout.shards) / layout.shards
+    return reduced * share, gathers * case.size * (count.held + count.experts) * share, reduced * copies
+
+
+def of_step(case: Case, count: Count, stage: int) -> dict[str, float]:
+    """By kind, what a rank of a stage sends in a step; what is recomputed sends once more."""
+    layout, times = case.layout, case.layout.num_micro_batches
+    held = layout.stage_layers[stage :: layout.pipeline]
+    layers, again = sum(held), sum(map(case.recomputed, held))
+    sent = {kind: times * (layers * sum(way) + again * way[0]) for kind, way in of_layer(case).items()}
+    if case.run.step.activations_checkpoint_granularity == "selective":
+        sent["context"] += times * layers * context(case)[0]
+    if stage == 0:
+        sent["tensor"] += times * sum(tower(case))
+    forward = layout.virtual - (stage == layout.pipeline - 1)  # the last chunk of all sends nothing on
+    backward = layout.virtual - (stage == 0)
+    gradients, weights = map(sum, of_update(case, count))
+    if layout.fsdp is not None:
+        scattered, gathered, summed = of_fsdp(case, count)
+        gradients, weights = times * (scattered + summed), times * gathered
+    if stage in (0, layout.pipeline - 1):
+        gradients += tied(case)
+    sent |= {"pipeline": times * (forward + backward) * boundary(case)}
+    return sent | {"gradients": gradients, "weights": weights}
+
+
+def inside_node(layout: Layout, ranks: int, stride: int) -> int:
+    """Of so many ranks, each so far from the next, those on one node."""
+    return max(min(ranks, layout.ranks_per_node // stride), 1)
+
+
+def group_speed(case: Case, ranks: int, stride: int) -> float:
+    """Bytes a second of a ring over a group: at a node's border it has the adapters of all its members there."""
+    inside, hardware = inside_node(case.layout, ranks, stride), case.hardware
+    if inside >= ranks:
+        return hardware.link
+    return min(hardware.link, inside * hardware.network)
+
+
+def tensor_speed(case: Case) -> float:
+    return group_speed(case, case.layout.tensor, 1)
+
+
+def context_speed(case: Case) -> float:
+    """Each rank waits for its neighbour, the slowest of whom is on another node."""
+    layout, hardware = case.layout, case.hardware
+    return hardware.link if layout.tensor * layout.context <= layout.ranks_per_node else hardware.network
+
+
+def expert_speed(case: Case) -> float:
+    """To peers on other nodes each rank sends through its own adapter, beside what it sends inside its node."""
+    layout, hardware = case.layout, case.hardware
+    peers = layout.expert * layout.expert_tensor
+    outside = peers - inside_node(layout, peers, 1)
+    if not outside:
+        return hardware.link
+    return min(hardware.network * (peers - 1) / outside, hardware.link)
+
+
+def pipeline_speed(case: Case) -> float:
+    return case.hardware.link if case.layout.num_nodes == 1 else case.hardware.network
+
+
+def replica_speed(case: Case) -> float:
+    """Data- and context-parallel ranks, which are as far from each other as tensor-parallel ones are many."""
+    return group_speed(case, case.layout.replicas, case.layout.tensor)
+
+
+def expert_data_speed(case: Case) -> float:
+    """Ranks that train the same experts."""
+    layout = case.layout
+    return group_speed(case, layout.expert_data, layout.expert * layout.expert_tensor)
+
+
+def shard_speed(case: Case) -> float:
+    """FSDP's shards of one copy of the weights."""
+    return group_speed(case, case.layout.shards, case.layout.tensor)
+
+
+def copy_speed(case: Case) -> float:
+    """Those that hold the same shard under FSDP's hybrid strategy."""
+    layout = case.layout
+    return group_speed(case, layout.replicas // layout.shards, layout.tensor * layout.shards)

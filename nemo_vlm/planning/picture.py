@@ -1,0 +1,130 @@
+"""A plan as a picture: the pipeline's schedule on a time axis, and the memory of each rank by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from nemo_vlm.files import written_whole
+from nemo_vlm.planning.communication import Case
+from nemo_vlm.planning.hardware import GIB
+from nemo_vlm.planning.rules import RESERVE
+from nemo_vlm.planning.schedule import Piece, Stages, simulate
+
+FORWARD, BACKWARD = ("#9ecae1", "#4292c6", "#08519c"), ("#fdd0a2", "#fd8d3c", "#a63603")  # by chunk, in turn
+KINDS = {  # of memory, from below
+    "weights": "#4477aa",
+    "gradients": "#66ccee",
+    "optimizer": "#228833",
+    "activations": "#ee6677",
+    "buffers": "#ccbb44",
+}
+WAITS, LIMIT = "#e4e4e4", "#bb2222"
+MOST_RANKS = 16  # that are drawn; further ones are left out
+LEGIBLE = 72  # passes in a row of the picture, up to which they can be told apart and are numbered
+
+
+def draw(plan: dict[str, Any], case: Case, stages: Stages, path: Path) -> None:
+    """Write a PNG.
+
+    Args:
+        plan: as planning.plan.describe gives it.
+        stages: seconds of each stage's passes.
+    Raises:
+        OSError: it cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = min(stages.ranks, MOST_RANKS)
+    heights = (1.2 + 0.32 * rows, 3.6)
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(13, sum(heights) + 1), height_ratios=heights, constrained_layout=True
+    )
+    figure.suptitle(headline(plan), fontsize=11)
+    draw_schedule(above, stages, case.layout.num_micro_batches, plan["bubble"])
+    draw_memory(below, plan["stages"], case)
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    pyplot.close(figure)
+    path.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path, "wb") as file:
+        file.write(picture.getvalue())
+
+
+def headline(plan: dict[str, Any]) -> str:
+    from nemo_vlm.planning.report import sizes
+
+    time = plan["step_time"]
+    each = time["tokens_per_sec"] / plan["world_size"]
+    return (
+        f"{plan['name']}: {plan['total_parameters'] / 1e9:.1f} B parameters on {plan['world_size']} x "
+        f"{time['hardware'].upper()}: {sizes(plan['layout'])}\n"
+        f"{time['seconds']:.3g} s a step, {each:,.0f} tokens/s a GPU, MFU {100 * time['mfu']:.1f} %"
+    )
+
+
+def shown(stages: Stages, micro_batches: int) -> int:
+    """Micro-batches that are drawn: whole groups of the pipeline's ranks, as many as can be told apart."""
+    passes = 2 * len(stages.forward)  # of a group, in a row
+    return min(micro_batches, max(LEGIBLE // passes, 2) * stages.ranks)
+
+
+def draw_schedule(axis: Any, stages: Stages, micro_batches: int, bubble: float) -> None:
+    """A row a stage, a bar a pass, numbered by micro-batch; what stays grey waits."""
+    few = shown(stages, micro_batches)
+    pieces = simulate(stages, few)
+    end, ranks = max(piece.end for piece in pieces), min(stages.ranks, MOST_RANKS)
+    for rank in range(ranks):
+        axis.broken_barh([(0, end)], (rank - 0.42, 0.84), facecolors=WAITS)
+        draw_row(axis, rank, [piece for piece in pieces if piece.rank == rank], end)
+    axis.set(xlim=(0, end), ylim=(ranks - 0.4, -0.6), xlabel="seconds")
+    axis.set_yticks(range(ranks), [f"stage {rank}" for rank in range(ranks)])
+    first = f"the first {few} of {micro_batches}" if few < micro_batches else f"all {few}"
+    left_out = f", {ranks} of {stages.ranks} stages" if ranks < stages.ranks else ""
+    waits = f"over the whole step a stage waits {100 * bubble:.1f} %"
+    axis.set_title(f"schedule: {first} micro-batches{left_out}; {waits}", loc="left", fontsize=10)
+    named = {"forward": FORWARD[0], "backward": BACKWARD[0], "waits": WAITS}
+    later = " (darker: later virtual stages)" if len(stages.forward) > stages.ranks else ""
+    handles = [axis.barh(-9, 0, color=color, label=name + later * (name == "waits")) for name, color in named.items()]
+    axis.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
+
+
+def draw_row(axis: Any, rank: int, pieces: Sequence[Piece], whole: float) -> None:
+    spans = [(piece.start, piece.end - piece.start) for piece in pieces]
+    shades = [(BACKWARD if piece.backward else FORWARD)[piece.chunk % len(FORWARD)] for piece in pieces]
+    axis.broken_barh(spans, (rank - 0.42, 0.84), facecolors=shades, edgecolor="white", linewidth=0.4)
+    for piece, (start, width), color in zip(pieces, spans, shades, strict=True):
+        if width > whole / 120:
+            ink = "black" if color in (FORWARD[0], BACKWARD[0], BACKWARD[1]) else "white"
+            number = str(piece.micro_batch + 1)
+            axis.text(start + width / 2, rank, number, ha="center", va="center", fontsize=7, color=ink, clip_on=True)
+
+
+def draw_memory(axis: Any, entries: Sequence[dict[str, Any]], case: Case) -> None:
+    """A bar a rank of the first copy of the model, its kinds one on another, under the hardware's limit."""
+    limit = case.hardware.memory / GIB
+    places, floor = range(len(entries)), [0.0] * len(entries)
+    for kind, color in KINDS.items():
+        heights = [(entry["bytes"].get(kind) or 0) / GIB for entry in entries]
+        if any(heights):
+            axis.bar(places, heights, bottom=floor, color=color, label=kind, width=0.8)
+        floor = [below + height for below, height in zip(floor, heights, strict=True)]
+    axis.axhline(limit, color=LIMIT, linewidth=1.5)
+    axis.text(-0.45, limit, f" {case.hardware.name.upper()}: {limit:.0f} GiB", color=LIMIT, va="bottom", fontsize=9)
+    axis.axhspan(limit * (1 - RESERVE), limit, color=LIMIT, alpha=0.1)
+    axis.set(ylabel="GiB", xlim=(-0.6, len(entries) - 0.4), ylim=(0, 1.15 * max(limit, *floor)))
+    every = -(-len(entries) // 32)
+    labels = [f"{entry['rank']}" for entry in entries[::every]]
+    axis.set_xticks(list(places)[::every], labels, fontsize=8)
+    axis.set_xlabel("rank (the first copy of the model; stages one behind another)")
+    axis.set_title("memory of each rank", loc="left", fontsize=10)
+    for place, (before, entry) in enumerate(pairwise(entries)):
+        if before["stage"] != entry["stage"]:
+            axis.axvline(place + 0.5, color="#999999", linewidth=0.8, linestyle=":")
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(KINDS), fontsize=8, frameon=False)

@@ -1,0 +1,129 @@
+"""How much a micro-batch asks of a data-parallel rank: as a batch has it, or estimated where no data are at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_vlm.batch import IGNORE_INDEX, Batch, round_up
+from nemo_vlm.config import LanguageConfig, RunConfig
+from nemo_vlm.data.loader import pad_multiple
+from nemo_vlm.errors import ConfigError
+from nemo_vlm.layout import Layout
+
+TEXT_TOKENS = 256  # of a sample in a pack, beside its images, at least
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One micro-batch of one data-parallel rank.
+
+    Attributes:
+        rows: of the batch; one of a pack, whatever its samples.
+        positions: in all its rows, with padding.
+        tokens: without padding.
+        squared_lengths: the sum of the samples' squared lengths, in tokens.
+        trained_tokens: positions with a label.
+        visual_tokens: placeholders of images and videos.
+        views: images, tiles and frames that the tower sees one by one.
+        patches: of all views, before they are merged into tokens.
+        squared_frames: the sum of the squared numbers of patches of images and frames.
+        equal_frames: all frames have one size, and the tower sees them as a batch.
+    """
+
+    samples: int
+    rows: int
+    positions: int
+    tokens: int
+    squared_lengths: int
+    trained_tokens: int
+    visual_tokens: int = 0
+    views: int = 0
+    patches: int = 0
+    squared_frames: int = 0
+    equal_frames: bool = True
+
+    @property
+    def packed(self) -> bool:
+        return self.samples > self.rows
+
+
+def of_batch(batch: Batch, model: LanguageConfig) -> Workload:
+    """What a batch is."""
+    tokens, positions, squares, patches, frames, *_ = (int(count) for count in batch.counts().tolist())
+    grids = batch.images.grids
+    return Workload(
+        samples=len(batch.lengths),
+        rows=len(batch.tokens),
+        positions=positions,
+        tokens=tokens,
+        squared_lengths=squares,
+        trained_tokens=int((batch.labels != IGNORE_INDEX).sum()),
+        visual_tokens=model.visual_tokens(grids),
+        views=sum(time for time, _, _ in grids),
+        patches=patches,
+        squared_frames=frames,
+        equal_frames=len({grid[1:] for grid in grids}) < 2,
+    )
+
+
+def workload(
+    run: RunConfig, layout: Layout, tokens_per_sample: int | None = None, images_per_sample: int | None = None
+) -> Workload:
+    """An estimate without the data: what memory must be there for.
+
+    Every row is as long as model.encoder_seq_length allows, or as it is given; each sample of a model that sees has one
+    image, or what of it has room; all that is no image is trained on. A pack is full of as many samples as have room
+    with TEXT_TOKENS of text.
+
+    Raises:
+        ConfigError: more tokens or images are given than a sample can have.
+    """
+    check_sizes(run, tokens_per_sample, images_per_sample)
+    grids = list(run.model.typical_views(run.data)) * (1 if images_per_sample is None else images_per_sample)
+    capacity, multiple = run.model.encoder_seq_length, pad_multiple(run, layout, packed=False)
+    while (visual := run.model.visual_tokens(grids)) > (tokens_per_sample or capacity):
+        grids.pop()
+    if run.data.packing:
+        samples, rows = max(capacity // (tokens_per_sample or visual + TEXT_TOKENS), 1), 1
+        if (most := run.data.max_visual_tokens_per_micro_batch) is not None and visual:
+            samples = max(min(samples, most // visual), 1)
+        each = capacity // samples
+    else:
+        samples = rows = layout.micro_batch_size
+        each = tokens_per_sample or capacity
+    frames = [rows * columns for time, rows, columns in grids for _ in range(time)]
+    return Workload(
+        samples=samples,
+        rows=rows,
+        positions=rows * round_up(samples // rows * each, multiple),
+        tokens=samples * each,
+        squared_lengths=samples * each**2,
+        trained_tokens=samples * max(each - visual, 0),
+        visual_tokens=samples * visual,
+        views=samples * len(frames),
+        patches=samples * sum(frames),
+        squared_frames=samples * sum(frame**2 for frame in frames),
+    )
+
+
+def check_sizes(run: RunConfig, tokens: int | None, images: int | None) -> None:
+    """Raises ConfigError for more tokens or images than a sample can have; None: not given, and estimated to fit."""
+    capacity = run.model.encoder_seq_length
+    if tokens is not None and tokens > capacity:
+        raise ConfigError(f"plan_tokens={tokens}: must be at most model.encoder_seq_length={capacity}")
+    if not images:
+        return
+    views, room = run.model.typical_views(run.data), tokens or capacity
+    if not views:
+        raise ConfigError(f"plan_images={images}: goes with a model that sees")
+    if (visual := run.model.visual_tokens(views * images)) > room:
+        raise ConfigError(f"plan_images={images}: they are {visual} tokens, and a sample has {room}")
+
+
+def in_words(work: Workload) -> str:
+    """A note for the plan."""
+    seen = f", {work.visual_tokens:,} of them of images in {work.patches:,} patches" if work.visual_tokens else ""
+    return (
+        f"a micro-batch is counted as {work.samples} samples of {work.tokens // work.samples:,} tokens{seen} "
+        "(plan_tokens and plan_images say otherwise)"
+    )
