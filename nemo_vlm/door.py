@@ -29,7 +29,8 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_vlm import typed
 from nemo_vlm.command_line import beside, is_override, quoted
 from nemo_vlm.config import ExpManagerConfig, SamplesConfig, TrainerConfig
-from nemo_vlm.errors import ConfigError, Failure, Stopped, explain
+from nemo_vlm.config.plan import KEYS, PlanConfig
+from nemo_vlm.errors import Failure, Stopped, explain
 from nemo_vlm.experiment import BESIDE, Task, plan
 from nemo_vlm.inference.settings import EvaluateConfig, GenerateConfig, NevaInferenceConfig
 from nemo_vlm.logs import set_up_logging
@@ -92,10 +93,10 @@ def launch(task: Task, config_name: str) -> None:
 def task_or_plan(task: Task, tree: dict[str, Any]) -> Task:
     """The task, or its plan where dry_run=true; the settings of that are taken out of the tree."""
     dry_run = typed.convert(tree.pop("dry_run"), bool, "dry_run")
-    plan_file = typed.convert(tree.pop("plan_file"), str | None, "plan_file")
-    if plan_file is not None and not dry_run:
-        raise ConfigError(f"plan_file={plan_file}: goes with dry_run=true")
-    return partial(plan, task, plan_file) if dry_run else task
+    wanted = typed.read(PlanConfig, {key: tree.pop(key) for key in KEYS if key in tree}, "")
+    if not dry_run:
+        wanted.refuse_without_plan()
+    return partial(plan, task, wanted) if dry_run else task
 
 
 def become_one_run(tree: dict[str, Any], script: str) -> None:
@@ -185,7 +186,8 @@ def one_line(error: Exception) -> str:
 
 def store_defaults() -> None:
     """Offer the dataclasses' defaults to the composition, so that every key is there to be overridden."""
-    store = ConfigStore.instance()
+    store: Any = ConfigStore.instance()
+    store.__deepcopy__ = lambda memo: store  # there is one; --help would copy it for every group that it lists
     store.store(group="trainer", name="base", node=plain_defaults(TrainerConfig))
     store.store(group="exp_manager", name="base", node=plain_defaults(ExpManagerConfig))
     store.store(group="samples", name="base", node=plain_defaults(SamplesConfig))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from nemo_vlm import logs, options, typed
 from nemo_vlm.command_line import given_keys
 from nemo_vlm.config import RunConfig, TrainerConfig
 from nemo_vlm.config.peft import check_given
+from nemo_vlm.config.plan import PlanConfig
 from nemo_vlm.errors import ConfigError, Stopped
 from nemo_vlm.inference.settings import EvaluateConfig, GenerateConfig, NevaInferenceConfig
 from nemo_vlm.models.base import family, starts
@@ -27,6 +28,8 @@ from nemo_vlm.training import log_file, schedules, versions
 from nemo_vlm.typed import model_tree, plain
 
 if TYPE_CHECKING:
+    from pytorch_lightning import Callback
+
     from nemo_vlm.data.dataset import Datasets
     from nemo_vlm.inference.answers import Generation
     from nemo_vlm.inference.evaluate import Evaluation
@@ -61,17 +64,22 @@ def train(tree: dict[str, Any]) -> None:
         conclude(plan, writes_archive=archive_version(run.exp_manager) not in (None, former))
 
 
-def fit(plan: Plan, tokenizer: Any) -> None:
-    """A rank's share of training."""
+def fit(plan: Plan, tokenizer: Any, watching: Sequence[Callback] = ()) -> None:
+    """A rank's share of training.
+
+    Args:
+        watching: callbacks beside the run's own.
+    """
     run, layout = plan.run, plan.layout
     announce(plan)
 
     import pytorch_lightning as pl
 
+    from nemo_vlm.checkpoints import run_folder
     from nemo_vlm.mcore.cpu import BACKENDS
     from nemo_vlm.parallel.megatron import MegatronStrategy
     from nemo_vlm.parallel.npu import NpuAccelerator
-    from nemo_vlm.training import callbacks, exp_manager, expert_loads
+    from nemo_vlm.training import callbacks, exp_manager, expert_loads, profiling
     from nemo_vlm.training.module import TrainingModule
 
     logs.quieten_lightning()
@@ -88,6 +96,8 @@ def fit(plan: Plan, tokenizer: Any) -> None:
             *[callbacks.StopEarly()] * run.exp_manager.create_early_stopping_callback,
             *last_acts,
             callbacks.EndAtOnce(*last_acts),
+            *[profiling.Profile(run_folder(run.exp_manager))] * (run.trainer.profile == "torch"),
+            *watching,
         ]
         + [callbacks.Progress()] * run.trainer.enable_progress_bar,
     )
@@ -186,7 +196,7 @@ BESIDE: dict[Task, tuple[str, ...]] = {show: ("n", "json", "picture")}  # settin
 ASKS: dict[Task, type] = {evaluate: EvaluateConfig, generate: GenerateConfig, infer: NevaInferenceConfig}
 
 
-def plan(task: Task, plan_file: str | None, tree: dict[str, Any]) -> None:
+def plan(task: Task, wanted: PlanConfig, tree: dict[str, Any]) -> None:
     """Print what a task would be, and what each rank would hold; neither its machine nor its data need be here."""
     from nemo_vlm.planning import plan as planning
 
@@ -203,9 +213,15 @@ def plan(task: Task, plan_file: str | None, tree: dict[str, Any]) -> None:
         model, absent = starting.without_absent(tree["model"])
         run = read({**tree, "model": model})
         length = durations.in_words(run, 0) if run.trainer.max_epochs is None else []  # the data need not be here
+        if wanted.search:
+            from nemo_vlm.planning import search
+            from nemo_vlm.planning.workload import check_sizes
+
+            check_sizes(run, wanted.plan_tokens, wanted.plan_images)
+            run = search.best(planning.settle(run)[0], wanted)
         planned = planning.training(run, os.environ)
         planned = replace(planned, notes=[*length, *absent, *planned.notes])
-    planning.show(planned, plan_file)
+    planning.show(replace(planned, wanted=wanted))
 
 
 def read(tree: Mapping[str, Any]) -> RunConfig:
@@ -236,6 +252,7 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
         the plan of the run, and its tokenizer.
     """
     from nemo_vlm import checkpoints
+    from nemo_vlm.data import feature_store
     from nemo_vlm.planning import machine
     from nemo_vlm.sources import adapters
     from nemo_vlm.training import durations, exp_manager, validation
@@ -248,6 +265,7 @@ def prepare(run: RunConfig) -> tuple[Plan, Any]:
     layout = layouts.resolve(run, gpus, os.environ)
     run = replace(run, exp_manager=versions.dated(run.exp_manager, layout, os.environ))
     exp_manager.check_copies(run.exp_manager)
+    feature_store.make_home(run.data)
     run, tokenizer, datasets = open_data(run)
     if run.samples.questions is not None:
         from nemo_vlm.inference import samples
@@ -296,7 +314,8 @@ def announce(plan: Plan) -> None:
     log.info("%s: %s on %d %s ranks", run.exp_manager.name, run.family, layout.world_size, plan.accelerator)
     for line in durations.in_words(run, len(plan.dataset)):  # type: ignore[arg-type]
         log.info("%s", line)
-    how = "Megatron's distributed optimizer" if run.optim.distributed else "AdamW"
+    sharded = run.optim.shards(layout, run.trainer.precision)
+    how = "AdamW" + f", its state sharded over {layout.replicas} ranks" * sharded
     if run.peft.lora:
         log.info("model.peft.peft_scheme=lora: adapters train, and the projector unless it is frozen; nothing else")
     log.info("model.optim.name=%s: %s%s", run.optim.name, how, " on FSDP2's shards" if layout.fsdp else "")

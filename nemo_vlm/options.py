@@ -9,6 +9,7 @@ from dataclasses import fields
 from nemo_vlm.config import LanguageConfig, ParallelConfig, RunConfig, StepConfig, demand
 from nemo_vlm.config.checks import show
 from nemo_vlm.config.data import OF_MEDIA, PAIRS
+from nemo_vlm.config.optim import SHARDED
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout, expert_tensor_size, positive, splits_sequence
 
@@ -46,6 +47,8 @@ def check(run: RunConfig) -> None:
         check_overlap(run)
     if step.cpu_offloading:
         check_offloading(run)
+    if step.enable_cuda_graph:
+        check_graphs(run)
 
 
 def check_data(run: RunConfig) -> None:
@@ -58,11 +61,25 @@ def check_data(run: RunConfig) -> None:
     for key in ("max_visual_tokens_per_micro_batch", "balance_visual_tokens"):
         if getattr(data, key) and not run.model.reads_media:
             raise ConfigError(f"model.data.{key}={show(getattr(data, key))}: the {run.family} family reads text only")
+    check_feature_cache(run)
     for key, fact in run.model.image_facts.items():
         given = getattr(data, key)
         if given not in (None, fact, (fact, fact)):
             shown = list(given) if isinstance(given, tuple) else given
             raise ConfigError(f"model.data.{key}={shown}: the model says {fact}; leave it out")
+
+
+def check_feature_cache(run: RunConfig) -> None:
+    """Features can be kept only of a tower that stays as it is."""
+    data, key = run.data, "model.data.cache_vision_features"
+    if data.vision_cache_dir is not None and not data.cache_vision_features:
+        raise ConfigError(f"model.data.vision_cache_dir={data.vision_cache_dir}: goes with {key}=true")
+    if not data.cache_vision_features:
+        return
+    if not run.model.reads_media:
+        raise ConfigError(f"{key}=true: the {run.family} family reads text only")
+    if run.peft.lora is None and not run.model.parts["vision_model"].freeze:
+        raise ConfigError(f"{key}=true: the tower trains; give model.mm_cfg.vision_encoder.freeze=true")
 
 
 def check_media(run: RunConfig) -> None:
@@ -90,22 +107,25 @@ def check_npu(step: StepConfig) -> None:
 def of_transformer_engine(step: StepConfig) -> list[str]:
     """The settings that nothing else has, as key=value."""
     switches = ("fp8", "ub_tp_comm_overlap", "cpu_offloading", "moe_grouped_gemm", "moe_permute_fusion")
-    found = [f"model.{name}=true" for name in switches if getattr(step, name)]
+    found = [f"model.{name}=true" for name in (*switches, "enable_cuda_graph") if getattr(step, name)]
     backend = step.attention_backend
     return found + [f"model.attention_backend={backend}"] * (backend not in ("auto", "local"))
 
 
 def check_optimizer(run: RunConfig) -> None:
     """Sharding, overlap and offload of the optimizer, each where it can be."""
-    parallel, offloads = run.parallel, run.optim.offload not in (False, 0.0)
-    if parallel.fsdp and (run.optim.distributed or run.optim.overlap_grad_sync or offloads):
+    optim, sharded = run.optim, run.optim.distributed or run.optim.name in SHARDED
+    overlaps = optim.overlap_grad_sync or optim.overlap_param_sync
+    if run.parallel.fsdp and (sharded or overlaps or optim.offloads):
         raise ConfigError(
-            f"model.fsdp=true: FSDP shards and overlaps the optimizer itself; model.optim.name={run.optim.name}, "
-            "overlap_grad_sync and offload are for the other layouts, take fused_adam"
+            f"model.fsdp=true: FSDP shards and overlaps the optimizer itself; model.optim.name={optim.name}, "
+            "distributed, overlap_grad_sync, overlap_param_sync and offload are for the other layouts, take fused_adam"
         )
-    if run.optim.distributed and offloads and run.trainer.precision == "32":
+    if (sharded or optim.overlap_param_sync) and optim.offloads and run.trainer.precision == "32":
+        asked = "distributed=true" if sharded else "overlap_param_sync=true"
+        asked = f"name={optim.name}" if optim.name in SHARDED else asked
         raise ConfigError(
-            f"model.optim.offload={run.optim.offload}: with model.optim.name={run.optim.name} it needs "
+            f"model.optim.offload={optim.offload}: with model.optim.{asked} it needs "
             "trainer.precision=bf16-mixed or 16-mixed (Megatron offloads main weights of their own)"
         )
 
@@ -214,10 +234,14 @@ def check_fp8(run: RunConfig) -> None:
             )
 
 
+def packs(run: RunConfig) -> bool:
+    """Whether the rows of its batches hold several samples, which see only themselves."""
+    return run.data.packing or run.data.reset_attention_mask or run.data.data_impl == "sft_idxmap"
+
+
 def splits_packs(run: RunConfig) -> bool:
     """Whether packed samples are split over ranks: each is padded for it, so that packs differ in length."""
-    packs = run.data.packing or run.data.reset_attention_mask or run.data.data_impl == "sft_idxmap"
-    return packs and run.parallel.context_parallel_size > 1
+    return packs(run) and run.parallel.context_parallel_size > 1
 
 
 def check_overlap(run: RunConfig) -> None:
@@ -244,6 +268,25 @@ def check_offloading(run: RunConfig) -> None:
     layers = offloaded_layers(run.step, count)
     right = f"from 1 to {count - 1}, one less than model.num_layers"
     demand(0 < layers < count, "model.cpu_offloading_num_layers", layers, right)
+
+
+def check_graphs(run: RunConfig) -> None:
+    """A graph is captured once, of shapes and weights that stay where they are (Megatron's CudaGraphManager)."""
+    key, granularity = "model.enable_cuda_graph=true", run.step.activations_checkpoint_granularity
+    check_lengths(run, key)
+    stages = run.parallel.pipeline_model_parallel_size
+    unfit = {
+        f"model.pipeline_model_parallel_size={stages}, where each micro-batch has graphs of its own": stages > 1,
+        "packed samples, whose borders differ": packs(run),
+        f"model.num_moe_experts={run.model.num_moe_experts}, whose tokens differ": run.model.num_moe_experts,
+        "DeepStack, whose features are not there without images": run.model.deepstack_layers,
+        "model.fsdp=true, which moves the weights": run.parallel.fsdp,
+        "model.cpu_offloading=true": run.step.cpu_offloading,
+        "model.activations_checkpoint_granularity=full": granularity == "full",
+        f"model.data.eval_samples={run.data.eval_samples}, whose prompts are shorter": run.data.eval_samples,
+    }
+    if found := [what for what, is_so in unfit.items() if is_so]:
+        raise ConfigError(f"{key}: not with {'; nor with '.join(found)}")
 
 
 def offloaded_layers(step: StepConfig, num_layers: int) -> int:

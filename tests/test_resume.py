@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from distributed import run_ranks
 from megatron.core import dist_checkpointing, parallel_state
 from test_families import VARIANTS, assert_same_run, build_all, make_layout, run_of, sharded, steps_of
 
-from nemo_vlm import checkpoints
+from nemo_vlm import checkpoints, heartbeat
 from nemo_vlm.checkpoints import Position
 from nemo_vlm.config import CheckpointConfig, ExpManagerConfig, OptimConfig, RunConfig
 from nemo_vlm.errors import ConfigError
@@ -25,12 +26,12 @@ from nemo_vlm.formats.store import Folder
 from nemo_vlm.formats.torch_dist import TorchDist
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import groups, weights
-from nemo_vlm.training import saving
+from nemo_vlm.training import saving, staging
 from nemo_vlm.training.build import make_engine
 
 FIRST, MORE = 2, 2  # steps before and after the checkpoint
 DISTRIBUTED = OptimConfig(name="distributed_fused_adam", lr=1e-2, weight_decay=0.1)
-PLAIN = OptimConfig(name="fused_adam", lr=1e-2, weight_decay=0.1)
+PLAIN = OptimConfig(name="fused_adam", distributed=False, lr=1e-2, weight_decay=0.1)
 OVERLAPPED = replace(DISTRIBUTED, name="mcore_distributed_optim", overlap_grad_sync=True, overlap_param_sync=True)
 METRICS = {"global_step": float(FIRST)}
 
@@ -167,6 +168,52 @@ def test_gathered_and_asynchronous_checkpoints_hold_the_same(saved, tmp_path: Pa
     tensors = [file for file in other.glob("*.distcp") if file.stat().st_size > 100_000]
     assert len(tensors) == 1  # the other rank has nothing but its random numbers
     assert run_ranks(resume, where.world_size, run, where, other) == expected
+
+
+class Late(staging.Staging):
+    """Copies when the next step has come as far as it may."""
+
+    def copy(self, parts, ready):
+        until = time.monotonic() + 20
+        while heartbeat.last().place != "copy for the checkpoint" and time.monotonic() < until:
+            time.sleep(0.001)
+        return super().copy(parts, ready)
+
+
+def save_both_ways(jobs: list[tuple[RunConfig, Layout]]) -> None:
+    """Two checkpoints of each run, written at once, and again behind the training."""
+    for run, layout in jobs:
+        groups.initialize(layout, seed=1)
+        engine = make_engine(run, layout, build_all(run, layout)[0])
+        names = ("at_once", "beside")
+        savers = [saving.Saver(changed(run, name, async_save=name == "beside"), layout) for name in names]
+        savers[1].staging = Late()
+        for number in range(3):
+            steps_of(engine, run, layout, number, 1)
+            for saver in savers[: 2 * (number < 2)]:
+                saver.save(engine, Position(number + 1, metrics=METRICS))
+        savers[1].wait()
+        groups.shut_down()
+
+
+def changed(run: RunConfig, name: str, **settings) -> RunConfig:
+    params = CheckpointConfig(save_top_k=-1, **settings)
+    return replace(run, exp_manager=replace(run.exp_manager, name=name, checkpoint_callback_params=params))
+
+
+def test_a_step_does_not_overtake_the_copy_of_the_one_before(tmp_path: Path) -> None:
+    """Bit-equal to checkpoints that were written at once, the second of which takes the room of the first."""
+    jobs = {1: [("single", PLAIN, "32")], 2: [("ddp", OVERLAPPED, "bf16-mixed"), ("fsdp", PLAIN, "32")]}
+    jobs[2] += [("pp2", DISTRIBUTED, "32"), ("ddp", PLAIN, "16-mixed")]
+    for world_size, wanted in jobs.items():
+        runs = [run_under("x", *one[:2], tmp_path / f"{world_size}_{i}", one[2]) for i, one in enumerate(wanted)]
+        run_ranks(save_both_ways, world_size, runs)
+        for run, _ in runs:
+            paths = [checkpoints.folder_of(changed(run, name).exp_manager) for name in ("at_once", "beside")]
+            for step in (1, 2):
+                one, other = (TorchDist(Folder(checkpoints.path_of(path, step))) for path in paths)
+                assert one.names() == other.names() and len(one.names()) > 100
+                assert all(torch.equal(one.read(name), other.read(name)) for name in one.names())
 
 
 def test_weights_only(saved, tmp_path: Path) -> None:

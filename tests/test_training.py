@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_vlm.batch import IGNORE_INDEX, Images, Sample, collate, pack
+from nemo_vlm.batch import IGNORE_INDEX, Images, Kept, Sample, collate, pack
 from nemo_vlm.config import OptimConfig, SchedConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.models.base import family
@@ -115,6 +115,7 @@ def test_flops_of_a_tower_are_counted_by_patches_and_frames() -> None:
     layers = 23 * (2 * patches * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * squared * 1024)
     assert llava.vision_flops(patches, squared) == layers + 2 * patches * (1024 * 4096 + 4096**2)
     assert step_flops(llava, 0, 0, patches, squared) == 3 * llava.vision_flops(patches, squared)
+    assert step_flops(llava, 0, 0, kept_patches=576) == 3 * llava.projector_flops(576)
     assert llava.visual_tokens([(1, 24, 24), (1, 12, 48), (2, 3, 4)]) == 2 * 576 + 24
 
 
@@ -148,4 +149,6 @@ def test_patches_and_frames_are_counted() -> None:
     """An image of 2 x 3 patches, and a video of 4 frames of 4 x 5."""
     images = Images(torch.zeros(6 + 80, 3), torch.tensor([[1, 2, 3], [4, 4, 5]]))
     batch = collate([Sample(torch.zeros(7, dtype=torch.int64), torch.zeros(7, dtype=torch.int64), images)])
-    assert batch.counts().tolist() == [7, 7, 49, 6 + 80, 36 + 4 * 400, 0]
+    assert batch.counts().tolist() == [7, 7, 49, 6 + 80, 36 + 4 * 400, 0, 0]
+    known = replace(images, kept=(Kept("a", 1, False), Kept("b", 1, True)))
+    assert replace(batch, images=known).counts().tolist() == [7, 7, 49, 6, 36, 80, 0]

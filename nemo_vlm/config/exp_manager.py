@@ -129,7 +129,9 @@ class CheckpointConfig:
     save_optimizer: bool = True
     save_rng: bool = True
     save_weights_only: bool = False  # true: neither optimizer nor random numbers
-    async_save: bool = False  # written in the background while the next steps run
+    # Written in the background while the next steps run, from a copy in the host's memory, pinned where there is a GPU;
+    # each rank keeps the room for it to the end of the run
+    async_save: bool = False
     save_nemo_on_train_end: bool = True
     always_save_nemo: bool = False  # the archive is written anew with each checkpoint
     save_best_model: bool = False  # the archive of the end has the weights of the best checkpoint by `monitor`

@@ -171,6 +171,10 @@ class LanguageConfig:
         """Whether images are seen in tiles too, which are cut from squares."""
         return False
 
+    def typical_views(self, data: DataConfig) -> list[tuple[int, int, int]]:
+        """Patches in time, height and width of what it sees of a common photograph, for estimates."""
+        return []
+
     def visual_tokens(self, grids: Iterable[tuple[int, int, int]]) -> int:
         """What views of these patches in time, height and width are in the text; a family that sees counts them."""
         return 0
@@ -181,4 +185,8 @@ class LanguageConfig:
         Args:
             squared_frames: the sum of the squared numbers of patches of images and frames.
         """
+        return 0.0
+
+    def projector_flops(self, patches: float) -> float:
+        """Of that, what makes tokens of features."""
         return 0.0

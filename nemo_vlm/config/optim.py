@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from nemo_vlm.config.checks import demand
 from nemo_vlm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nemo_vlm.layout import Layout
 
 Unit = Literal["steps", "samples", "tokens"]
 
@@ -53,15 +56,23 @@ class SchedConfig:
         return getattr(self, f"{what}_{unit}")
 
 
+SHARDED = ("distributed_fused_adam", "mcore_distributed_optim")  # names that ask for it on any layout
+
+
 @dataclass(frozen=True)
 class OptimConfig:
-    """`model.optim.*`. All names are AdamW; the distributed ones shard its state over the data-parallel ranks."""
+    """`model.optim.*`. All names are AdamW."""
 
     name: Literal[
         "adam", "adamw", "fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim"
     ] = "fused_adam"
-    overlap_grad_sync: bool = False  # reduce gradients while the backward pass runs
-    overlap_param_sync: bool = False  # gather weights while the forward pass runs; for the distributed names
+    # Megatron's distributed optimizer: its state sharded over the data-parallel ranks; null: where there are several
+    distributed: bool | None = None
+    # Reduce gradients while the backward pass runs, gather weights while the forward pass does, where the state is
+    # sharded, which needs the first; null: on accelerators, where there are several data-parallel ranks and nothing is
+    # offloaded
+    overlap_grad_sync: bool | None = None
+    overlap_param_sync: bool | None = None
     # share of the optimizer's state and step that is moved to the host's memory; auto: what the GPU has no room for
     offload: bool | float | Literal["auto", "static"] = False
     lr: float = 1e-3
@@ -71,11 +82,12 @@ class OptimConfig:
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     def __post_init__(self) -> None:
-        if self.overlap_param_sync and not self.distributed:
-            raise ConfigError(
-                f"model.optim.overlap_param_sync=true: model.optim.name={self.name} gathers no weights; "
-                "take distributed_fused_adam"
-            )
+        if self.distributed is False and self.name in SHARDED:
+            raise ConfigError(f"model.optim.distributed=false: model.optim.name={self.name} is; take fused_adam")
+        if self.overlap_param_sync and self.overlap_grad_sync is False:
+            raise ConfigError("model.optim.overlap_grad_sync=false: overlap_param_sync=true needs it; take true")
+        if self.overlap_param_sync and self.distributed is False:
+            raise ConfigError("model.optim.overlap_param_sync=true: without model.optim.distributed none are gathered")
         if isinstance(self.offload, float):
             demand(0 <= self.offload <= 1, "model.optim.offload", self.offload, "from 0.0 to 1.0")
         demand(self.lr >= 0, "model.optim.lr", self.lr, "0 or more")
@@ -84,6 +96,32 @@ class OptimConfig:
         demand(self.eps > 0, "model.optim.eps", self.eps, "more than 0")
 
     @property
-    def distributed(self) -> bool:
-        """Megatron's distributed optimizer; the other names are plain AdamW."""
-        return self.name in ("distributed_fused_adam", "mcore_distributed_optim")
+    def offloads(self) -> bool:
+        """Whether some of it may be moved to the host's memory."""
+        return self.offload not in (False, 0.0)
+
+    def shards(self, layout: Layout, precision: str) -> bool:
+        """Whether Megatron's distributed optimizer keeps the state; FSDP shards it itself.
+
+        Args:
+            precision: of the trainer; in fp32, Megatron offloads no sharded state.
+        """
+        if layout.fsdp is not None:
+            return False
+        if self.distributed is not None or self.name in SHARDED:
+            return self.distributed is not False
+        return layout.replicas > 1 and not (self.offloads and precision == "32")
+
+    def settled(self, layout: Layout, precision: str, on_cpu: bool) -> OptimConfig:
+        """With what is left open decided: on a CPU nothing runs beside the reductions, so overlap would only cost."""
+        sharded = self.shards(layout, precision)
+        many = layout.replicas > 1 and layout.fsdp is None and not on_cpu and not self.offloads
+        grads, params = self.overlap_grad_sync, self.overlap_param_sync
+        params = sharded and ((many and grads is not False) if params is None else params)  # they need the gradients'
+        return replace(
+            self,
+            distributed=sharded,
+            name="fused_adam",
+            overlap_grad_sync=many or params if grads is None else grads,
+            overlap_param_sync=params,
+        )

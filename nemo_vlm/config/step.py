@@ -67,11 +67,13 @@ class StepConfig:
     moe_grouped_gemm: bool | None = None  # all experts of a rank in one product; null: where Transformer Engine is
     moe_permute_fusion: bool = False  # Transformer Engine's kernel sorts the tokens by experts
     ub_tp_comm_overlap: bool = False  # tensor parallelism's communication runs beside the products it belongs to
-    # 8-bit floats in the language model's linear layers, scaled by what was seen before (delayed scaling)
-    fp8: bool = False
+    # Each layer of the language model, forward and backward, as one CUDA graph; all batches must be of one shape
+    enable_cuda_graph: bool = False
+    fp8: bool = False  # 8-bit floats in the language model's linear layers
+    fp8_recipe: Literal["delayed", "tensorwise"] = "delayed"  # scaled by what was seen before, or by the tensor at hand
     fp8_e4m3: bool = False  # E4M3 in the backward pass too
     fp8_hybrid: bool | None = None  # E5M2 in the backward pass; null: unless fp8_e4m3
-    fp8_margin: int = 0  # the scale is lowered by 2 to this power
+    fp8_margin: int = 0  # of delayed: the scale is lowered by 2 to this power
     fp8_amax_history_len: int = 1024  # steps that a scale looks back
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"  # of which it takes this
     cpu_offloading: bool = False  # what the first layers keep for the backward pass waits in the host's memory
@@ -99,6 +101,12 @@ class StepConfig:
             value = show(self.fp8_e4m3)
             raise ConfigError(f"model.fp8_e4m3={value}: model.fp8_hybrid={value} too; one of them goes with fp8=true")
         demand(self.fp8_amax_history_len > 0, "model.fp8_amax_history_len", self.fp8_amax_history_len, "1 or more")
+        if self.fp8_recipe == "delayed":
+            return
+        for key in ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"):
+            default = getattr(StepConfig, key)
+            right = f"{default} with model.fp8_recipe={self.fp8_recipe}, which looks at no step before"
+            demand(getattr(self, key) == default, f"model.{key}", getattr(self, key), right)
 
     @property
     def fp8_format(self) -> Literal["e4m3", "hybrid"] | None:
@@ -109,5 +117,5 @@ class StepConfig:
 
     def on_paper(self) -> StepConfig:
         """The same for modules that are built only to be counted, on any machine: the parameters are no others."""
-        fewer = replace(self, fp8=False, ub_tp_comm_overlap=False, cpu_offloading=False)
+        fewer = replace(self, fp8=False, ub_tp_comm_overlap=False, cpu_offloading=False, enable_cuda_graph=False)
         return replace(fewer, transformer_impl="local", moe_grouped_gemm=None, moe_permute_fusion=False)

@@ -32,6 +32,8 @@ class TrainerConfig:
     limit_test_batches: int | float = 1.0  # of no effect: a run has no test
     log_every_n_steps: int = 1  # for TensorBoard, W&B, MLflow; metrics.csv has every step
     benchmark: bool = False  # torch.backends.cudnn.benchmark
+    profile: Literal["torch"] | None = None  # a trace of the third to the fifth step of this process, in <run>/profile
+    peak_tflops: float | None = None  # of a rank, which mfu in metrics.csv is taken against; null: its GPU's data sheet
     enable_progress_bar: bool = True
     # Seconds without a sign of life after which the run is ended. The default is what torch's collectives wait for, and
     # above all that a healthy run does in silence, such as writing the archive of a large model to a slow disk.
@@ -58,6 +60,8 @@ class TrainerConfig:
         demand(steps > 0 or steps == -1, "trainer.max_steps", steps, "1 or more, or -1 for no limit")
         demand(every is None or every > 0, "trainer.check_val_every_n_epoch", every, "1 or more, or null")
         demand(self.gradient_clip_val >= 0, "trainer.gradient_clip_val", self.gradient_clip_val, "0 (off) or more")
+        peak = self.peak_tflops
+        demand(peak is None or peak > 0, "trainer.peak_tflops", peak, "more than 0, or null")
         demand(self.log_every_n_steps > 0, "trainer.log_every_n_steps", self.log_every_n_steps, "1 or more")
         seconds("trainer.max_time", self.max_time)
         demand(

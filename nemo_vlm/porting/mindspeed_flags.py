@@ -95,7 +95,8 @@ FLAGS = (
     value("--adam-eps", "model.optim.eps", rate, "1e-8"),
     on(
         "--use-distributed-optimizer",
-        "`model.optim.name=distributed_fused_adam`; not given: `fused_adam`",
+        "`model.optim.name=distributed_fused_adam`; "
+        "not given: `fused_adam`, which shards where there are several replicas, too",
         rules.optimizer,
     ),
     on("--overlap-grad-reduce", "`model.optim.overlap_grad_sync`", to("model.optim.overlap_grad_sync")),

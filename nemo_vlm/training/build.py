@@ -11,7 +11,7 @@ from torch import nn
 from nemo_vlm.config import RunConfig
 from nemo_vlm.config.peft import is_adapter
 from nemo_vlm.layout import Layout
-from nemo_vlm.mcore import lora, user_buffers, weights
+from nemo_vlm.mcore import cpu, groups, lora, user_buffers, weights
 from nemo_vlm.mcore.config import DTYPES
 from nemo_vlm.mcore.engine import Engine, materialize
 from nemo_vlm.mcore.layers import kernels
@@ -33,6 +33,8 @@ def build_engine(run: RunConfig, layout: Layout, first_weights: bool = True) -> 
     Args:
         first_weights: set them; not where the run goes on from a checkpoint.
     """
+    if run.step.enable_cuda_graph:
+        groups.seed_ranks(layout, run.step.seed, for_graphs=True)
     if run.step.ub_tp_comm_overlap:
         user_buffers.start(run.step, layout, row_length(run, layout), run.model.hidden_size)
     # Under FSDP no rank could hold the whole: memory is taken for the shards. Transformer Engine builds on its device.
@@ -69,7 +71,8 @@ def make_engine(run: RunConfig, layout: Layout, chunks: list[nn.Module]) -> Engi
     """The engine of chunks, whose weights may be in place already."""
     ratios = {name: part.lr_ratio for name, part in run.model.parts.items()}
     offloaded = offload_fraction(run, layout, chunks)
-    updates = UpdateConfig(run.optim, run.trainer.gradient_clip_val, ratios, offloaded, run.step)
+    optim = run.optim.settled(layout, run.trainer.precision, cpu.device().type == "cpu")
+    updates = UpdateConfig(optim, run.trainer.gradient_clip_val, ratios, offloaded, run.step)
     return Engine(
         chunks,
         layout,

@@ -136,9 +136,9 @@ class SaveCheckpoints(Callback):
         step = module.position.global_step
         stop, due = groups.any_rank(self.stop.asked(), time.monotonic() - self.saved_at > self.interval)
         if self.saver and (stop or due or self.due(module)):
-            self.saver.save(module.engine, module.position)
+            with module.times.saving():
+                self.saver.save(module.engine, module.position)
             self.saved_at = time.monotonic()
-            module.last_time = time.perf_counter()  # saving is no part of the next step
         heartbeat.at("data", step + 1)
         if stop:
             kept = f"saved in {self.saver.folder}" if self.saver else "nothing is saved"
@@ -176,8 +176,8 @@ class SaveArchive(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *unused: Any) -> None:
         saver = self.checkpoints.saver
         if self.config.always_save_nemo and saver and saver.last_step == module.position.global_step:
-            self.write(trainer, module)
-            module.last_time = time.perf_counter()
+            with module.times.saving():
+                self.write(trainer, module)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainingModule)

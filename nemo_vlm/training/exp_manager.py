@@ -30,6 +30,7 @@ from nemo_vlm import checkpoints
 from nemo_vlm.config import ExpManagerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import remove_partial, written_whole
+from nemo_vlm.training import step_times
 from nemo_vlm.typed import plain
 
 log = logging.getLogger(__name__)
@@ -43,20 +44,21 @@ COLUMNS = (
     "val_accuracy",
     "lr",
     "grad_norm",
-    "train_step_timing in s",
+    *step_times.COLUMNS,
     "tokens_per_sec",
     "tflops_per_gpu",
     "mfu",
     "padding_fraction",
     "visual_tokens",
     "visual_tokens_max_rank",
+    "vision_imbalance",
     "aux_loss",
     "expert_load_max",
     "skipped_steps",
     "loss_scale",
 )
 OF_ONE_RUN = (
-    *("metrics.csv", "skipped_samples.jsonl", "checkpoints", "loss.png", "experts.png", "tensorboard/*"),
+    *("metrics.csv", "skipped_samples.jsonl", "checkpoints", "loss.png", "experts.png", "tensorboard/*", "profile"),
     *("val_answers.jsonl", "val_answers.png"),
 )
 ABOUT = ("config.yaml", "git-info.log")  # written anew by each start

@@ -24,7 +24,7 @@ def token_mean(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 def sample_mean(losses: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Losses [b, s] -> (sum of the samples' means, the number of samples with a trained token)."""
     mask = batch.labels != IGNORE_INDEX
-    segments = batch.segments.flatten().to(losses.device)
+    segments = batch.segments.flatten().to(losses.device, non_blocking=True)
     counts, sums = (
         torch.zeros(len(batch.lengths), dtype=values.dtype, device=values.device).index_add(0, segments, values)
         for values in (mask.flatten().long(), (losses * mask).flatten())

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader
 
 from nemo_vlm import heartbeat
 from nemo_vlm.batch import Batch
@@ -23,11 +21,13 @@ from nemo_vlm.mcore import groups
 from nemo_vlm.mcore.cpu import DeviceType
 from nemo_vlm.mcore.engine import StepResult
 from nemo_vlm.mcore.experts import ExpertLoads
-from nemo_vlm.planning.flops import peak_tflops, step_flops
-from nemo_vlm.training import durations, early_stopping, expert_loads, saving, skips
+from nemo_vlm.planning.flops import step_flops
+from nemo_vlm.training import durations, early_stopping, expert_loads, saving, skips, step_times
 from nemo_vlm.training.build import build_engine
 from nemo_vlm.training.exp_manager import MetricsFile, Opened, begin
+from nemo_vlm.training.feature_cache import FeatureCache
 from nemo_vlm.training.schedules import learning_rate
+from nemo_vlm.training.step_times import StepTimes, Timed
 from nemo_vlm.training.val_answers import Questions
 from nemo_vlm.training.validation import Validation, validates
 
@@ -58,9 +58,10 @@ class TrainingModule(pl.LightningModule):
         self.automatic_optimization = False
         self.plan, self.run, self.opened = plan, plan.run, opened
         self.position = Position()
-        self.batch_size, self.last_time, self.skipped = 0, 0.0, False
+        self.batch_size, self.times, self.skipped = 0, StepTimes(), False
         self.validation: Validation | None = None
         self.questions: Questions | None = None  # of the validation
+        self.features: FeatureCache | None = None  # of a frozen tower
         self.experts: ExpertLoads | None = None  # the last step's
         self.faults: list[str] = []
 
@@ -71,6 +72,8 @@ class TrainingModule(pl.LightningModule):
         if path is not None:
             self.position = saving.load(self.engine, path, self.run.exp_manager, self.plan.layout)
         self.run = durations.settle(self.run, len(self.plan.dataset), self.position)  # type: ignore[arg-type]
+        if self.run.data.cache_vision_features:
+            self.features = FeatureCache(self.engine, self.run, self.plan.layout, self.plan.dataset)
         groups.barrier()  # a rank that could not load ends the run before anything of an earlier one is touched
         begin(self.run.exp_manager, self.opened)
         if self.trainer.is_global_zero:
@@ -79,11 +82,15 @@ class TrainingModule(pl.LightningModule):
     def configure_optimizers(self) -> None:
         """The engine owns the optimizer."""
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Timed:
         run, layout, position = self.run, self.plan.layout, self.position
         left = 0 if self.finished else run.trainer.max_steps - position.global_step
         share = Share(self.trainer.strategy.data_parallel_rank, layout.data)
-        return training_loader(self.plan.dataset, layout, share, run, left, position.consumed_samples)
+        loader = training_loader(self._reading(self.plan.dataset), layout, share, run, left, position.consumed_samples)
+        return Timed(loader, self.times)
+
+    def _reading(self, dataset: Samples) -> Samples:
+        return dataset if self.features is None else self.features.reading(dataset)
 
     @property
     def stopped_early(self) -> str | None:
@@ -107,10 +114,12 @@ class TrainingModule(pl.LightningModule):
         plan, share = self.plan, Share(self.trainer.strategy.data_parallel_rank, self.plan.layout.data)  # type: ignore[attr-defined]
         if plan.validation is not None and validates(self.run, plan.validation):
             epoch = len(plan.dataset)
-            self.validation = Validation(self.run, plan.layout, share, plan.validation, epoch)
+            self.validation = Validation(self.run, plan.layout, share, self._reading(plan.validation), epoch)
             if self.run.data.eval_samples:
                 self.questions = Questions(self.run, plan.layout, share, plan.validation, self.trainer.loggers)
-        self.last_time = time.perf_counter()
+        self.peak, told = step_times.mfu_peak(self.run.trainer)
+        log.info("%s", told)
+        self.times.restart()
 
     def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
         """Left where they are: the schedule moves each micro-batch when its turn comes."""
@@ -126,14 +135,12 @@ class TrainingModule(pl.LightningModule):
         position.global_step += 1
         self.skipped, self.experts = result.skipped, result.experts
         position.skipped_steps += result.skipped
-        now = time.perf_counter()
-        position.metrics = self._row(result, lr, now - self.last_time) | self._visual_load(micro_batches)
+        position.metrics = self._row(result, lr, micro_batches)
         if self.validation is not None and self.validation.due(position):
             position.metrics["val_loss"] = self.validation.loss(self.engine)
             if self.questions is not None:
                 position.metrics["val_accuracy"] = self.questions.accuracy(self.engine, position.global_step)
-            now = time.perf_counter()  # validation is no part of the next step
-        self.last_time = now
+            self.times.restart()
         self._log()
         self._leave_out(int(result.counts[-1]), micro_batches)
         if result.skipped:
@@ -155,23 +162,33 @@ class TrainingModule(pl.LightningModule):
     def on_train_end(self) -> None:
         if self.position.skipped_samples:
             log.warning("%s; see %s", skips.report(self.position), skips.FILE)
+        if self.features is not None:
+            self.features.end()
+        if self.times.steps:
+            log.info("%s", self.times.summary())
 
     def _log(self) -> None:
         """Every step into metrics.csv; some, and those that were validated, into the other loggers, layer by layer."""
         row, step = self.position.metrics, self.position.global_step
         layers = expert_loads.by_layer(self.experts) if self.experts else {}
+        grouped = {f"time/{name}" if name in step_times.COLUMNS else name: value for name, value in row.items()}
         due = step % self.run.trainer.log_every_n_steps == 0 or "val_loss" in row
         for logger in self.trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.log_metrics(row, step)
             elif due:
-                logger.log_metrics(row | layers, step)
+                logger.log_metrics(grouped | layers, step)
 
-    def _row(self, result: StepResult, lr: float, seconds: float) -> dict[str, float]:
+    def _row(self, result: StepResult, lr: float, micro_batches: Sequence[Batch]) -> dict[str, float]:
         """The columns of metrics.csv; mfu only where the device's peak is known."""
-        tokens, positions, squares, patches, squared_frames, _ = result.counts
+        tokens, positions, squares, patches, squared_frames, kept_patches, _ = result.counts
         world_size, position = self.plan.layout.world_size, self.position
-        flops = step_flops(self.run.model, tokens, squares, patches, squared_frames)
+        adapters = self.run.peft.lora is not None
+        load = sum(self.run.model.visual_tokens(batch.images.grids) for batch in micro_batches)
+        ranks = groups.of_every_rank([load, *self.times.end_step(result.seconds)])
+        times = self.times.tell(seconds for _, *seconds in ranks)
+        seconds = times[step_times.STEP]
+        flops = step_flops(self.run.model, tokens, squares, patches, squared_frames, adapters, kept_patches)
         tflops = flops / seconds / world_size / 1e12
         row: dict[str, float] = {
             "global_step": position.global_step,
@@ -180,7 +197,6 @@ class TrainingModule(pl.LightningModule):
             "reduced_train_loss": result.loss,
             "lr": lr,
             "grad_norm": result.grad_norm,
-            "train_step_timing in s": seconds,
             "tokens_per_sec": tokens / seconds,
             "tflops_per_gpu": tflops,
             "padding_fraction": 1 - tokens / positions,
@@ -190,19 +206,19 @@ class TrainingModule(pl.LightningModule):
             row["loss_scale"] = self.engine.loss_scale
         if result.experts is not None:
             row |= expert_loads.columns(result.experts)
-        peak = peak_tflops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-        return row | ({"mfu": tflops / peak} if peak else {})
+        if self.run.model.reads_media:
+            row |= self._visual_load([load for load, *_ in ranks])
+        return row | times | ({"mfu": tflops / self.peak} if self.peak else {})
 
-    def _visual_load(self, micro_batches: Sequence[Batch]) -> dict[str, float]:
-        """Tokens of the step's images and videos: of the global batch, and the most of one data-parallel rank.
+    def _visual_load(self, ranks: list[float]) -> dict[str, float]:
+        """Tokens of the step's images and videos: of the global batch, the most of a rank, and that over the mean.
 
-        Nothing of a model that sees none.
+        Args:
+            ranks: of each; those of one copy of the model have the same.
         """
-        model = self.run.model
-        if not model.reads_media:
-            return {}
-        loads = groups.of_data_ranks(sum(model.visual_tokens(batch.images.grids) for batch in micro_batches))
-        return {"visual_tokens": sum(loads), "visual_tokens_max_rank": max(loads)}
+        mean, most = sum(ranks) / len(ranks), max(ranks)
+        load = {"visual_tokens": mean * self.plan.layout.data, "visual_tokens_max_rank": most}
+        return load | {"vision_imbalance": most / mean if mean else 1.0}
 
     def _report_skip(self, result: StepResult, micro_batches: Sequence[Batch]) -> None:
         """Say which records a skipped step had; give up when there were too many.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from nemo_vlm.formats.torch_dist_writer import Piece
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import groups, rng, weights
 from nemo_vlm.mcore.engine import Engine
+from nemo_vlm.training import staging
 from nemo_vlm.typed import model_tree, plain
 
 log = logging.getLogger(__name__)
@@ -35,24 +36,22 @@ class Saver:
         self.folder = checkpoints.folder_of(run.exp_manager)
         self.first = torch.distributed.get_rank() == 0
         self.group = groups.background_group() if self.config.async_save else None
-        self.thread = ThreadPoolExecutor(1, "checkpoint", use_device)
+        self.thread = ThreadPoolExecutor(1, "checkpoint", staging.prepare_thread)
+        self.staging = staging.Staging()
         self.pending: Future | None = None
         self.last_step: int | None = None
 
     def save(self, engine: Engine, position: Position) -> None:
-        """Write a checkpoint; with async_save this returns when the state has been copied."""
+        """Write a checkpoint; with async_save it is copied and written beside the next steps."""
         self.wait()
         heartbeat.at("checkpoint")
         path = checkpoints.path_of(self.folder, position.global_step)
-        position = replace(position, optimizer=engine.optimizer_state(), layout=plain(self.layout))
-        if self.first:
-            checkpoints.begin(path)
-        groups.barrier()  # nobody writes before the marker stands
-        parts = self.parts(engine)
+        position = replace(deepcopy(position), optimizer=engine.optimizer_state(), layout=plain(self.layout))
+        parts = [part for part in self.parts(engine) if part.primary and part.data.numel()]
         self.last_step = position.global_step
         if self.config.async_save:
-            copies = [replace(part, data=part.data.to("cpu", copy=True)) for part in parts]
-            self.pending = self.thread.submit(self.write, copies, path, position)
+            engine.reader = self.thread.submit(self.staging.copy, parts, staging.now())
+            self.pending = self.thread.submit(self.write_copies, engine.reader, path, position)
         else:
             self.write(parts, path, position)
 
@@ -71,8 +70,15 @@ class Saver:
             parts = gathered(parts)
         return parts + ([rng.rng_part(torch.distributed.get_rank())] if self.config.save_rng else [])
 
+    def write_copies(self, copies: Future[list[weights.Part]], path: Path, position: Position) -> None:
+        """In the thread that has made them."""
+        self.write(copies.result(), path, position)
+
     def write(self, parts: list[weights.Part], path: Path, position: Position) -> None:
-        torch_dist_writer.save(pieces(parts), path, self.group)
+        if self.first:
+            checkpoints.begin(path)
+        groups.barrier(self.group)  # nobody writes before the marker stands
+        torch_dist_writer.save(map(piece, parts), path, self.group)
         if self.first:
             metrics = checkpoints.run_folder(self.run.exp_manager) / "metrics.csv"
             if metrics.exists():  # a checkpoint counts on the rows up to it
@@ -82,20 +88,9 @@ class Saver:
             log.info("wrote %s", path)
 
 
-def pieces(parts: list[weights.Part]) -> list[Piece]:
-    """What this rank writes of a checkpoint."""
-    return [piece(part) for part in parts if part.primary and part.data.numel()]
-
-
 def piece(part: weights.Part) -> Piece:
     offsets = tuple(start for start, _ in part.bounds)
     return Piece(part.name, part.shape, offsets, tuple(part.data.shape), part.data.dtype, lambda: part.data)
-
-
-def use_device() -> None:
-    """A new thread would use the first GPU, whatever its rank."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def gathered(parts: list[weights.Part]) -> list[weights.Part]:
