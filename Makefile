@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test bench check format clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -22,6 +22,9 @@ demo: $(INSTALLED) ## train a tiny LLaVA on handwritten digits and score its ans
 
 test: $(INSTALLED) ## the test suite, two tests at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+bench: $(INSTALLED) ## the benchmarks beside the peers, and docs/benchmarks.md (under 20 minutes)
+	$(BIN)/python scripts/benchmarks/all.py
 
 check: $(INSTALLED) ## formatting, lint, types
 	$(BIN)/ruff format --check .
