@@ -112,6 +112,7 @@ def execute(command: list[str]) -> NoReturn:
     """Run a script as the interpreter does, and end this process."""
     code: Any = 0
     sys.argv = command
+    sys.path.insert(0, os.path.dirname(os.path.abspath(command[0])))
     try:
         runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:

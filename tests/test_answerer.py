@@ -145,7 +145,7 @@ def what_arrives(answerer: Answerer, messages: list[dict[str, Any]]) -> tuple[to
 
 def pixels_of(sample: Sample, name: str) -> list[torch.Tensor]:
     """A sample's as transformers takes them: LLaVA's views together, else images, then videos, which take time."""
-    images = sample.images
+    images = sample.images.normalised()
     if not len(images):
         return []
     if "llava" in name:
@@ -217,7 +217,7 @@ def test_a_hub_checkpoint_is_asked_in_its_own_way(trained, media: Path) -> None:
     ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * features))["input_ids"]
     sample = answerer.sample(messages)
     assert sample.tokens.tolist() == ids and 4 <= features <= 16
-    assert torch.equal(sample.images.pixel_values, pixels["pixel_values"])
+    assert torch.equal(sample.images.normalised().pixel_values, pixels["pixel_values"])
 
 
 def test_a_run_asks_in_the_words_of_its_training(media: Path, tmp_path: Path) -> None:

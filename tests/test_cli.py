@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 from commands import run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nemo_vlm.training import step_times
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "examples" / "neva_finetune.py"
+PEAK = 0.1  # TFLOP/s
 LAYOUTS = sorted(path.stem for path in (ROOT / "conf" / "parallel").glob("*.yaml"))
 
 
@@ -35,6 +39,7 @@ def trained(folder: Path):
             steps = (
                 "trainer.max_steps=4",
                 "trainer.precision=32",
+                f"trainer.peak_tflops={PEAK}",
                 f"exp_manager.name={name}",
                 f"parallel={parallel}",
             )
@@ -66,6 +71,9 @@ def test_four_ranks_train_as_one_process(trained) -> None:
     assert [row["world_size"] for row in trained("single")] == [1] * 4
     assert_same(rows, trained("single"))
     assert {visual_load(row) for row in rows} == {(32 * 16, 32 * 16)}
+    for row in rows:
+        assert row["mfu"] == row["tflops_per_gpu"] / PEAK and row["vision_imbalance"] == 1.0
+        assert 0 < sum(row[part] for part in step_times.WITHIN) <= row[step_times.STEP]
 
 
 def test_torchrun_starts_the_ranks_too(trained) -> None:
@@ -101,6 +109,8 @@ def test_what_a_run_leaves(trained, folder: Path) -> None:
         "checkpoints/tp2_pp2.nemo",
     ):
         assert (left / name).exists(), name
+    drawn = EventAccumulator(str(left / "tensorboard")).Reload().Tags()["scalars"]
+    assert {"reduced_train_loss", *(f"time/{column}" for column in step_times.COLUMNS)} <= set(drawn)
     header = (left / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {
         "val_loss",
@@ -199,8 +209,9 @@ def test_a_network_interface_must_exist(folder: Path) -> None:
     assert result.stderr.startswith("GLOO_SOCKET_IFNAME=nothing0: this machine has no interface nothing0")
 
 
-def test_printing_the_settings_imports_no_torch(folder: Path) -> None:
-    result = run("-X", "importtime", str(TRAIN), "--cfg", "job", cwd=folder)
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--help"]])
+def test_printing_the_settings_imports_no_torch(flags: list[str], folder: Path) -> None:
+    result = run("-X", "importtime", str(TRAIN), *flags, cwd=folder)
     assert result.returncode == 0
     assert "tensor_model_parallel_size: 1" in result.stdout
     assert " torch" not in result.stderr

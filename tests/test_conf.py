@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from nemo_vlm.config.plan import KEYS
 from nemo_vlm.door import CONF, store_defaults
 from nemo_vlm.inference.settings import EvaluateConfig, GenerateConfig, NevaInferenceConfig
 from nemo_vlm.layout import Layout, stage_layers
@@ -49,8 +50,8 @@ def test_every_recipe_composes() -> None:
     for path in CONF.glob("*.yaml"):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             tree = OmegaConf.to_container(compose(path.stem), resolve=True)
-        for key in ("debug", "dry_run", "plan_file"):
-            tree.pop(key)
+        for key in ("debug", "dry_run", *KEYS):
+            tree.pop(key, None)
         if "data_path" in tree:
             read(EvaluateConfig, tree, "")
         elif "neva_model_file" in tree:

@@ -277,7 +277,8 @@ def test_stock_processor_makes_the_pixels_of_training(kind: str, aspect: str, tm
             return_dict=True,
             return_tensors="pt",
         )
-        torch.testing.assert_close(found["pixel_values"], torch.stack(unpatchify(sample.images)), atol=1e-6, rtol=0)
+        views = torch.stack(unpatchify(sample.images.normalised()))
+        torch.testing.assert_close(found["pixel_values"], views, atol=1e-6, rtol=0)
         assert found["input_ids"][0].tolist() == sample.tokens.tolist()
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "back")
     assert model.generate(**found, max_new_tokens=3, do_sample=False).shape[1] > found["input_ids"].shape[1]
@@ -332,7 +333,8 @@ def test_the_demos_model_exports(tmp_path: Path) -> None:
     text = theirs.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     found = theirs(text=text, images=Image.open(record["image"][0]), return_tensors="pt")
     assert found["input_ids"][0].tolist() == sample.tokens.tolist()
-    torch.testing.assert_close(found["pixel_values"], torch.stack(unpatchify(sample.images)), atol=1e-6, rtol=0)
+    views = torch.stack(unpatchify(sample.images.normalised()))
+    torch.testing.assert_close(found["pixel_values"], views, atol=1e-6, rtol=0)
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert stock.generate(**found, max_new_tokens=3).shape[1] > len(sample.tokens)
 

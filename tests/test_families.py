@@ -544,8 +544,9 @@ def test_projectors_train_split_as_whole(kind: str) -> None:
     assert_same_run(run_ranks(train, 2, run, where)[0][0], single(run_of("llava", config))[0])
 
 
-def test_distributed_optimizer_trains_as_one_process(reference) -> None:
-    optim = OptimConfig(name="distributed_fused_adam", lr=1e-2, eps=1e-6)
+def test_an_optimizer_state_held_whole_trains_as_one_process(reference) -> None:
+    """Which the others do with a state shared by the data-parallel ranks."""
+    optim = OptimConfig(distributed=False, lr=1e-2, eps=1e-6)
     run, where = sharded(run_of("llava", TINY["llava"], optim=optim), "ddp", micro_batch_size=2)
     results, final = run_ranks(train, 2, run, where)[0]
     expected, expected_weights = reference("llava")

@@ -498,7 +498,7 @@ def seen_of_video(path: Path, folder: Path) -> dict[str, torch.Tensor]:
     parts = family(source.family, "processor")
     found = parts.Processor(source.model, source.settings["data"], tokenizer_of(source)).pixels([Video(frames)])
     assert found.grids[0][0] == 2  # four frames
-    return {"pixel_values_videos": found.pixel_values, "video_grid_thw": found.image_grid_thw}
+    return {"pixel_values_videos": found.normalised().pixel_values, "video_grid_thw": found.image_grid_thw}
 
 
 def answer_lines(asked: dict[str, Any], limit: int) -> list[dict[str, Any]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy
 import pytest
 import torch
 from distributed import run_ranks
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from test_families import (
@@ -34,7 +36,7 @@ from nemo_vlm.config import OptimConfig, ParallelConfig, RunConfig, StepConfig
 from nemo_vlm.data.loader import Share, StepSampler
 from nemo_vlm.data.orders import Blend, batch_size_at
 from nemo_vlm.layout import Layout
-from nemo_vlm.mcore import groups
+from nemo_vlm.mcore import groups, replicated
 from nemo_vlm.models.base import family
 from nemo_vlm.training.build import make_engine
 
@@ -242,6 +244,33 @@ def test_overlap_changes_no_results(flags: str, layout: str, overlapped, referen
     expected, expected_weights = reference("llava", llava())
     assert_same_run(results, expected)
     assert_same_weights(final, expected_weights)
+
+
+def weights_on_their_way(run: RunConfig, layout: Layout):
+    """Of the tower's weights, each gathered for itself, how many were on their way when its forward pass ended."""
+    groups.initialize(layout, seed=1)
+    replicated.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=1)
+    engine = make_engine(run, layout, build_all(run, layout)[0])
+    (module,), counts = engine.updater.modules, []
+
+    def count(tower, *unused) -> None:
+        trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
+        handles = {module.param_to_bucket_group[parameter].param_gather_handle for parameter in trained}
+        counts.append((len(trained), len(handles - {None})))
+
+    module.module.model.vision_model.register_forward_hook(count)
+    results = steps_of(engine, run, layout)
+    groups.shut_down()
+    return results, counts
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_no_weight_is_read_before_it_is_there(name: str, reference) -> None:
+    optim = replace(DISTRIBUTED, overlap_grad_sync=True, overlap_param_sync=True)
+    plain, (run, where) = run_of(name, TINY[name]), sharded(run_of(name, TINY[name], optim=optim), "ddp", 4)
+    for results, counts in run_ranks(weights_on_their_way, 2, run, where):
+        assert_same_run(results, reference(name, plain)[0])
+        assert all(trained > 10 and waiting == 0 for trained, waiting in counts)
 
 
 def gathered_after_forward(run: RunConfig, layout: Layout):

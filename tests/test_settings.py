@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_vlm.config import LanguageConfig, ParallelConfig, StepConfig, TrainerConfig
+from nemo_vlm.config import LanguageConfig, OptimConfig, ParallelConfig, StepConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import check, check_model, num_micro_batches, ranks_per_node, resolve, stage_layers
 from nemo_vlm.models.base import family
@@ -157,6 +157,24 @@ def test_batches_must_divide() -> None:
         num_micro_batches(7, 16, 1)
 
 
+@pytest.mark.parametrize(
+    ("optim", "expected"),
+    [
+        (OptimConfig(), (True, True)),
+        (OptimConfig(overlap_grad_sync=False), (False, False)),
+        (OptimConfig(overlap_param_sync=False), (True, False)),
+        (OptimConfig(distributed=False), (True, False)),
+        (OptimConfig(offload=0.5), (False, False)),
+        (OptimConfig(offload=0.5, overlap_param_sync=True), (True, True)),
+    ],
+)
+def test_what_overlaps_on_gpus(optim: OptimConfig, expected: tuple[bool, bool]) -> None:
+    base = tree(global_batch_size=8)
+    base["trainer"].update(devices=2)
+    found = optim.settled(resolve(read_run(base, Config), 0, {}), "bf16", on_cpu=False)
+    assert (found.overlap_grad_sync, found.overlap_param_sync) == expected
+
+
 def test_what_tensor_parallelism_needs() -> None:
     model, tp4 = (
         LanguageConfig(num_attention_heads=8, num_query_groups=2),
@@ -199,6 +217,15 @@ FULL = {"activations_checkpoint_granularity": "full", "activations_checkpoint_me
         (FSDP | PP2, "model.fsdp=true: model.pipeline_model_parallel_size=2; FSDP goes with tensor"),
         (FSDP | {"optim": {"name": "distributed_fused_adam"}}, "model.fsdp=true: FSDP shards and overlaps"),
         (FSDP | {"optim": {"overlap_grad_sync": True}}, "model.fsdp=true: FSDP shards and overlaps"),
+        (FSDP | {"optim": {"overlap_param_sync": True}}, "model.fsdp=true: FSDP shards and overlaps"),
+        (
+            {"optim": {"overlap_param_sync": True, "overlap_grad_sync": False}},
+            "model.optim.overlap_grad_sync=false: overlap_param_sync=true needs it; take true",
+        ),
+        (
+            {"optim": {"overlap_param_sync": True, "offload": 0.5}},
+            "model.optim.offload=0.5: with model.optim.overlap_param_sync=true it needs trainer.precision",
+        ),
         (
             FSDP | {"fsdp_sharding_strategy": "hybrid"},
             "hybrid: 3 data- and context-parallel ranks do not divide into 2 copies",
@@ -209,7 +236,14 @@ FULL = {"activations_checkpoint_granularity": "full", "activations_checkpoint_me
             "model.virtual_pipeline_model_parallel_size=2: must be 1 without",
         ),
         (PP2 | {"virtual_pipeline_model_parallel_size": 2, "global_batch_size": 15}, "virtual stages need a multiple"),
-        ({"optim": {"overlap_param_sync": True}}, "model.optim.overlap_param_sync=true: model.optim.name=fused_adam"),
+        (
+            {"optim": {"overlap_param_sync": True, "distributed": False}},
+            "model.optim.overlap_param_sync=true: without model.optim.distributed",
+        ),
+        (
+            {"optim": {"name": "mcore_distributed_optim", "distributed": False}},
+            "model.optim.distributed=false: model.optim.name=mcore_distributed_optim is; take fused_adam",
+        ),
         ({"optim": {"offload": 1.5}}, "model.optim.offload=1.5: must be from 0.0 to 1.0"),
         (
             {"optim": {"name": "distributed_fused_adam", "offload": 0.5}},
