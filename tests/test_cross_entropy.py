@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemo_vlm.batch import IGNORE_INDEX, Sample, collate
 from nemo_vlm.config import LanguageConfig, RunConfig, StepConfig
 from nemo_vlm.layout import Layout
-from nemo_vlm.mcore import cross_entropy, groups
+from nemo_vlm.mcore import cross_entropy, gpt, groups
 from nemo_vlm.mcore.cross_entropy import LinearCrossEntropy, Vocabulary
 from nemo_vlm.models.base import family
 from nemo_vlm.training.build import make_engine
@@ -176,3 +177,31 @@ def test_there_are_logits_of_labelled_positions_alone(monkeypatch: pytest.Monkey
             engine.step([batch], lr=0.0)
     assert labelled < batch.labels.numel() / 2
     assert sum(seen.rows) == labelled and max(seen.rows) == 10
+
+
+@pytest.mark.parametrize("granularity", [None, "full"])
+def test_the_last_layers_mlp_takes_labelled_positions_alone(
+    monkeypatch: pytest.MonkeyPatch, granularity: Literal["full"] | None
+) -> None:
+    """And trains as one that takes all."""
+    run = run_for("gpt", TINY["gpt"])
+    run = replace(run, step=replace(run.step, activations_checkpoint_granularity=granularity))
+
+    def steps() -> tuple[list[tuple[float, float]], list[int]]:
+        with one_rank(run.model):
+            layout = make_layout(run, 1)
+            engine = make_engine(run, layout, build_all(run, layout)[0])
+            layers, rows = engine.updater.modules[0].module.model.language_model.decoder.layers, []
+            for layer in layers:
+                layer.mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:2].numel()))
+            results = [engine.step([collate(samples_of(run, number)[:2])], lr=1e-2) for number in (0, 1)]
+        return [(result.loss, result.grad_norm) for result in results], rows[: len(layers)]
+
+    batch = collate(samples_of(run, 0)[:2])
+    positions, labelled = batch.labels.numel(), int((batch.labels != IGNORE_INDEX).sum())
+    found, rows = steps()
+    assert labelled < positions and rows == [*[positions] * (len(rows) - 1), labelled]
+    monkeypatch.setattr(gpt, "can_pick", lambda *unused: False)
+    expected, every = steps()
+    assert every == [positions] * len(rows)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-6, atol=0)

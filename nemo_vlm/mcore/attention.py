@@ -49,7 +49,7 @@ class CoreAttention(torch.nn.Module):
         # split, not slices: the backward of n slices fills n tensors of the full length
         samples = zip(*(part.transpose(0, 1)[None].split(lengths, 2) for part in (query, key, value)), strict=True)
         out = torch.cat([self.attend(*sample) for sample in samples], 2)
-        return out[0].transpose(0, 1).flatten(1)
+        return out.squeeze(0).transpose(0, 1).flatten(1)  # an index's backward pass fills another tensor
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Query [b, heads, s, d], key and value [b, groups, s, d] -> as query."""

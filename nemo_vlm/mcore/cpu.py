@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -40,6 +41,7 @@ def enable() -> None:
     redirect_rng()
     redirect_experts()
     redirect_gradients()
+    leave_passes_alone()
     mode = CudaLiteralsToCpu()
     mode.__enter__()
     _mode.append(mode)
@@ -162,6 +164,22 @@ def redirect_gradients() -> None:
     from megatron.core.tensor_parallel import layers
 
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_product)
+
+
+def leave_passes_alone() -> None:
+    """A micro-batch's forward and backward pass name no CUDA, and call more of torch than all the rest of a step."""
+    from megatron.core.pipeline_parallel import schedules
+
+    def alone(step: Callable) -> Callable:
+        @functools.wraps(step)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with without_redirection():
+                return step(*args, **kwargs)
+
+        return run
+
+    schedules.forward_step = alone(schedules.forward_step)
+    schedules.backward_step = alone(schedules.backward_step)
 
 
 def add_product(hidden: Tensor, grad: Tensor, total: Tensor) -> None:

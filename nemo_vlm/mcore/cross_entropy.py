@@ -37,11 +37,13 @@ class Targets:
         weights: [b, s] float32, the gradient of what is differentiated by the losses, but for a factor that all share;
             None: it is not known.
         places: of `labelled`, where they are known already; None: they are asked of the device, which is waited for.
+        picked: the last layer leaves hidden states of those places alone, [n, 1, h].
     """
 
     labels: Tensor
     weights: Tensor | None
     places: Tensor | None = None
+    picked: bool = False
 
 
 def labelled(labels: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ class OutputLayer(ColumnParallelLinear):
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         places = labelled(targets.labels) if targets.places is None else targets.places
         labels = targets.labels.T.flatten()[places]
-        picked = hidden.flatten(0, 1).index_select(0, places)
+        picked = hidden[:, 0] if targets.picked else hidden.flatten(0, 1).index_select(0, places)
         if not self.sequence_parallel:
             picked = copy_to_tensor_model_parallel_region(picked, group=self.tp_group)
         if targets.weights is None and torch.is_grad_enabled():
@@ -134,7 +136,7 @@ class OutputLayer(ColumnParallelLinear):
             weights = None if targets.weights is None else targets.weights.T.flatten()[places]
             losses = LinearCrossEntropy.apply(picked, weight, labels, weights, self.vocabulary)
         whole = torch.zeros(targets.labels.numel(), device=losses.device)
-        return whole.index_copy(0, places, losses).view(hidden.shape[:2]).T
+        return whole.index_copy(0, places, losses).view(targets.labels.T.shape).T
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from nemo_vlm.mcore.decoder_layer import DecoderLayer
 
-class DeepStackLayer(TransformerLayer):
-    """Megatron's layer, which adds the first features to its output.
+
+class DeepStackLayer(DecoderLayer):
+    """A layer that adds the first features to its output.
 
     They come as the context of a cross-attention, which it has not: Megatron hands that from layer to layer, and
     through recomputation.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -15,6 +17,7 @@ from nemo_vlm.mcore.cache import Cache
 from nemo_vlm.mcore.config import BuildContext, forget_attention_choice, language_config
 from nemo_vlm.mcore.context import Split, split_batch
 from nemo_vlm.mcore.cross_entropy import LanguageModel, Targets, labelled
+from nemo_vlm.mcore.decoder_layer import DecoderLayer, can_pick
 from nemo_vlm.mcore.deepstack import DeepStackLayer, take_features, with_unused
 from nemo_vlm.mcore.experts import PADDING, loss_weights, prepare
 from nemo_vlm.mcore.groups import Stage
@@ -28,8 +31,7 @@ def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTMo
     assert model.vocab_size is not None, "the vocabulary size is settled before a model is built"
     config = language_config(model, build)
     layer = layer_spec(config, build.kernels, causal=True, own_positions=bool(model.mrope_section))
-    if model.deepstack_layers:
-        layer.module = DeepStackLayer
+    layer.module = DeepStackLayer if model.deepstack_layers else DecoderLayer
     forget_attention_choice()
     gpt = LanguageModel(
         config,
@@ -134,6 +136,9 @@ def run_layers(
     if weights is not None and gpt.config.sequence_parallel:
         weights = tensor_parallel.scatter_to_sequence_parallel_region(weights.T).T
     embeddings, features = take_features(gpt, embeddings)
+    if targets is not None and can_pick(gpt, features):
+        places = labelled(targets.labels) if targets.places is None else targets.places
+        targets = replace(targets, places=places, picked=True)
     output = gpt(
         None,
         positions,
@@ -142,7 +147,10 @@ def run_layers(
         labels=targets,
         packed_seq_params=packed,
         padding_mask=weights,
-        extra_block_kwargs={"context": features},
+        extra_block_kwargs={
+            "context": features,
+            "context_mask": targets.places if targets and targets.picked else None,
+        },
     )
     return with_unused(gpt, output, features)
 

@@ -1,14 +1,18 @@
-"""Megatron's linear layers, of which no more than the product is left where nothing is to be differentiated.
+"""Megatron's linear layers, of which no more than the product is left where nothing is to be sent or differentiated.
 
-What they prepare for their backward pass costs a step of generation more than the products of small tensors do.
+What they prepare for that costs a step of generation more than the products of small tensors do.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
+
+from nemo_vlm.mcore.cpu import add_product
 
 Output = tuple[Tensor, Tensor | None]
 ROWS = 2048  # of a weight: of a few tokens' product with more of them MKL makes up to 1.6 times the work
@@ -19,6 +23,8 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, input_: Tensor) -> Output:
         """[s, b, in] -> [s, b, out / tp], and the bias where it is added later."""
+        if torch.is_grad_enabled() and alone(self):
+            return with_bias(self, Product.apply(input_, self.weight, self.gradient_accumulation_fusion))
         if torch.is_grad_enabled() or self.sequence_parallel:
             return super().forward(input_)
         return with_bias(self, multiply(input_, self.weight))
@@ -29,6 +35,8 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> Output:
         """[s, b, in / tp] -> [s, b, out], and the bias where it is added later."""
+        if torch.is_grad_enabled() and alone(self):
+            return with_bias(self, Product.apply(input_, self.weight, self.gradient_accumulation_fusion))
         if torch.is_grad_enabled() or self.sequence_parallel:
             return super().forward(input_)
         product = multiply(input_, self.weight)
@@ -37,9 +45,41 @@ class RowLinear(RowParallelLinear):
         return with_bias(self, product)
 
 
+class Product(torch.autograd.Function):
+    """What Megatron's LinearWithGradAccumulationAndAsyncCommunication does where there is nothing to communicate.
+
+    Of an input that needs no gradient, as a tower's patches, it takes none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, to_buffer: bool) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.buffered = weight if to_buffer else None  # what is saved may come back as another object
+        return torch.matmul(hidden, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        hidden, weight = ctx.saved_tensors
+        of_hidden = torch.matmul(grad, weight) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_hidden, None, None
+        grad, hidden = grad.flatten(0, -2), hidden.flatten(0, -2)
+        if ctx.buffered is None:
+            return of_hidden, grad.t() @ hidden, None
+        add_product(hidden, grad, ctx.buffered.main_grad)
+        ctx.buffered.grad_added_to_main_grad = True
+        return of_hidden, torch.empty_like(weight), None  # Megatron's hook waits for one, and throws it away
+
+
+def alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
+    """Whether it is whole on this rank, and on a CPU, which Megatron's steps around a small product cost more time."""
+    return linear.weight.device.type == "cpu" and linear.tp_group.size() == 1
+
+
 def multiply(hidden: Tensor, weight: Tensor) -> Tensor:
-    """[..., in] and [out, in] -> [..., out]."""
-    if weight.device.type != "cpu" or len(weight) <= ROWS:
+    """[..., in] and [out, in] -> [..., out]; a single token's product only waits for the weight, and is not cut."""
+    alone = hidden.numel() == hidden.shape[-1]
+    if weight.device.type != "cpu" or len(weight) <= ROWS or alone:
         return torch.matmul(hidden, weight.t())
     return torch.cat([torch.matmul(hidden, part.t()) for part in weight.split(ROWS)], -1)
 

@@ -31,10 +31,8 @@ class TextRotary(RotaryEmbedding):
     def forward(self, rows: tuple[int, PackedSamples | None], **unused: Any) -> Tensor:  # type: ignore[override]
         """Turns [s, 1, 1, 2 d] of this rank's part of rows, each of them one sample or all of the same samples."""
         length, packed = rows
-        if packed is None:
-            return turns(super().forward(length)[..., : len(self.inv_freq)])
-        angles = super().forward(length, packed_seq=True)[..., : len(self.inv_freq)]
-        lengths = packed.lengths
+        angles = super().forward(length, packed_seq=True)[..., : len(self.inv_freq)]  # so called it leaves them whole
+        lengths = (length,) if packed is None else packed.lengths
         ranks, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
         if ranks == 1:
             return turns(torch.cat([angles[:length] for length in lengths]))
@@ -143,8 +141,10 @@ class Rotation(torch.autograd.Function):
 
 
 def turned(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    first, second = heads.chunk(2, -1)
-    return (heads * cosine).add_(torch.cat([second, first], -1).mul_(sine))
+    out = heads * cosine
+    for mine, other, sines in zip(out.chunk(2, -1), heads.chunk(2, -1)[::-1], sine.chunk(2, -1), strict=True):
+        mine.addcmul_(other, sines)
+    return out
 
 
 def frequencies(count: int, base: float, device: torch.device) -> Tensor:

@@ -116,28 +116,53 @@ def recomputed(shapes: Shapes, layer: Part, count: int, passed: float) -> Part:
     return replace(layer, kept=kept, backward=most - kept)
 
 
+def picked(shapes: Shapes) -> float:
+    """The share of positions that the last layer's MLP takes, see mcore.decoder_layer.can_pick."""
+    model, step, layout = shapes.run.model, shapes.run.step, shapes.layout
+    every = model.num_moe_experts or layout.sequence_parallel or step.fp8 or step.enable_cuda_graph
+    if every or model.deepstack_layers >= model.num_layers:
+        return 1.0
+    return min(shapes.work.trained_tokens / shapes.work.positions, 1.0)
+
+
 def decoder(shapes: Shapes, layers: int, last: bool) -> Part:
     """A chunk's layers, the hidden state that they start from, and behind the last the norm."""
-    step, part = shapes.run.step, recomputed(shapes, decoder_layer(shapes), layers, shapes.hidden)
+    step, layer = shapes.run.step, decoder_layer(shapes)
+    part = recomputed(shapes, layer, layers, shapes.hidden)
+    share = picked(shapes) if last else 1.0
+    if layers and not list(recompute_runs(layers, step))[-1][2]:
+        part = replace(part, kept=part.kept - (1 - share) * mlp(shapes))
     if step.cpu_offloading:  # what the first layers keep is not on this device
         here = layers - offloaded_layers(step, shapes.run.model.num_layers)
         part = replace(part, kept=part.kept * max(here, 0) / max(layers, 1))
-    return replace(part, kept=part.kept + shapes.hidden * (1 + last))
+    return replace(part, kept=part.kept + shapes.hidden * (1 + last * share))
 
 
 def decoder_layer(shapes: Shapes) -> Part:
     """Two sums, the norms behind them, attention, and SwiGLU or experts."""
     model, width = shapes.run.model, shapes.run.model.ffn_hidden_size / shapes.layout.tensor
-    inputs = shapes.products("linear_qkv") + shapes.products("linear_fc1")
-    between = shapes.hidden * (2 + inputs / shapes.size)
     if model.num_moe_experts:
-        ffn, working = experts(shapes), 2 * sent(shapes) * model.hidden_size * shapes.size
+        working = 2 * sent(shapes) * model.hidden_size * shapes.size
     else:
-        ffn = shapes.tokens * width * (2 * shapes.size + shapes.products("linear_fc2"))
         weight = 2 * width * model.hidden_size * shapes.trains(LANGUAGE)
         working = max(2 * shapes.tokens * width, weight - shapes.tokens * width) * shapes.size
     working += 2 * shapes.hidden
-    return Part("decoder", between + attention(shapes) + ffn, working, working)
+    kept = summed(shapes, "linear_qkv") + attention(shapes) + mlp(shapes)
+    return Part("decoder", kept, working, working)
+
+
+def mlp(shapes: Shapes) -> float:
+    """Bytes of a sum, the norm behind it, and SwiGLU or experts."""
+    width = shapes.run.model.ffn_hidden_size / shapes.layout.tensor
+    if shapes.run.model.num_moe_experts:
+        return summed(shapes, "linear_fc1") + experts(shapes)
+    inner = shapes.tokens * width * (2 * shapes.size + shapes.products("linear_fc2"))
+    return summed(shapes, "linear_fc1") + inner
+
+
+def summed(shapes: Shapes, linear: str) -> float:
+    """Bytes of a sum and of the norm behind it, which a linear layer takes."""
+    return shapes.hidden * (1 + shapes.products(linear) / shapes.size)
 
 
 def attention(shapes: Shapes) -> float:
