@@ -9,7 +9,7 @@ them at random, or by groups of like lengths (of 50 batches, its default), each 
 takes them at random, packs those of a step, up to 8192 / 8 tokens together, and pads nothing. Tokens are useful that
 are no padding.
 
-Each side is a process of its own, and the others wait while one has its turn of 112 samples; every second round goes
+Each side is a process of its own, and the others wait while one has its turn of 48 samples; every second round goes
 backwards, and a round before them warms up. Rows of filling and balance are of whole packs of 4096 tokens, lengths
 undivided, 128 samples a step. Of 8 ranks filling is told without a goal: each takes as few packs as a step has tokens
 for, so that the last ones are shorter, and would be less full if they were padded, which a run does not do.
@@ -18,7 +18,6 @@ for, so that the last ones are shorter, and would be less full if they were padd
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,30 +28,22 @@ from typing import Any
 
 import numpy
 import torch
-from side_by_side import flags, report, row
+from side_by_side import report, row
 from train import Told, take_turns
-from trainers import CLIP, LR, Job, Turns, arguments, fit_watched, run_of, theirs, train_watched
+from trainers import Job, Turns, arguments, fit_watched, run_of, theirs, train_watched, trainer_flags, trainer_settings
 
 from nemo_vlm.batch import IGNORE_INDEX, Sample
 from nemo_vlm.data import packing
 
 LENGTHS = Path(__file__).with_name("llava665k_lengths.json")
-VOCABULARY, SCALE, SAMPLES, TURN = 2000, 8, 1664, 112
+VOCABULARY, SCALE, SAMPLES, TURN = 2000, 8, 1664, 48
 TOGETHER = 8192 // SCALE  # tokens of a pack at most: about what their batch of 8 has with padding
 LIMIT, STEP, STEPS = 4096, 128, 200  # of filling: tokens of a pack, samples of a step, steps
 
 
 def main() -> None:
-    parser = flags(__doc__)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
-    options = parser.parse_args()
-    settings = {
-        "threads of each side": options.threads,
-        "precision": "fp32",
-        "Hugging Face Trainer": f"sdpa, adamw_torch_fused, dynamic padding, clipping at {CLIP}, no logging or saving",
-        "optimizer of all": f"AdamW, learning rate {LR}, betas 0.9 and 0.999, no weight decay",
-    }
-    report(chain(filled(), raced(options.rounds, options.threads)), options.json, settings)
+    options = trainer_flags(__doc__).parse_args()
+    report(chain(filled(), raced(options.rounds, options.threads)), options.json, trainer_settings(options.threads))
 
 
 def drawn(generator: numpy.random.Generator, count: int) -> numpy.ndarray:
@@ -163,8 +154,8 @@ def hugging_face(job: Job, turns: Turns, batch: int, sampling: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = theirs(job)
         model.register_forward_pre_hook(count, with_kwargs=True)
-        settings = arguments(replace(job, batch=batch, steps=turns.steps), folder, sampling)
-        train_watched(model, settings, samples(), turns, found)
+        how = arguments(replace(job, batch=batch, steps=turns.steps), folder, sampling)
+        train_watched(model, how, samples(), turns, found)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ random weights and read the same samples, which stand in memory, in the same ord
 - bare Megatron: our model under Megatron's DistributedDataParallel, schedule and optimizer, with nothing around it;
   nor do its linear layers add gradients to Megatron's buffers by themselves, as ours are made to
 
-Each side is a process of its own, and the others wait while one has its turn of a few steps; every second round goes
+Each side is a process of its own, and the others wait while one has its turn of a step; every second round goes
 backwards, and a round before them warms up. Losses are compared step by step.
 """
 
@@ -26,27 +26,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import flags, report, row
-from trainers import CLIP, LR, Job, Turns, bare, hugging_face, ours
+from side_by_side import report, row
+from trainers import Job, Turns, bare, hugging_face, ours, trainer_flags, trainer_settings
 
-STEPS = 2  # of a turn
+STEPS = 1  # of a turn
 Side = Callable[[Job, Turns], None]
 Told = list[tuple[float, list[float]]]  # of each turn, seconds a step and losses
 
 
 def main() -> None:
-    parser = flags(__doc__)
+    parser = trainer_flags(__doc__)
     parser.add_argument("--only", nargs="+", choices=("llama", "llava"), default=("llama", "llava"))
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
     options = parser.parse_args()
-    settings = {
-        "threads of each side": options.threads,
-        "precision": "fp32",
-        "Hugging Face Trainer": f"sdpa, adamw_torch_fused, dynamic padding, clipping at {CLIP}, no logging or saving",
-        "bare Megatron": "torch's AdamW, as Megatron takes it without Apex, with its fused kernel switched on",
-        "optimizer of all": f"AdamW, learning rate {LR}, betas 0.9 and 0.999, no weight decay",
-    }
-    report(measure(options.only, options.rounds, options.threads), options.json, settings)
+    megatron = "torch's AdamW, as Megatron takes it without Apex, with its fused kernel switched on"
+    about = trainer_settings(options.threads) | {"bare Megatron": megatron}
+    report(measure(options.only, options.rounds, options.threads), options.json, about)
 
 
 def measure(names: Sequence[str], rounds: int, threads: int) -> Iterator[dict[str, Any]]:

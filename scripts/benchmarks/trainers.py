@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 import time
@@ -12,11 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from side_by_side import flags
 
 from nemo_vlm.batch import IGNORE_INDEX, Batch, Images, Sample, collate
 from nemo_vlm.config import RunConfig
 
 LR, CLIP = 1e-4, 1.0
+ROUNDS = 11  # short ones: on a shared machine what disturbs one is gone in the next
+
+
+def trainer_flags(description: str | None) -> argparse.ArgumentParser:
+    parser = flags(description, ROUNDS)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
+    return parser
+
+
+def trainer_settings(threads: int) -> dict[str, Any]:
+    """Under which all sides train."""
+    return {
+        "threads of each side": threads,
+        "precision": "fp32",
+        "Hugging Face Trainer": f"sdpa, adamw_torch_fused, dynamic padding, clipping at {CLIP}, no logging or saving",
+        "optimizer of all": f"AdamW, learning rate {LR}, betas 0.9 and 0.999, no weight decay",
+    }
 
 
 @dataclass(frozen=True)
