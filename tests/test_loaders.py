@@ -111,7 +111,7 @@ def random_value(source: random.Random, depth: int = 0) -> object:
     return inner if kind < 0.8 else {f'"{n}]': value for n, value in enumerate(inner)}
 
 
-@pytest.mark.parametrize("block", [1, 2, 7, 64, 10**6])
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 200, 10**6])
 def test_any_list_is_cut_into_its_elements(block: int, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(spans, "BLOCK", block)
     source = random.Random(block)
@@ -125,6 +125,17 @@ def test_any_list_is_cut_into_its_elements(block: int, tmp_path: Path, monkeypat
         path.write_text(text, encoding="utf-8")
         content = path.read_bytes()
         assert [json.loads(content[start:end]) for start, end in spans.find(path)] == records
+
+
+@pytest.mark.parametrize("block", [64, 100, 10**6])
+def test_backslashes_in_any_number_and_place(block: int, tmp_path: Path, monkeypatch) -> None:
+    """Runs of them end within, at and behind the words of 64 bytes that are looked at together."""
+    monkeypatch.setattr(spans, "BLOCK", block)
+    path, counts, ends = tmp_path / "x.json", (0, 1, 2, 3, 31, 32, 33, 63, 64), ('"', '",', "")
+    records = [["a" * n + "\\" * count + end, "],["] for count in counts for n in range(65) for end in ends]
+    path.write_text(json.dumps(records))
+    content = path.read_bytes()
+    assert [json.loads(content[start:end]) for start, end in spans.find(path)] == records
 
 
 @pytest.mark.parametrize(

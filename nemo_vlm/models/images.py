@@ -81,16 +81,18 @@ class ImageTransform:
         Raises:
             SampleError: broken_image: a view is smaller than a patch.
         """
-        grids = torch.tensor([(1, view.height // patch_size, view.width // patch_size) for view in views])
-        pixels = numpy.empty((int(grids.prod(1).sum()), 3, patch_size), line_of(patch_size))
-        ends = grids.prod(1).cumsum(0).tolist()
-        for view, (_, rows, columns), end in zip(views, grids.tolist(), ends, strict=True):
+        grids = [(1, view.height // patch_size, view.width // patch_size) for view in views]
+        pixels = numpy.empty((sum(map(math.prod, grids)), 3, patch_size), line_of(patch_size))
+        end = 0
+        for view, (_, rows, columns) in zip(views, grids, strict=True):
             if not rows or not columns:
                 small = f"a view of {view.width} x {view.height} pixels holds no patch of {patch_size}"
                 raise SampleError("broken_image", small)
             whole = cut(view, (0, 0, columns * patch_size, rows * patch_size))
-            write_patches(whole, pixels[end - rows * columns : end].reshape(rows, columns, 1, 1, 3, 1, patch_size))
-        return Images(torch.from_numpy(pixels.view(numpy.uint8)).flatten(1), grids, self.mean, self.std)
+            start, end = end, end + rows * columns
+            write_patches(whole, pixels[start:end].reshape(rows, columns, 1, 1, 3, 1, patch_size))
+        patches = torch.from_numpy(pixels.view(numpy.uint8)).flatten(1)
+        return Images(patches, torch.tensor(grids), self.mean, self.std)
 
     def view_sizes(self, width: int, height: int) -> list[tuple[int, int]]:
         """(height, width) of the views of an image, in pixels."""
@@ -193,9 +195,10 @@ def write_patches(image: Image.Image, lines: numpy.ndarray) -> None:
             the image is every frame.
     """
     rows, columns, block, _, _, _, edge = lines.shape
-    planes = b"".join(image.tobytes("raw", channel) for channel in "RGB")  # as numpy would, but faster
-    parted = numpy.frombuffer(planes, lines.dtype).reshape(3, rows, block, edge, columns, block)
-    lines[...] = parted.transpose(1, 4, 2, 5, 0, 3)[..., None, :]
+    for number, channel in enumerate("RGB"):  # a plane at a time is still in the cache when it is cut
+        plane = numpy.frombuffer(image.tobytes("raw", channel), lines.dtype)
+        parted = plane.reshape(rows, block, edge, columns, block).transpose(0, 3, 1, 4, 2)
+        lines[..., number, :, :] = parted[..., None, :]
 
 
 def patchify(views: Sequence[Tensor], patch_size: int) -> Images:

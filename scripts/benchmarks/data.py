@@ -5,20 +5,22 @@
 - Images a second of one core, from the file to the patches that leave a worker (`Views.pixels`). The limit is what
   Pillow alone takes to decode the same JPEGs and to resize them to the same size with its bicubic filter, for LLaVA's
   padding on the same square canvas. The files are crops of the two photographs that scikit-learn brings, in COCO's
-  sizes. Beside it the families' processors of transformers, backend pil, which normalise too: ours does that where
-  the model is, and what it costs there is told.
+  sizes; turns are many and short. Beside it the families' processors of transformers, backend pil, which normalise
+  too: ours does that where the model is, and what it costs there is told.
 - image_draft=true beside full decoding, of photographs of some twelve million pixels, and how far their pixels differ.
 - Samples a second of LLaVA's loader with one worker, tokens and batches included, beside Energon's with a task encoder
   that resizes, crops and stacks.
 - A JSON of LLaVA's form, 1500 characters a record, made on the spot, each figure in a process of its own. The first
-  batch: of a JSON that is new, where records are found and counted once and kept in an index beside it, and of one
-  that has its index. A worker's memory in MB of a million bytes: its own, which are the private pages that go with it
-  after 40 batches, and beside that how much its highest, shared pages included, grows with the file.
+  batch, the median of three: of a JSON that is new, where records are found and counted once and kept in an index
+  beside it, and of one that has its index. A worker's memory in MB of a million bytes: its own, which are the private
+  pages that go with it after 16 batches, and beside that how much its highest, shared pages included, grows with the
+  file.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +40,7 @@ from side_by_side import by_turns, flags, report, row
 from sklearn.datasets import load_sample_images
 
 from nemo_vlm.config import DataConfig, RunConfig
+from nemo_vlm.data.cached import of_kind
 from nemo_vlm.data.loader import Share, training_loader
 from nemo_vlm.data.opening import open_datasets
 from nemo_vlm.data.prepare_wds import Sharding, prepare
@@ -52,9 +55,12 @@ WORDS = ["the", "bus", "in", "this", "image", "is", "white", "and", "red,", "a",
 SIZES = ((640, 480), (480, 640), (640, 427), (427, 640), (500, 375), (375, 500), (640, 360), (612, 612))  # COCO's
 LARGE = (4032, 3024)
 EDGE = 336  # of LLaVA 1.5's tower
-LOADED, BATCH = 256, 16  # images that a loader reads; samples of a batch
-TEXT_BATCH, READ = 128, 40  # records of a step; steps
+LOADED, BATCH = 128, 16  # images that a loader reads; samples of a batch
+TEXT_BATCH, FEWEST, READ = 128, 3, 16  # records of a step; steps
+FIRSTS = 3  # first batches of which the median counts
+SHORT = 5  # times as many turns of images as rounds of the others
 FEW, MANY, BLOCK = 10_000, 1_000_000, 1000  # records; and how many differ
+GOALS = {"bare Pillow": ">= 0.9"}
 Way = Callable[[], Any]
 
 
@@ -65,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        settings = {"cores of each side": 1, "images": f"{len(SIZES) * 2} JPEGs of {SIZES}, quality 90"}
+        settings = {"cores of each side": 1, "images": f"{len(SIZES)} JPEGs of {SIZES}, quality 90"}
         report(measure(folder, options.records, options.rounds), options.json, settings)
 
 
@@ -78,11 +84,11 @@ def measure(folder: Path, records: int, rounds: int) -> Iterator[dict[str, Any]]
 
 
 def photographs(folder: Path) -> list[Path]:
-    found = []
-    for number, pixels in enumerate(load_sample_images().images):
-        for size in SIZES:
-            found.append(folder / f"{number}_{size[0]}x{size[1]}.jpg")
-            ImageOps.fit(Image.fromarray(pixels), size, Image.Resampling.BICUBIC).save(found[-1], quality=90)
+    """Of either scene by turns."""
+    found, scenes = [], [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    for number, size in enumerate(SIZES):
+        found.append(folder / f"{size[0]}x{size[1]}.jpg")
+        ImageOps.fit(scenes[number % 2], size, Image.Resampling.BICUBIC).save(found[-1], quality=90)
     return found
 
 
@@ -110,6 +116,12 @@ class Case:
     bare: Callable[[Path], Image.Image]
     processor: Any
 
+    def patches(self, path: Path) -> Any:
+        return self.views.pixels([path])
+
+    def by_transformers(self, path: Path) -> Any:
+        return self.processor(Image.open(path).convert("RGB"), return_tensors="pt")
+
 
 def cases() -> Iterator[Case]:
     square = {"height": EDGE, "width": EDGE}
@@ -126,18 +138,21 @@ def cases() -> Iterator[Case]:
 
 def image_path(paths: Sequence[Path], rounds: int) -> Iterator[dict[str, Any]]:
     for case in cases():
-        pixels = case.views.pixels
-        ways: dict[str, Way] = {
-            "ours": lambda pixels=pixels: [pixels([path]) for path in paths],
-            "Pillow": lambda bare=case.bare: [bare(path) for path in paths],
-            "processor": lambda given=case.processor: [hugging_face(given, path) for path in paths],
-        }
-        speeds = {way: [len(paths) / each for each in found] for way, found in by_turns(ways, rounds).items()}
-        yield row(f"{case.name}: bare Pillow", speeds["ours"], speeds["Pillow"], "images/s", ">= 0.9")
-        yield row(f"{case.name}: transformers", speeds["ours"], speeds["processor"], "images/s")
-        images = pixels(paths)
+        yield beside(case, "bare Pillow", case.bare, paths, SHORT * rounds)
+        yield beside(case, "transformers", case.by_transformers, paths, rounds)
+        images = case.views.pixels(paths)
         seconds = by_turns({"normalise": images.normalised}, rounds)["normalise"]
         yield row(f"{case.name}: normalising", [1e3 * each / len(paths) for each in seconds], None, "ms/image")
+
+
+def beside(case: Case, peer: str, way: Callable[[Path], Any], paths: Sequence[Path], turns: int) -> dict[str, Any]:
+    ways = {"ours": partial(every, case.patches, paths), "peer": partial(every, way, paths)}
+    ours, theirs = ([len(paths) / each for each in found] for found in by_turns(ways, turns).values())
+    return row(f"{case.name}: {peer}", ours, theirs, "images/s", GOALS.get(peer, ""))
+
+
+def every(way: Callable[[Path], Any], paths: Sequence[Path]) -> list[Any]:
+    return [way(path) for path in paths]
 
 
 def cropped(path: Path) -> Image.Image:
@@ -167,10 +182,6 @@ def padded(path: Path) -> Image.Image:
 def native(views: Any, path: Path) -> Image.Image:
     image = Image.open(path).convert("RGB")
     return image.resize(views.images.resized(image.size, 1, views.format), Image.Resampling.BICUBIC)
-
-
-def hugging_face(processor: Any, path: Path) -> Any:
-    return processor(Image.open(path).convert("RGB"), return_tensors="pt")
 
 
 def draft(folder: Path, rounds: int) -> Iterator[dict[str, Any]]:
@@ -233,16 +244,21 @@ def by_energon(tars: Path) -> None:
 
 def loading(folder: Path, records: int) -> Iterator[dict[str, Any]]:
     few, some, many = (write(folder / f"{count}.json", count) for count in (FEW, records, MANY))
+    os.sync()  # or the disk would be busy with them meanwhile
     yield row(f"{records} records: size of the JSON", some.stat().st_size / 1e9, None, "GB")
-    cold, warm = apart(text_worker, some), apart(text_worker, some)
-    yield row(f"{records} records: first batch, not indexed yet", cold["first"], None, "s", "<= 5.0")
-    yield row(f"{records} records: first batch, indexed", warm["first"], None, "s", "<= 5.0")
-    yield row("text of a worker", warm["speed"], None, "records/s")
-    yield row(f"{records} records: a worker's own memory", warm["own"], None, "MB", "<= 150")
-    base = apart(text_worker, write(folder / "1000.json", 1000))["memory"]
-    yield row(f"{records} records: a worker's memory above 1000 records'", warm["memory"] - base, None, "MB", "<= 150")
-    apart(text_worker, many)
-    held = [apart(text_worker, path)["memory"] for path in (few, many)]
+    cold, warm = ([first_batch(some, indexed) for _ in range(FIRSTS)] for indexed in (False, True))
+    yield row(f"{records} records: first batch, not indexed yet", cold, None, "s", "<= 5.0")
+    yield row(f"{records} records: first batch, indexed", warm, None, "s", "<= 5.0")
+    steady = apart(text_worker, some, READ)
+    yield row("text of a worker", steady["speed"], None, "records/s")
+    yield row(f"{records} records: a worker's own memory", steady["own"], None, "MB", "<= 150")
+    base = apart(text_worker, write(folder / "1000.json", 1000), READ)["memory"]
+    yield row(
+        f"{records} records: a worker's memory above 1000 records'", steady["memory"] - base, None, "MB", "<= 150"
+    )
+    for path in (few, many):
+        apart(RecordFile, path)  # which indexes it
+    held = [apart(text_worker, path, READ)["memory"] for path in (few, many)]
     yield row(f"a worker's memory, {MANY} records above {FEW}", held[1] - held[0], None, "MB", "<= 20")
 
 
@@ -252,16 +268,23 @@ def apart(work: Callable[..., Any], *given: Any) -> Any:
         return pool.submit(work, *given).result()
 
 
-def text_worker(path: Path) -> dict[str, float]:
-    """Seconds until the first batch, MB of a worker in READ batches, at most and its own, and records a second."""
+def first_batch(path: Path, indexed: bool) -> float:
+    """Seconds until it is there."""
+    for index in [] if indexed else of_kind(path, "index"):
+        index.unlink()
+    return float(apart(text_worker, path, FEWEST)["first"])
+
+
+def text_worker(path: Path, steps: int) -> dict[str, float]:
+    """Seconds until the first batch, MB of a worker in so many, at most and its own, and records a second."""
     started = time.perf_counter()
     run, dataset = opened(path)
-    batches = iter(training_loader(dataset, one_process(run.model), Share(0, 1), run, READ, 0))
+    batches = iter(training_loader(dataset, one_process(run.model), Share(0, 1), run, steps, 0))
     next(batches)
     first = time.perf_counter() - started
-    for _ in range(READ - 2):
+    for _ in range(steps - 2):
         next(batches)
-    speed = (READ - 2) * TEXT_BATCH / (time.perf_counter() - started - first)
+    speed = (steps - 2) * TEXT_BATCH / (time.perf_counter() - started - first)
     process = Path(f"/proc/{batches._workers[0].pid}")  # type: ignore[attr-defined]
     held = in_megabytes(process / "status", ("VmHWM:",))
     own = in_megabytes(process / "smaps_rollup", ("Private_Clean:", "Private_Dirty:"))
