@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -89,13 +90,31 @@ class Behind:
     def __exit__(self, *error: object) -> None:
         self.thread.shutdown()
 
-    def write(self, content: Any) -> None:
-        self.file.write(content)
+    def write(self, content: memoryview, place: tuple[int, int] | None = None) -> None:
+        """Write bytes.
+
+        Args:
+            place: where they stand in a file, its descriptor and their offset; the kernel then copies them.
+        """
+        self.file.write(content if place is None else content[self._copied(*place, len(content)) :])
         self.written += len(content)
         if self.written >= self.STEP:
             self.file.flush()
             self.flush.result()  # not faster than the disk; its errors are raised here
             self.written, self.flush = 0, self.thread.submit(os.fsync, self.file.fileno())
+
+    def _copied(self, source: int, offset: int, count: int) -> int:
+        """How many of these bytes the kernel has copied: all, but where a file system cannot."""
+        self.file.flush()
+        done, sent = 0, 1
+        try:
+            while sent and done < count:
+                sent = os.sendfile(self.file.fileno(), source, offset + done, count - done)
+                done += sent
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        return done
 
 
 def remove_partial(path: Path) -> None:

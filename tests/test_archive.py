@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 
 from nemo_vlm import archive
 from nemo_vlm.archive import Archive, write_archive
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats import safetensors
-from nemo_vlm.formats.safetensors import TensorSpec
-from nemo_vlm.formats.store import extract
+from nemo_vlm.formats.safetensors import Safetensors, TensorSpec
+from nemo_vlm.formats.store import Folder, extract, place_of
 
 TENSORS = {
     "a.weight": torch.randn(5, 7),
@@ -76,6 +78,41 @@ def test_an_interrupted_write_leaves_the_old_archive(tmp_path: Path) -> None:
         write_archive(tmp_path / "x.nemo", {}, {}, specs, broken())
     assert (tmp_path / "x.nemo").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+@pytest.mark.parametrize("mode", ["wb", "ab"])  # the kernel appends nothing to a file that is opened so
+def test_tensors_of_mapped_files_are_copied_by_the_kernel_where_it_can(tmp_path: Path, mode: str) -> None:
+    """All of a tensor, a run of its rows, and one that is no run of a file's bytes, behind what is still buffered."""
+    stored = {"a": torch.randn(300, 1000), "b": torch.randn(7, 3).bfloat16(), "c": torch.arange(5)}
+    save_file(stored, tmp_path / "source.safetensors")
+    source = Safetensors(Folder(tmp_path), ["source.safetensors"])
+    mapped = {name: source.read(name) for name in stored}
+    made = {"b": mapped["b"], "rows": mapped["a"][17:180], "turned": mapped["a"].mT, "c": mapped["c"], "d": stored["c"]}
+    places = {name: place_of(tensor.data_ptr(), tensor.nbytes) for name, tensor in made.items()}
+    assert [name for name, place in places.items() if place is None] == ["d"]
+    content, (descriptor, offset) = (tmp_path / "source.safetensors").read_bytes(), places["rows"]
+    assert os.pread(descriptor, 8, offset) == content[offset : offset + 8] == stored["a"][17, :2].numpy().tobytes()
+    specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in made.items()]
+    with open(tmp_path / "target.safetensors", mode) as file:
+        safetensors.write(file, specs, iter(made.items()))
+        file.write(b"behind")
+    written = (tmp_path / "target.safetensors").read_bytes()
+    assert written.endswith(b"behind")
+    found = load(written.removesuffix(b"behind"))
+    assert found.keys() == made.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in made.items())
+
+
+def test_a_file_that_is_mapped_no_more_is_closed(tmp_path: Path) -> None:
+    save_file({"a": torch.randn(3)}, tmp_path / "x.safetensors")
+    tensor = Safetensors(Folder(tmp_path), ["x.safetensors"]).read("a")
+    address, place = tensor.data_ptr(), place_of(tensor.data_ptr(), tensor.nbytes)
+    assert place is not None  # as long as the tensor lives
+    del tensor
+    gc.collect()
+    assert place_of(address, 12) is None
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(place[0])
 
 
 @pytest.mark.parametrize("name", ["../outside", "/absolute", "a/../../b"])

@@ -280,8 +280,9 @@ def test_behind_images_and_videos_a_cache_counts_on(name: str, models) -> None:
                 torch.testing.assert_close(score, logprobs.gather(1, option[:, None]).sum(), rtol=0, atol=1e-4)
 
 
-def test_a_tall_weight_is_multiplied_by_parts() -> None:
-    hidden, weight = torch.randn(1, 8, 16), torch.randn(2 * ROWS + 7, 16)
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_tall_weight_is_multiplied_by_parts_where_it_pays(tokens: int) -> None:
+    hidden, weight = torch.randn(1, tokens, 16), torch.randn(2 * ROWS + 7, 16)
     torch.testing.assert_close(multiply(hidden, weight), hidden @ weight.t())
 
 

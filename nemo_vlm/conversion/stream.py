@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -18,9 +19,9 @@ from torch import Tensor
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import Reader, Shape, Slices
 from nemo_vlm.formats.safetensors import TensorSpec
+from nemo_vlm.formats.store import place_of
 
 PART, AHEAD = 4 * 2**20, 4  # bytes of a part, and how many parts are read before they are written
-PAGE = 4096
 SMALL_FILES = 64 * 10**6  # room for headers, tokenizer and configuration
 
 
@@ -110,9 +111,10 @@ def read_ahead(reader: Reader, wanted: Iterable[tuple[str, Slices]]) -> Iterator
 
 
 def fetch(reader: Reader, name: str, rows: Slices) -> Tensor:
-    """A part that is in memory, not only mapped."""
-    part = reader.read(name, rows)
-    part.flatten()[:: PAGE // part.element_size()].clone()
+    """A part that is in memory, or on its way from the disk to where it is mapped."""
+    part = reader.read(name, rows).contiguous()
+    if place := place_of(part.data_ptr(), part.nbytes):
+        os.posix_fadvise(*place, part.nbytes, os.POSIX_FADV_WILLNEED)
     return part
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import mmap
+import os
 import tarfile
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -92,15 +95,42 @@ class Store(Protocol):
         ...
 
 
-def map_file(path: Path) -> mmap.mmap:
+class Mapped(mmap.mmap):
+    """A file's bytes that know where they stand.
+
+    Attributes:
+        address: of the first byte in memory.
+        descriptor: of the file, open as long as it is mapped.
+    """
+
+    address: int
+    descriptor: int
+
+
+MAPPED: weakref.WeakSet[Mapped] = weakref.WeakSet()
+
+
+def map_file(path: Path) -> Mapped:
     """The bytes of a file that is not empty.
 
     The mapping is private, so it is writable, as torch wants it; nothing is ever written to it.
     """
     with open(path, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        memory = Mapped(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        memory.descriptor = os.dup(file.fileno())
+    weakref.finalize(memory, os.close, memory.descriptor)
+    memory.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     memory.madvise(mmap.MADV_SEQUENTIAL)  # large tensors are read from end to end: three times faster
+    MAPPED.add(memory)
     return memory
+
+
+def place_of(address: int, size: int) -> tuple[int, int] | None:
+    """The descriptor of the mapped file that these bytes in memory are a run of, and where they begin in it."""
+    for memory in MAPPED:
+        if memory.address <= address and address + size <= memory.address + len(memory):
+            return memory.descriptor, address - memory.address
+    return None
 
 
 GZIP = b"\x1f\x8b"

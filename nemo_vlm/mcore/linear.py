@@ -78,8 +78,8 @@ def alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
 
 def multiply(hidden: Tensor, weight: Tensor) -> Tensor:
     """[..., in] and [out, in] -> [..., out]; a single token's product only waits for the weight, and is not cut."""
-    alone = hidden.numel() == hidden.shape[-1]
-    if weight.device.type != "cpu" or len(weight) <= ROWS or alone:
+    single = hidden.numel() == hidden.shape[-1]
+    if weight.device.type != "cpu" or len(weight) <= ROWS or single:
         return torch.matmul(hidden, weight.t())
     return torch.cat([torch.matmul(hidden, part.t()) for part in weight.split(ROWS)], -1)
 

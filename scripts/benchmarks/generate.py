@@ -41,11 +41,11 @@ GOAL = ">= 0.9"  # of transformers' speed
 
 
 def main() -> None:
-    parser = flags(__doc__)
+    parser = flags(__doc__, rounds=7)
     parser.add_argument(
         "--model", type=Path, nargs="*", default=[], help="to be measured too: .nemo, or Hugging Face's directories"
     )
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer (64)")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer (32)")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     named = opened(options.model)
