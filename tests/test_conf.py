@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from ported import run_of as composed
 
 from nemo_vlm.config.plan import KEYS
 from nemo_vlm.door import CONF, store_defaults
 from nemo_vlm.inference.settings import EvaluateConfig, GenerateConfig, NevaInferenceConfig
-from nemo_vlm.layout import Layout, stage_layers
+from nemo_vlm.layout import Layout, resolve, stage_layers
 from nemo_vlm.mcore import groups
 from nemo_vlm.mcore.weights import parts
 from nemo_vlm.models.base import family
@@ -92,3 +93,24 @@ def test_every_model_builds_in_parts_that_add_up(name: str) -> None:
     if name in BILLIONS:
         total = hold(run, layout(run, 1, 1), 0, 0).num_parameters
         assert total / 1e9 == pytest.approx(BILLIONS[name], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "size"),
+    [
+        ("neva_finetune", "llava_tiny", 8),
+        ("neva_finetune", "llava_7b", 1),
+        ("neva_finetune", "llava_llama3_8b", 1),
+        ("qwen2_vl_finetune", "qwen2_vl_tiny", 8),
+        ("qwen2_vl_finetune", "qwen2_vl_72b", 1),
+        ("qwen3_vl_finetune", "qwen3_vl_tiny", 8),
+        ("qwen3_vl_finetune", "qwen3_vl_235b_a22b", 1),
+    ],
+)
+def test_a_recipes_batch_divides_whatever_its_model(recipe: str, model: str, size: int) -> None:
+    """Of the demo 8 samples at once; of a large model one, so that 32 replicas share the batch of 32."""
+    large = size == 1
+    cluster = ["parallel=tp8_pp4", "trainer.num_nodes=128", "trainer.devices=8"] if large else []
+    run = composed(recipe, [f"model={model}", *cluster])
+    layout = resolve(run, 0, {})
+    assert (layout.micro_batch_size, layout.global_batch_size, layout.data) == (size, 32, 32 if large else 1)
