@@ -258,7 +258,6 @@ def ranks_per_node(run: RunConfig, num_gpus: int, env: Mapping[str, str]) -> int
     if launched is not None and launched % trainer.num_nodes:
         raise ConfigError(f"trainer.num_nodes={trainer.num_nodes}: {variable}={launched} ranks do not divide by it")
     if trainer.devices != "auto":
-        positive("trainer.devices", trainer.devices)
         if launched is not None and launched != trainer.devices * trainer.num_nodes:
             raise ConfigError(
                 f"trainer.devices={trainer.devices} x trainer.num_nodes={trainer.num_nodes}: "

@@ -131,14 +131,17 @@ def check_optimizer(run: RunConfig) -> None:
 
 
 def check_padding(run: RunConfig) -> None:
-    """A length that is given must hold every sample, and suit the layout and the products."""
+    """A length that is given must hold every sample, suit the layout and the products, and be no pack's in vain."""
     parallel, limit, pad_to = run.parallel, run.model.encoder_seq_length, run.data.pad_to
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     multiple = token_multiple(tensor, splits_sequence(run), context, run.step.fp8)
     if pad_to != "batch":
+        longest = -(-limit // multiple) * multiple
         right = f"batch, or no less than model.encoder_seq_length={limit} and a multiple of {multiple}"
         right += " with model.fp8=true" * run.step.fp8
         demand(pad_to >= limit and pad_to % multiple == 0, "model.data.pad_to", pad_to, right)
+        right = f"batch or {longest} with model.data.packing=true, since no pack is longer"
+        demand(pad_to == longest or not run.data.packing, "model.data.pad_to", pad_to, right)
 
 
 def check_experts(run: RunConfig) -> None:

@@ -40,7 +40,7 @@ from nemo_vlm.mcore import groups
 from nemo_vlm.models.base import family
 from nemo_vlm.models.dynamic_processor import TOKENS
 from nemo_vlm.training.build import make_engine
-from nemo_vlm.training.feature_cache import FeatureCache, of_first_stage
+from nemo_vlm.training.feature_cache import FeatureCache, in_bytes, of_first_stage
 
 STEPS = 4  # of 4 records of 8: two epochs
 WORDS = ["a", "cat", "and", "two", "dogs", "look", "at", "the", "sea", "while", "it", "rains"]
@@ -171,6 +171,11 @@ def test_every_layout_trains_from_kept_features_as_from_pixels(data: Path, tmp_p
             assert_same_run(results, expected, loss=1e-6, norm=1e-5)
             assert calls[2:] == [0, 0], case  # the second epoch
         assert any(sum(always[2:]) > 0 and calls[0] > 0 for (_, always, _), (_, calls, _) in pairs)
+
+
+def test_sizes_have_digits_in_every_unit() -> None:
+    told = [in_bytes(count) for count in (0, 999, 1000, 36_864, 1.2e6, 73.7e6, 3.25e9, 8e11, 4.5e12)]
+    assert told == ["0 bytes", "999 bytes", "1.0 kB", "36.9 kB", "1.2 MB", "73.7 MB", "3.2 GB", "800.0 GB", "4.5 TB"]
 
 
 def with_own_homes(run: RunConfig, where: Layout, homes: list[str]):

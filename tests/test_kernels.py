@@ -68,6 +68,10 @@ APART = [
         "model.fp8=true",
     ),
     (
+        dict(step={}, data={"pad_to": 100000, "packing": True}),
+        "model.data.pad_to=100000: must be batch or 128 with model.data.packing=true, since no pack is longer",
+    ),
+    (
         dict(step={"attention_backend": "unfused"}, context_parallel_size=2),
         "model.attention_backend=unfused: must be flash, fused or local with model.context_parallel_size above 1",
     ),
@@ -114,6 +118,7 @@ TOGETHER = [
     dict(step=GRAPHS | FP8 | {"fp8_recipe": "tensorwise"}, **TP2_SP, **FIXED),
     dict(step=GRAPHS, data={"data_impl": "mmap"}),
     dict(step={"attention_backend": "local", "transformer_impl": "local"}, precision="32"),
+    dict(step=FP8, data={"pad_to": 144, "packing": True}, model={"encoder_seq_length": 136}),
     dict(step={"cpu_offloading_num_layers": 31}),  # NeMo's recipes have it beside cpu_offloading=false
 ]
 

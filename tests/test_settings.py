@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemo_vlm.config import LanguageConfig, OptimConfig, ParallelConfig, StepConfig, TrainerConfig
+from nemo_vlm.config import DataConfig, LanguageConfig, OptimConfig, ParallelConfig, StepConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import check, check_model, num_micro_batches, ranks_per_node, resolve, stage_layers
 from nemo_vlm.models.base import family
@@ -149,6 +149,14 @@ def test_devices_auto() -> None:
     assert (ranks(8, "4", **four), ranks(0, "16", num_nodes=2), ranks(8, devices=2)) == (4, 8, 2)
     with pytest.raises(ConfigError, match="WORLD_SIZE=4"):
         ranks(world_size="4", devices=2)
+
+
+def test_numbers_that_have_a_word_beside_them_name_it() -> None:
+    with pytest.raises(ConfigError, match="^trainer.devices=-1: must be 1 or more, or auto$"):
+        TrainerConfig(devices=-1)
+    right = "batch, or a number of tokens, model.encoder_seq_length or more"
+    with pytest.raises(ConfigError, match=f"^model.data.pad_to=-1: must be {right}$"):
+        DataConfig(pad_to=-1)
 
 
 def test_batches_must_divide() -> None:

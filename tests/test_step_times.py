@@ -35,6 +35,9 @@ def test_the_rank_that_the_others_wait_for_is_told() -> None:
         times.tell([[10.0, 1.0, 5.0, 2.0, 1.0, 3.0]])
     shares = "data wait 10.0%, forward and backward 50.0%, gradient reduction 20.0%, optimizer 10.0%, other 10.0%"
     assert times.summary() == f"10 s a step, the mean of 2: {shares}; and 3 s for checkpoints"
+    for stall, told in ((5.767e-6, "0"), (0.0123456, "0.012"), (12.3456, "12.35")):
+        times.totals[STALL] = 2 * stall
+        assert times.summary().endswith(f"; and {told} s for checkpoints")
 
 
 def test_what_a_step_waits_for(monkeypatch) -> None:

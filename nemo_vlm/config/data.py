@@ -147,7 +147,8 @@ class DataConfig:
         demand(self.num_workers >= 0, "model.data.num_workers", self.num_workers, "0 or more")
         self._check_media()
         pad_to = self.pad_to
-        demand(pad_to == "batch" or pad_to > 0, "model.data.pad_to", pad_to, "batch, or a number of tokens")
+        right = "batch, or a number of tokens, model.encoder_seq_length or more"
+        demand(pad_to == "batch" or pad_to > 0, "model.data.pad_to", pad_to, right)
         for key in ("train_samples", "train_tokens"):
             given = getattr(self, key)
             demand(given is None or given > 0, f"model.data.{key}", given, "1 or more, or null")

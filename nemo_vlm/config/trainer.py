@@ -56,6 +56,7 @@ class TrainerConfig:
             if getattr(self, key) == -1:
                 object.__setattr__(self, key, None)
         steps, epochs, every = self.max_steps, self.max_epochs, self.check_val_every_n_epoch
+        demand(self.devices == "auto" or self.devices > 0, "trainer.devices", self.devices, "1 or more, or auto")
         demand(epochs is None or epochs > 0, "trainer.max_epochs", epochs, "1 or more, or -1 for no limit")
         demand(steps > 0 or steps == -1, "trainer.max_steps", steps, "1 or more, or -1 for no limit")
         demand(every is None or every > 0, "trainer.check_val_every_n_epoch", every, "1 or more, or null")

@@ -49,8 +49,8 @@ class FeatureCache:
         """Where features are kept, and about how large that may become."""
         patches = sum(math.prod(grid) for grid in run.model.typical_views(run.data))
         each, free = patches * tower.empty(1).nbytes, shutil.disk_usage(home_of(run.data)).free
-        told = "vision features: in %s; a photograph takes %.1f MB, one in each of %d samples %.1f GB; %.1f GB are free"
-        log.info(told, self.store.folder, each / 1e6, samples, each * samples / 1e9, free / 1e9)
+        told = "vision features: in %s; a photograph takes %s, one in each of %d samples %s; %s are free"
+        log.info(told, self.store.folder, in_bytes(each), samples, in_bytes(each * samples), in_bytes(free))
 
     def reading(self, dataset: Samples) -> Samples:
         """The same samples, without the pixels of images whose features were kept."""
@@ -67,8 +67,16 @@ class FeatureCache:
             mine = [self.tower.num_read, self.tower.num_computed, self.tower.writer.bytes]
         read, computed, size = map(sum, zip(*groups.of_every_rank(mine), strict=True))
         if torch.distributed.get_rank() == 0:
-            told = "vision features: %d of images and videos read, %d computed; %.1f MB written to %s"
-            log.info(told, read, computed, size / 1e6, self.store.folder)
+            told = "vision features: %d of images and videos read, %d computed; %s written to %s"
+            log.info(told, read, computed, in_bytes(size), self.store.folder)
+
+
+def in_bytes(count: float) -> str:
+    """In the unit that leaves digits in front of the point."""
+    for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f} {unit}"
+    return f"{count:.0f} bytes"
 
 
 def of_first_stage(modules: list[nn.Module]) -> list[VisionLanguageModel]:

@@ -82,7 +82,7 @@ class StepTimes:
         shares = {name: self.totals[column] / step for column, name in WITHIN.items()}
         shares["other"] = 1 - sum(shares.values())
         told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
-        stall = self.totals[STALL] / counted
+        stall = round(self.totals[STALL] / counted, 3)  # of a step without a save some microseconds
         return f"{step / counted:.4g} s a step, the mean of {counted}: {told}; and {stall:.4g} s for checkpoints"
 
 
