@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_vlm import typed
-from nemo_vlm.command_line import beside, is_override, quoted
+from nemo_vlm.command_line import beside, given_keys, is_override, quoted
 from nemo_vlm.config import ExpManagerConfig, SamplesConfig, TrainerConfig
 from nemo_vlm.config.plan import KEYS, PlanConfig
 from nemo_vlm.errors import Failure, Stopped, explain
@@ -95,7 +95,7 @@ def task_or_plan(task: Task, tree: dict[str, Any]) -> Task:
     dry_run = typed.convert(tree.pop("dry_run"), bool, "dry_run")
     wanted = typed.read(PlanConfig, {key: tree.pop(key) for key in KEYS if key in tree}, "")
     if not dry_run:
-        wanted.refuse_without_plan()
+        wanted.refuse_without_plan(given_keys())
     return partial(plan, task, wanted) if dry_run else task
 
 

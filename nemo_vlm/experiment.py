@@ -5,10 +5,12 @@ Everything heavy is imported inside the tasks, so that the door answers --help a
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,10 +198,22 @@ BESIDE: dict[Task, tuple[str, ...]] = {show: ("n", "json", "picture")}  # settin
 ASKS: dict[Task, type] = {evaluate: EvaluateConfig, generate: GenerateConfig, infer: NevaInferenceConfig}
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage is looked for: of what a plan imports and builds there is much, and hardly any is garbage."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@uncollected()
 def plan(task: Task, wanted: PlanConfig, tree: dict[str, Any]) -> None:
     """Print what a task would be, and what each rank would hold; neither its machine nor its data need be here."""
     from nemo_vlm.planning import plan as planning
 
+    planning.check_files(wanted)
     if task is show:
         split_off(tree)
     if task in ASKS:
@@ -218,6 +232,8 @@ def plan(task: Task, wanted: PlanConfig, tree: dict[str, Any]) -> None:
             from nemo_vlm.planning.workload import check_sizes
 
             check_sizes(run, wanted.plan_tokens, wanted.plan_images)
+            if replaced := search.replaced(given_keys()):
+                log.info("search=true: what it finds takes the place of %s", ", ".join(replaced))
             run = search.best(planning.settle(run)[0], wanted)
         planned = planning.training(run, os.environ)
         planned = replace(planned, notes=[*length, *absent, *planned.notes])
@@ -308,6 +324,8 @@ def open_data(run: RunConfig) -> tuple[RunConfig, Any, Datasets]:
 def announce(plan: Plan) -> None:
     """What is going to run, in two lines."""
     from nemo_vlm.mcore.layers import kernels
+    from nemo_vlm.planning.plan import describe_layout
+    from nemo_vlm.planning.report import sizes
     from nemo_vlm.training import durations
 
     run, layout = plan.run, plan.layout
@@ -321,7 +339,8 @@ def announce(plan: Plan) -> None:
     log.info("model.optim.name=%s: %s%s", run.optim.name, how, " on FSDP2's shards" if layout.fsdp else "")
     if plan.unigram_entropy is not None:
         log.info("unigram entropy of the text: %.3f nats a token", plan.unigram_entropy)
-    log.info("%d samples, %s kernels, %s", len(plan.dataset), kernels(run.step.transformer_impl), layout)
+    log.info("%d samples, %s kernels", len(plan.dataset), kernels(run.step.transformer_impl))
+    log.info("%s; layers of each stage: %s", sizes(describe_layout(layout)), ", ".join(map(str, layout.stage_layers)))
 
 
 def settings(run: RunConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,8 +121,11 @@ def test_estimates_follow_what_is_given() -> None:
     assert given == Workload(4, 1, 800, 800, 160000, 800)
     limited = replace(run, data=replace(run.data, max_visual_tokens_per_micro_batch=200))
     assert workload(limited, layout).samples == 1
+    assert workload(run, layout, tokens_per_sample=300, images_per_sample=0).tokens == 2 * 300  # as they are given
     short = replace(run, model=replace(run.model, encoder_seq_length=100))
     assert workload(short, layout).visual_tokens == 0  # such an image has no room
+    (note,) = [one for one in planning.describe(planning.training(short, {}))["notes"] if one.startswith("a micro")]
+    assert "without an image, which has no room in model.encoder_seq_length" in note
 
 
 @pytest.mark.parametrize(
@@ -130,6 +134,7 @@ def test_estimates_follow_what_is_given() -> None:
         ("llava", 801, None, "plan_tokens=801: must be at most model.encoder_seq_length=800"),
         ("llava", None, 6, "plan_images=6: they are 864 tokens, and a sample has 800"),
         ("llava", 100, 1, "plan_images=1: they are 144 tokens, and a sample has 100"),
+        ("llava", 100, None, "plan_tokens=100: an image is 144 tokens; plan_images=0 plans text alone"),
         ("gpt", None, 1, "plan_images=1: goes with a model that sees"),
     ],
 )
@@ -142,6 +147,33 @@ def test_more_than_a_sample_can_have_is_refused(key: str, tokens: int | None, im
 def test_a_searched_layout_lies_where_it_is_found(file: str) -> None:
     with pytest.raises(ConfigError, match=f"^search_file={file}: must be FOLDER/parallel/NAME.yaml"):
         PlanConfig(search_file=file)
+
+
+def test_settings_that_a_plan_does_not_take() -> None:
+    with pytest.raises(ConfigError, match="^search_file=a/parallel/b.yaml: goes with search=true$"):
+        PlanConfig(search_file="a/parallel/b.yaml")
+    with pytest.raises(ConfigError, match="^plan_picture=plan.txt: must be a file that ends in .png, or null$"):
+        PlanConfig(plan_picture="plan.txt")
+    with pytest.raises(ConfigError, match=r"^dry_run=false: the recipe only plans \(it has plan_picture=plan.png\)"):
+        PlanConfig(plan_picture="plan.png").refuse_without_plan({"dry_run", "model"})
+    with pytest.raises(ConfigError, match="^plan_picture=plan.png: goes with dry_run=true$"):
+        PlanConfig(plan_picture="plan.png").refuse_without_plan({"plan_picture"})
+    PlanConfig().refuse_without_plan(())
+
+
+@pytest.mark.parametrize("key", ["plan_file", "plan_picture", "search_file"])
+def test_files_are_tried_before_the_work(key: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "parallel/taken.yaml").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    ending = ".png" if key == "plan_picture" else ".yaml"
+    planning.check_files(PlanConfig(search=True, **{key: str(tmp_path / f"new/parallel/one{ending}")}))
+    for path in (tmp_path / f"file/parallel/one{ending}", Path("/proc/parallel/one").with_suffix(ending)):
+        with pytest.raises(ConfigError, match=f"^{key}={path}: cannot be written"):
+            planning.check_files(PlanConfig(search=True, **{key: str(path)}))
+    with pytest.raises(ConfigError, match="cannot be written .Is a directory"):
+        planning.check_files(PlanConfig(search=True, search_file=str(tmp_path / "parallel/taken.yaml")))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_micro_batches_wait_as_the_schedule_has_them() -> None:

@@ -36,7 +36,17 @@ from nemo_vlm.planning.flops import forward_flops, passes, step_flops
 from nemo_vlm.planning.memory import hold
 from nemo_vlm.planning.parameters import Count, count, counter
 from nemo_vlm.planning.schedule import Stages, bubble, length, order, simulate
-from nemo_vlm.planning.timing import LATENCY, Pass, around, decoder_layer, step_time, update_times
+from nemo_vlm.planning.timing import (
+    LATENCY,
+    Pass,
+    around,
+    computed_flops,
+    decoder_layer,
+    ffn_products,
+    spared,
+    step_time,
+    update_times,
+)
 from nemo_vlm.planning.workload import Workload
 from nemo_vlm.typed import read_run
 
@@ -203,6 +213,24 @@ def test_speeds_of_groups() -> None:
     assert communication.tensor_speed(case(laid_out(tensor=16))) == 8 * H100.network
 
 
+@pytest.mark.parametrize(("recomputed", "times"), [(False, 3), (True, 4)])
+def test_the_last_mlp_takes_labelled_positions_alone(recomputed: bool, times: int) -> None:
+    """A quarter of 128 positions have a label: forward, backward and again, three quarters of three products less."""
+    run = gpt()
+    step = dict.fromkeys(search.OF_RECOMPUTATION, None)
+    if recomputed:
+        step = dict(zip(search.OF_RECOMPUTATION, ("full", "block", 4), strict=True))
+    run = replace(run, step=replace(run.step, **step))
+    all_of_them, few = (case(laid_out(), run, trained_tokens=labels) for labels in (128, 32))
+    weights, vocabulary = 3 * run.model.hidden_size * run.model.ffn_hidden_size, run.model.vocab_size
+    saved = 96 * (times * 2 * weights + 3 * 2 * run.model.hidden_size * vocabulary)
+    assert computed_flops(all_of_them) - computed_flops(few) == pytest.approx(saved)
+    assert spared(all_of_them).total == 0
+    assert spared(few).total == pytest.approx(0.75 * times * ffn_products(few))
+    sequence = laid_out(tensor=2, sequence_parallel=True)
+    assert spared(case(sequence, run, trained_tokens=32)).total == 0  # needs them all
+
+
 def torchs_flops(variant: str) -> tuple[float, float]:
     """Of a real forward pass, as torch counts them, and as we do; torch counts attention's products whole, and so many
     rows of the output as pad the vocabulary.
@@ -271,6 +299,18 @@ def test_stages_that_are_alike_are_built_once() -> None:
     assert found == [hold(run, layout, stage, number) for stage in range(4) for number in range(2)]
 
 
+@pytest.mark.parametrize(("tensor", "expert", "expert_tensor"), [(1, 4, 1), (2, 4, 1), (1, 2, 2), (2, 2, 2)])
+def test_ranks_that_differ_in_experts_alone_are_built_once(tensor: int, expert: int, expert_tensor: int) -> None:
+    """Though a stage between them is left out when one is built, and each rank has other experts."""
+    run = run_of(*VARIANTS["qwen3_vl"])
+    run = replace(run, model=replace(run.model, num_layers=12))
+    sizes: dict[str, Any] = dict(tensor=tensor, expert=expert, expert_tensor=expert_tensor)
+    layout = laid_out(num_nodes=4, pipeline=4, stage_layers=(2, 3, 4, 3), sequence_parallel=tensor > 1, **sizes)
+    found = planning.hold_all(planning.Planned(run, layout, True, []))
+    ranks = [(stage, number) for stage in range(4) for number in range(layout.ranks_of_copy)]
+    assert found == [hold(run, layout, *place) for place in ranks]
+
+
 def test_adapters_are_counted() -> None:
     run = gpt(peft=PeftConfig(peft_scheme="lora"))
     assert count(run, 2).memory(run, laid_out(tensor=2), 0) == hold(run, laid_out(tensor=2), 0).memory
@@ -282,6 +322,11 @@ def small(**changes: Any) -> RunConfig:
     model = replace(run.model, num_layers=4, hidden_size=512, ffn_hidden_size=2048, kv_channels=128, **changes)
     trainer = replace(run.trainer, devices=4, precision="bf16")
     return replace(run, model=model, trainer=trainer)
+
+
+def test_what_a_search_replaces_is_told() -> None:
+    given = {"search", "parallel", "model", "model.micro_batch_size", "model.fsdp", "model.global_batch_size"}
+    assert search.replaced(given) == ["model.fsdp", "model.micro_batch_size", "parallel"]
 
 
 def by_brute_force(run: RunConfig, room: float) -> list[tuple[float, RunConfig]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from nemo_vlm.config.checks import demand
 from nemo_vlm.errors import ConfigError
+
+SEARCH_FILE = "plan/parallel/planned.yaml"
 
 
 @dataclass(frozen=True)
@@ -19,22 +22,31 @@ class PlanConfig:
     plan_tokens: int | None = None  # tokens of a sample; null: as long as model.encoder_seq_length allows
     plan_images: int | None = None  # images of a sample; null: one, of a model that sees
     search: bool = False  # rank the layouts of that many ranks, and plan the best
-    search_file: str = "plan/parallel/planned.yaml"  # where that layout is written, for parallel=
+    search_file: str = SEARCH_FILE  # where that layout is written, for parallel=
 
     def __post_init__(self) -> None:
         tokens, images = self.plan_tokens, self.plan_images
         demand(tokens is None or tokens > 0, "plan_tokens", tokens, "1 or more, or null")
         demand(images is None or images >= 0, "plan_images", images, "0 or more, or null")
-        file = Path(self.search_file)
+        picture, file = self.plan_picture, Path(self.search_file)
+        drawn = picture is None or Path(picture).suffix.lower() == ".png"
+        demand(drawn, "plan_picture", picture, "a file that ends in .png, or null")
         found = file.suffix == ".yaml" and file.parent.name == "parallel"
         demand(found, "search_file", file, "FOLDER/parallel/NAME.yaml, for --config-dir FOLDER parallel=NAME")
+        if not self.search and self.search_file != SEARCH_FILE:
+            raise ConfigError(f"search_file={self.search_file}: goes with search=true")
 
-    def refuse_without_plan(self) -> None:
-        """Raises ConfigError for the first setting that is given where a run starts."""
-        for setting in fields(self):
-            given = getattr(self, setting.name)
-            if given != setting.default:
-                raise ConfigError(f"{setting.name}={given}: goes with dry_run=true")
+    def refuse_without_plan(self, typed: Collection[str]) -> None:
+        """Raises ConfigError for the first setting that is given where a run starts.
+
+        Args:
+            typed: the settings on the command line; the others are the recipe's.
+        """
+        given = {one.name: getattr(self, one.name) for one in fields(self) if getattr(self, one.name) != one.default}
+        for name, value in given.items():
+            if name not in typed:
+                raise ConfigError(f"dry_run=false: the recipe only plans (it has {name}={value}); start another one")
+            raise ConfigError(f"{name}={value}: goes with dry_run=true")
 
 
 KEYS = tuple(setting.name for setting in fields(PlanConfig))

@@ -130,7 +130,7 @@ def decoder(shapes: Shapes, layers: int, last: bool) -> Part:
     step, layer = shapes.run.step, decoder_layer(shapes)
     part = recomputed(shapes, layer, layers, shapes.hidden)
     share = picked(shapes) if last else 1.0
-    if layers and not list(recompute_runs(layers, step))[-1][2]:
+    if any(stop == layers > start and not again for start, stop, again in recompute_runs(layers, step)):
         part = replace(part, kept=part.kept - (1 - share) * mlp(shapes))
     if step.cpu_offloading:  # what the first layers keep is not on this device
         here = layers - offloaded_layers(step, shapes.run.model.num_layers)

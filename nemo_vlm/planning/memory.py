@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
+from typing import Any
 
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from nemo_vlm.config import RunConfig
 from nemo_vlm.layout import Layout
-from nemo_vlm.mcore import groups, weights
+from nemo_vlm.mcore import cpu, groups, weights
 from nemo_vlm.mcore.config import DTYPES
 from nemo_vlm.mcore.ranks import first_replica
 from nemo_vlm.models.build import build_chunks
@@ -24,6 +26,7 @@ from nemo_vlm.models.build import build_chunks
 FP32_BYTES = 4  # gradients are accumulated, main weights kept in fp32
 ADAM_BYTES = 8  # two fp32 moments
 LAYER = re.compile(r"(language_model\.decoder\.layers\.)(\d+)(\..*)")
+EXPERTS = ".experts."  # in the names of a layer's experts, stacked in whole tensors
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,17 @@ def hold(run: RunConfig, layout: Layout, stage: int, number: int = 0, trains: bo
         number: which of the ranks that hold a copy of the stage, see mcore.ranks.first_replica.
         trains: gradients and the optimizer's state are kept.
     """
-    short, few = shortened(replace(run, step=run.step.on_paper()), layout)
-    with groups.pretend(few, first_replica(few)[stage][number]):
-        chunks = build_chunks(short, few)
-        parts = [part for chunk in chunks for part in weights.parts(chunk, run.model.vocab_size)]
+    kept = sorted({0, stage, layout.pipeline - 1})
+    short, few = shortened(replace(run, step=run.step.on_paper()), layout, kept)
+    with groups.pretend(few, first_replica(few)[kept.index(stage)][number]):
+        with WithoutValues():
+            chunks = build_chunks(short, few)
+        with cpu.without_redirection():
+            regions = [weights.regions(chunk, run.model.vocab_size).values() for chunk in chunks]
     sizes = {
-        (name, part.bounds): math.prod(stop - start for start, stop in part.bounds)
-        for part in parts
-        for name in stood_for(part.name, few, layout)
+        (name, tuple((s.start, s.stop) for s in region.slices)): math.prod(region.size)
+        for region in chain.from_iterable(chain.from_iterable(regions))
+        for name in stood_for(region.name, few, layout, kept)
     }
     held = [
         parameter
@@ -89,6 +95,16 @@ def hold(run: RunConfig, layout: Layout, stage: int, number: int = 0, trains: bo
     return Holding(sizes, num_elements(held) - sum(sizes.values()), memory)
 
 
+class WithoutValues(TorchFunctionMode):
+    """Parameters are not initialised: on the meta device there is nothing to fill, and to try it loads the compiler."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def moved(holding: Holding, layout: Layout, stage: int, onto: int) -> Holding:
     """What one stage's rank holds as the other's, where both have only decoder layers, and as many."""
     firsts = [0, *accumulate(layout.stage_layers)]
@@ -102,22 +118,38 @@ def moved(holding: Holding, layout: Layout, stage: int, onto: int) -> Holding:
     return replace(holding, sizes={(renamed(name), bounds): size for (name, bounds), size in holding.sizes.items()})
 
 
+def with_others(holding: Holding, shift: int) -> Holding:
+    """What a rank holds whose experts stand so far behind this one's, and that else is like it."""
+
+    def shifted(name: str, bounds: weights.Bounds) -> tuple[str, weights.Bounds]:
+        (start, stop), *rest = bounds
+        return name, ((start + shift, stop + shift), *rest) if EXPERTS in name else bounds
+
+    return replace(holding, sizes={shifted(*place): size for place, size in holding.sizes.items()})
+
+
 def alike(layout: Layout, stage: int, other: int) -> bool:
     """Whether two stages have only decoder layers, and as many."""
     between = all(0 < one < layout.pipeline - 1 for one in (stage, other))
     return between and layout.stage_layers[stage :: layout.pipeline] == layout.stage_layers[other :: layout.pipeline]
 
 
-def shortened(run: RunConfig, layout: Layout) -> tuple[RunConfig, Layout]:
-    """One copy of the model, with as few decoder layers in each stage as it can have."""
+def shortened(run: RunConfig, layout: Layout, kept: Sequence[int]) -> tuple[RunConfig, Layout]:
+    """One copy of the model, with as few decoder layers in each stage as it can have, and only some ranks' stages.
+
+    Args:
+        kept: these ranks' places in the pipeline.
+    """
     least = max(run.model.deepstack_layers, 1)
-    counts = tuple(min(count, least) for count in layout.stage_layers)
-    ranks = layout.ranks_of_copy * layout.pipeline
-    few = replace(layout, num_nodes=1, ranks_per_node=ranks, fsdp=None, context=1, stage_layers=counts)
+    places = [first + rank for first in range(0, len(layout.stage_layers), layout.pipeline) for rank in kept]
+    counts = tuple(min(layout.stage_layers[place], least) for place in places)
+    ranks = layout.ranks_of_copy * len(kept)
+    one = replace(layout, num_nodes=1, ranks_per_node=ranks, fsdp=None, context=1)
+    few = replace(one, pipeline=len(kept), stage_layers=counts)
     return replace(run, model=replace(run.model, num_layers=sum(counts))), few
 
 
-def stood_for(name: str, few: Layout, layout: Layout) -> list[str]:
+def stood_for(name: str, few: Layout, layout: Layout, kept: Sequence[int]) -> list[str]:
     """The names of the tensors that one of the short model's stands for; none, where another does already."""
     if not (found := LAYER.match(name)):
         return [name]
@@ -126,8 +158,10 @@ def stood_for(name: str, few: Layout, layout: Layout) -> list[str]:
     stage = bisect(firsts, number) - 1
     if number > firsts[stage]:
         return []
-    first = sum(layout.stage_layers[:stage])
-    return [f"{before}{first + place}{behind}" for place in range(layout.stage_layers[stage])]
+    chunk, rank = divmod(stage, few.pipeline)
+    place = chunk * layout.pipeline + kept[rank]
+    first = sum(layout.stage_layers[:place])
+    return [f"{before}{first + layer}{behind}" for layer in range(layout.stage_layers[place])]
 
 
 def times(name: str, num_layers: int) -> int:

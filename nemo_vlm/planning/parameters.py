@@ -12,7 +12,7 @@ from functools import cache
 
 from nemo_vlm.config import RunConfig, StepConfig
 from nemo_vlm.layout import Layout
-from nemo_vlm.planning.memory import FP32_BYTES, Holding, RankMemory, fsdp_bytes, hold, replicated_bytes
+from nemo_vlm.planning.memory import EXPERTS, FP32_BYTES, Holding, RankMemory, fsdp_bytes, hold, replicated_bytes
 
 FEW_EXPERTS = 2  # of a layer that is built
 
@@ -95,27 +95,37 @@ def count(run: RunConfig, tensor: int) -> Parameters:
     if experts:
         model = replace(model, num_moe_experts=experts, moe_router_topk=experts)
     run = replace(run, step=StepConfig())  # what is recomputed does not divide so few layers
-    first, short, long, alone = (
+    stages = [
         held(replace(run, model=replace(model, num_layers=sum(layers))), tensor, layers, stage)
-        for layers, stage in (((few, 1), 0), ((few, 1), 1), ((few, 2), 1), ((few,), 0))
-    )
+        for layers, stage in (((few, 1), 0), ((few, 1), 1), ((few, 2), 1))
+    ]
+    first, short, long = (of_holding(run, *each) for each in stages)
     layer = long.plus(short, -1)
-    bare = [each.plus(layer, -layers) for each, layers in ((first, few), (short, 1), (alone, few))]
+    bare_first, bare_last = first.plus(layer, -few), short.plus(layer, -1)
+    alone = bare_first.plus(bare_last).plus(in_both(run, *stages[:2]), -1)
     if experts:
         layer = with_experts(layer, run, experts)
-    return Parameters(layer, *bare)
+    return Parameters(layer, bare_first, bare_last, alone)
 
 
-def held(run: RunConfig, tensor: int, layers: tuple[int, ...], stage: int) -> Count:
+def held(run: RunConfig, tensor: int, layers: tuple[int, ...], stage: int) -> tuple[Layout, Holding]:
     """What one rank of a small pipeline holds."""
     stages = len(layers)
     layout = Layout(1, tensor * stages, tensor, stages, tensor > 1, layers, 1, 1)
-    return of_holding(run, layout, hold(run, layout, stage))
+    return layout, hold(run, layout, stage)
+
+
+def in_both(run: RunConfig, first: tuple[Layout, Holding], last: tuple[Layout, Holding]) -> Count:
+    """Tied embeddings, which the only stage has once."""
+    (_, one), (_, other) = first, last
+    shared = sum(size for place, size in other.sizes.items() if place in one.sizes)
+    elements = shared + (one.num_padding if shared else 0)
+    return Count(elements, 0 if run.peft.lora or frozen(run) else elements)
 
 
 def of_holding(run: RunConfig, layout: Layout, holding: Holding) -> Count:
     """What a rank was found to hold, with its own share of the experts."""
-    experts = sum(size for (name, _), size in holding.sizes.items() if ".experts." in name)
+    experts = sum(size for (name, _), size in holding.sizes.items() if EXPERTS in name)
     trained = holding.memory.gradients // FP32_BYTES * layout.shards
     trained_experts = 0 if run.peft.lora or frozen(run) or not trained else experts
     all_held = holding.num_parameters + holding.num_padding

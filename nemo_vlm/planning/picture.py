@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -36,22 +36,18 @@ def draw(plan: dict[str, Any], case: Case, stages: Stages, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     rows = min(stages.ranks, MOST_RANKS)
     heights = (1.2 + 0.32 * rows, 3.6)
-    figure, (above, below) = pyplot.subplots(
-        2, 1, figsize=(13, sum(heights) + 1), height_ratios=heights, constrained_layout=True
-    )
+    figure = Figure(figsize=(13, sum(heights) + 1), dpi=120, layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=heights)
     figure.suptitle(headline(plan), fontsize=11)
     draw_schedule(above, stages, case.layout.num_micro_batches, plan["bubble"])
     draw_memory(below, plan["stages"], case)
     picture = BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    pyplot.close(figure)
+    FigureCanvasAgg(figure).print_png(picture)  # figure.savefig would lay it out twice
     path.resolve().parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path, "wb") as file:
         file.write(picture.getvalue())
@@ -80,30 +76,39 @@ def draw_schedule(axis: Any, stages: Stages, micro_batches: int, bubble: float) 
     few = shown(stages, micro_batches)
     pieces = simulate(stages, few)
     end, ranks = max(piece.end for piece in pieces), min(stages.ranks, MOST_RANKS)
-    for rank in range(ranks):
-        axis.broken_barh([(0, end)], (rank - 0.42, 0.84), facecolors=WAITS)
-        draw_row(axis, rank, [piece for piece in pieces if piece.rank == rank], end)
+    draw_boxes(axis, [(0, rank - 0.42, end, 0.84) for rank in range(ranks)], facecolors=WAITS)
+    draw_passes(axis, [piece for piece in pieces if piece.rank < ranks], end)
     axis.set(xlim=(0, end), ylim=(ranks - 0.4, -0.6), xlabel="seconds")
     axis.set_yticks(range(ranks), [f"stage {rank}" for rank in range(ranks)])
     first = f"the first {few} of {micro_batches}" if few < micro_batches else f"all {few}"
     left_out = f", {ranks} of {stages.ranks} stages" if ranks < stages.ranks else ""
     waits = f"over the whole step a stage waits {100 * bubble:.1f} %"
     axis.set_title(f"schedule: {first} micro-batches{left_out}; {waits}", loc="left", fontsize=10)
+    from matplotlib.patches import Patch
+
     named = {"forward": FORWARD[0], "backward": BACKWARD[0], "waits": WAITS}
     later = " (darker: later virtual stages)" if len(stages.forward) > stages.ranks else ""
-    handles = [axis.barh(-9, 0, color=color, label=name + later * (name == "waits")) for name, color in named.items()]
+    handles = [Patch(color=color, label=name + later * (name == "waits")) for name, color in named.items()]
     axis.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
 
 
-def draw_row(axis: Any, rank: int, pieces: Sequence[Piece], whole: float) -> None:
-    spans = [(piece.start, piece.end - piece.start) for piece in pieces]
+def draw_boxes(axis: Any, places: Iterable[tuple[float, float, float, float]], **look: Any) -> None:
+    """Rectangles (left, bottom, width, height) as one thing, which is drawn in no time whatever their number."""
+    from matplotlib.collections import PolyCollection
+
+    corners = [[(x, y), (x, y + height), (x + width, y + height), (x + width, y)] for x, y, width, height in places]
+    axis.add_collection(PolyCollection(corners, **look), autolim=False)
+
+
+def draw_passes(axis: Any, pieces: Sequence[Piece], whole: float) -> None:
     shades = [(BACKWARD if piece.backward else FORWARD)[piece.chunk % len(FORWARD)] for piece in pieces]
-    axis.broken_barh(spans, (rank - 0.42, 0.84), facecolors=shades, edgecolor="white", linewidth=0.4)
-    for piece, (start, width), color in zip(pieces, spans, shades, strict=True):
-        if width > whole / 120:
-            ink = "black" if color in (FORWARD[0], BACKWARD[0], BACKWARD[1]) else "white"
-            number = str(piece.micro_batch + 1)
-            axis.text(start + width / 2, rank, number, ha="center", va="center", fontsize=7, color=ink, clip_on=True)
+    places = [(piece.start, piece.rank - 0.42, piece.end - piece.start, 0.84) for piece in pieces]
+    draw_boxes(axis, places, facecolors=shades, edgecolor="white", linewidth=0.4)
+    for piece, color in zip(pieces, shades, strict=True):
+        if piece.end - piece.start > whole / 120:
+            ink, middle = "black" if color in (FORWARD[0], *BACKWARD[:2]) else "white", (piece.start + piece.end) / 2
+            look: dict[str, Any] = dict(ha="center", va="center", fontsize=7, color=ink, in_layout=False)
+            axis.text(middle, piece.rank, str(piece.micro_batch + 1), **look)
 
 
 def draw_memory(axis: Any, entries: Sequence[dict[str, Any]], case: Case) -> None:
@@ -113,10 +118,13 @@ def draw_memory(axis: Any, entries: Sequence[dict[str, Any]], case: Case) -> Non
     for kind, color in KINDS.items():
         heights = [(entry["bytes"].get(kind) or 0) / GIB for entry in entries]
         if any(heights):
-            axis.bar(places, heights, bottom=floor, color=color, label=kind, width=0.8)
+            bars = [(x - 0.4, below, 0.8, height) for x, below, height in zip(places, floor, heights, strict=True)]
+            draw_boxes(axis, bars, facecolors=color, label=kind)
         floor = [below + height for below, height in zip(floor, heights, strict=True)]
     axis.axhline(limit, color=LIMIT, linewidth=1.5)
-    axis.text(-0.45, limit, f" {case.hardware.name.upper()}: {limit:.0f} GiB", color=LIMIT, va="bottom", fontsize=9)
+    ground = dict(facecolor="white", edgecolor="none", pad=1.5)  # a bar may stand behind it
+    name = f"{case.hardware.name.upper()}: {limit:.0f} GiB"
+    axis.text(-0.45, 1.015 * limit, name, color=LIMIT, va="bottom", fontsize=9, bbox=ground)
     axis.axhspan(limit * (1 - RESERVE), limit, color=LIMIT, alpha=0.1)
     axis.set(ylabel="GiB", xlim=(-0.6, len(entries) - 0.4), ylim=(0, 1.15 * max(limit, *floor)))
     every = -(-len(entries) // 32)
@@ -124,7 +132,6 @@ def draw_memory(axis: Any, entries: Sequence[dict[str, Any]], case: Case) -> Non
     axis.set_xticks(list(places)[::every], labels, fontsize=8)
     axis.set_xlabel("rank (the first copy of the model; stages one behind another)")
     axis.set_title("memory of each rank", loc="left", fontsize=10)
-    for place, (before, entry) in enumerate(pairwise(entries)):
-        if before["stage"] != entry["stage"]:
-            axis.axvline(place + 0.5, color="#999999", linewidth=0.8, linestyle=":")
+    borders = [place + 0.5 for place, (one, other) in enumerate(pairwise(entries)) if one["stage"] != other["stage"]]
+    axis.vlines(borders, *axis.get_ylim(), color="#999999", linewidth=0.8, linestyle=":")
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(KINDS), fontsize=8, frameon=False)

@@ -6,10 +6,13 @@ No rank is started and no weight allocated; a tokenizer is read where it is here
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import json
 import logging
+import math
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,7 +34,7 @@ from nemo_vlm.planning.activations import activation_bytes, buffer_bytes
 from nemo_vlm.planning.communication import Case
 from nemo_vlm.planning.expected import expected
 from nemo_vlm.planning.hardware import named
-from nemo_vlm.planning.memory import Holding, alike, hold, moved
+from nemo_vlm.planning.memory import EXPERTS, Holding, alike, hold, moved, with_others
 from nemo_vlm.planning.parameters import of_holding
 from nemo_vlm.planning.picture import draw
 from nemo_vlm.planning.report import report
@@ -67,9 +70,10 @@ def show(planned: Planned) -> None:
     Raises:
         ConfigError: hardware that is not in the table, or a file that cannot be written.
     """
-    plan, wanted = describe(planned), planned.wanted
+    wanted = planned.wanted
     if wanted.plan_picture is not None and not planned.trains:
         raise ConfigError(f"plan_picture={wanted.plan_picture}: goes with training, which has a schedule")
+    plan = describe(planned)
     for line in report(plan):
         log.info("%s", line)
     if wanted.plan_file is not None:
@@ -82,6 +86,21 @@ def show(planned: Planned) -> None:
         except OSError as error:
             raise ConfigError(f"plan_picture={wanted.plan_picture}: cannot be written ({error.strerror})") from None
         log.info("drew %s", wanted.plan_picture)
+
+
+def check_files(wanted: PlanConfig) -> None:
+    """Raises ConfigError for the first file that could not be written when all is planned; nothing is left behind."""
+    for key in ("plan_file", "plan_picture", *["search_file"] * wanted.search):
+        if (given := getattr(wanted, key)) is None:
+            continue
+        path = Path(given)
+        folder = next(each for each in path.absolute().parents if each.exists())
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ConfigError(f"{key}={path}: cannot be written ({error.strerror})") from None
 
 
 def training(run: RunConfig, env: Mapping[str, str]) -> Planned:
@@ -184,7 +203,9 @@ def outlook(planned: Planned, holdings: list[Holding], stages: list[dict[str, An
     run, layout, case = planned.run, planned.layout, case_of(planned)
     counts = [of_holding(run, layout, holding) for holding in holdings[:: layout.ranks_of_copy]]
     most = max(sum(filter(None, entry["bytes"].values())) for entry in stages)
-    notes = [*planned.notes, *copied(run, layout, holdings), in_words(case.work)]
+    asked = planned.wanted.plan_images is None and run.model.typical_views(run.data)
+    counted = in_words(case.work, bool(asked and not case.work.visual_tokens))
+    notes = [*planned.notes, *copied(run, layout, holdings), counted]
     return expected(case, counts, most) | {"notes": notes}
 
 
@@ -228,7 +249,7 @@ def describe_ranks(layout: Layout, holdings: list[Holding], in_a_step: list[dict
         {
             "stage": stage,
             "tensor_rank": number % layout.tensor,
-            "expert_rank": number // layout.expert_tensor % layout.expert,
+            "expert_rank": expert_rank(layout, number),
             "rank": rank,
             "parameters": sum(counts.values()),
             "parameters_by_part": counts,
@@ -242,17 +263,30 @@ def describe_ranks(layout: Layout, holdings: list[Holding], in_a_step: list[dict
 
 
 def hold_all(planned: Planned) -> list[Holding]:
-    """What the ranks of the first copy of the model hold, stage by stage; of stages that are alike one is built."""
-    layout = planned.layout
+    """What the ranks of the first copy of the model hold, stage by stage.
+
+    Of stages that are alike one is built, and of ranks that differ in their experts alone.
+    """
+    layout, experts = planned.layout, planned.run.model.num_moe_experts or 0
+    built, each = math.lcm(layout.tensor, layout.expert_tensor), experts // layout.expert
     holdings: list[Holding] = []
     for stage, row in enumerate(first_replica(layout)):
         if alike(layout, stage - 1, stage):
             holdings += [moved(holding, layout, stage - 1, stage) for holding in holdings[-len(row) :]]
             continue
-        for number in range(len(row)):
+        for number in range(built):
             with only_first_speaks((stage, number)):
                 holdings.append(hold(planned.run, layout, stage, number, planned.trains))
+        for number in range(built, len(row)):
+            like = holdings[-built]
+            shift = expert_rank(layout, number) - expert_rank(layout, number - built)
+            holdings.append(with_others(like, shift * each))
     return holdings
+
+
+def expert_rank(layout: Layout, number: int) -> int:
+    """Of the ranks that hold a copy of a stage, which experts the one of that number has."""
+    return number // layout.expert_tensor % layout.expert
 
 
 @contextlib.contextmanager
@@ -284,7 +318,7 @@ def idle_parameters(model: LanguageConfig, holdings: list[Holding]) -> int:
     """Those of the experts that one token is not sent to, of all that one copy of the model holds."""
     if model.num_moe_experts is None:
         return 0
-    experts = {place: size for held in holdings for place, size in held.sizes.items() if ".experts." in place[0]}
+    experts = {place: size for held in holdings for place, size in held.sizes.items() if EXPERTS in place[0]}
     return sum(experts.values()) * (model.num_moe_experts - model.moe_router_topk) // model.num_moe_experts
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -94,6 +94,12 @@ def best(run: RunConfig, wanted: PlanConfig) -> RunConfig:
     write(found[0].run, wanted, path)
     log.info("wrote %s; use it as --config-dir %s parallel=%s", path, path.parent.parent, path.stem)
     return found[0].run
+
+
+def replaced(given: Collection[str]) -> list[str]:
+    """Of the settings on the command line, those that a search decides itself."""
+    decided = {"parallel", *(f"model.{key}" for key in (*SEARCHED, "micro_batch_size", *OF_RECOMPUTATION))}
+    return sorted(decided & set(given))
 
 
 def ranked(run: RunConfig, wanted: PlanConfig) -> list[Candidate]:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from nemo_vlm.planning import communication as sent
 from nemo_vlm.planning.communication import Case
-from nemo_vlm.planning.flops import forward_flops, passes
-from nemo_vlm.planning.footprints import engine
+from nemo_vlm.planning.flops import ffn_weights, forward_flops, passes
+from nemo_vlm.planning.footprints import engine, picked, shapes_of
 from nemo_vlm.planning.parameters import Count
 from nemo_vlm.planning.schedule import Stages, bubble, length
 
@@ -238,6 +238,22 @@ def output(case: Case) -> Pass:
     return Pass(seconds + plain / 2, (count - 1) * seconds + plain / 2)
 
 
+def left_out(case: Case) -> tuple[float, int]:
+    """The share of positions that the last layer's MLP is spared, and how often its products would have been taken."""
+    layers, lora = case.layout.stage_layers[-1], case.run.peft.lora is not None
+    if not layers:
+        return 0.0, 0
+    again = case.recomputed(layers) == layers
+    return 1 - picked(shapes_of(case.run, case.layout, case.work)), passes(case.run.model, lora)["decoder"] + again
+
+
+def spared(case: Case) -> Pass:
+    """Products of the last layer's MLP at positions without a label."""
+    share, times = left_out(case)
+    seconds = share * ffn_products(case) if share else 0.0
+    return Pass(seconds, (times - 1) * seconds)
+
+
 def stage_times(case: Case) -> Stages:
     """Seconds of each stage for a micro-batch, with its messages where they do not run beside the computation."""
     layout, layer = case.layout, decoder_layer(case)
@@ -248,7 +264,7 @@ def stage_times(case: Case) -> Stages:
     }
     found = [by_layers[layers] for layers in layout.stage_layers]
     found[0] = found[0].plus(tower(case))
-    found[-1] = found[-1].plus(output(case))
+    found[-1] = found[-1].plus(output(case)).plus(spared(case).times(-1))
     return Stages(tuple(s.forward for s in found), tuple(s.backward for s in found), layout.pipeline)
 
 
@@ -322,13 +338,15 @@ def step_flops(case: Case) -> dict[str, float]:
 
 
 def computed_flops(case: Case) -> float:
-    """Of a micro-batch with padding and what is recomputed; the output only where labels are."""
+    """Of a micro-batch with padding and what is recomputed; output and the last MLP only where labels are."""
     work, layout, model = case.work, case.layout, case.run.model
     needed = step_flops(case)
     again = sum(map(case.recomputed, layout.stage_layers)) / model.num_layers
     selective = case.run.step.activations_checkpoint_granularity == "selective"
     times = passes(model, case.run.peft.lora is not None)
     decoder = needed["decoder"] * (1 + again / times["decoder"]) * work.positions / work.tokens
+    share, taken = left_out(case)
+    decoder -= share * taken * 2 * work.positions * ffn_weights(model)
     attention = needed["attention"] * (1 + max(again, float(selective)) / times["attention"])
     tower = needed["vision"] * (1 + (again > 0 and times["vision"] == 3) / times["vision"])
     output = needed["output"] * work.trained_tokens / work.tokens

@@ -87,7 +87,7 @@ def workload(
         samples, rows = max(capacity // (tokens_per_sample or visual + TEXT_TOKENS), 1), 1
         if (most := run.data.max_visual_tokens_per_micro_batch) is not None and visual:
             samples = max(min(samples, most // visual), 1)
-        each = capacity // samples
+        each = tokens_per_sample or capacity // samples
     else:
         samples = rows = layout.micro_batch_size
         each = tokens_per_sample or capacity
@@ -107,22 +107,33 @@ def workload(
 
 
 def check_sizes(run: RunConfig, tokens: int | None, images: int | None) -> None:
-    """Raises ConfigError for more tokens or images than a sample can have; None: not given, and estimated to fit."""
+    """Raises ConfigError for more tokens or images than a sample can have, in which an image must have room.
+
+    Args:
+        tokens, images: none is not given: where both are not, what has no room is left out of the estimate.
+    """
     capacity = run.model.encoder_seq_length
     if tokens is not None and tokens > capacity:
         raise ConfigError(f"plan_tokens={tokens}: must be at most model.encoder_seq_length={capacity}")
-    if not images:
-        return
     views, room = run.model.typical_views(run.data), tokens or capacity
-    if not views:
+    if images and not views:
         raise ConfigError(f"plan_images={images}: goes with a model that sees")
-    if (visual := run.model.visual_tokens(views * images)) > room:
+    visual = run.model.visual_tokens(views * (1 if images is None else images))
+    if images is not None and visual > room:
         raise ConfigError(f"plan_images={images}: they are {visual} tokens, and a sample has {room}")
+    if tokens is not None and visual > room:
+        raise ConfigError(f"plan_tokens={tokens}: an image is {visual} tokens; plan_images=0 plans text alone")
 
 
-def in_words(work: Workload) -> str:
-    """A note for the plan."""
+def in_words(work: Workload, lacks_image: bool) -> str:
+    """A note for the plan.
+
+    Args:
+        lacks_image: a sample would have one, had it room.
+    """
     seen = f", {work.visual_tokens:,} of them of images in {work.patches:,} patches" if work.visual_tokens else ""
+    if lacks_image:
+        seen = " without an image, which has no room in model.encoder_seq_length"
     return (
         f"a micro-batch is counted as {work.samples} samples of {work.tokens // work.samples:,} tokens{seen} "
         "(plan_tokens and plan_images say otherwise)"
