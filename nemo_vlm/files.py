@@ -87,8 +87,10 @@ class Behind:
     def __enter__(self) -> Behind:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.thread.shutdown()
+        if kind is None:
+            self.flush.result()  # of its errors the system tells no later flush
 
     def write(self, content: memoryview, place: tuple[int, int] | None = None) -> None:
         """Write bytes.
@@ -112,7 +114,7 @@ class Behind:
                 sent = os.sendfile(self.file.fileno(), source, offset + done, count - done)
                 done += sent
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.EOPNOTSUPP):
                 raise
         return done
 

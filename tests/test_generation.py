@@ -283,7 +283,11 @@ def test_behind_images_and_videos_a_cache_counts_on(name: str, models) -> None:
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_a_tall_weight_is_multiplied_by_parts_where_it_pays(tokens: int) -> None:
     hidden, weight = torch.randn(1, tokens, 16), torch.randn(2 * ROWS + 7, 16)
-    torch.testing.assert_close(multiply(hidden, weight), hidden @ weight.t())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        product = multiply(hidden, weight)
+    (products,) = [row.count for row in seen.key_averages() if row.key == "aten::matmul"]
+    assert products == (1 if tokens == 1 else 3)
+    torch.testing.assert_close(product, hidden @ weight.t())
 
 
 def uncached(forward: Forward, sample: Sample, answer: torch.Tensor) -> torch.Tensor:

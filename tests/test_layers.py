@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nemo_vlm.batch import collate
 from nemo_vlm.layout import one_process
+from nemo_vlm.mcore.linear import Product
 from nemo_vlm.mcore.norms import Normalization
 from nemo_vlm.mcore.swiglu import SwiGLU
 from nemo_vlm.models.base import family
@@ -75,3 +76,13 @@ def test_a_frozen_tower_keeps_nothing(name: str) -> None:
         assert not kept and not found.requires_grad
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         assert model(batch, batch.labels).requires_grad
+
+
+def test_a_frozen_product_keeps_no_input() -> None:
+    """As Megatron's LinearWithFrozenWeight."""
+    hidden, weight, kept = torch.randn(7, 1, 5, requires_grad=True), torch.randn(3, 5), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda one: one):
+        product = Product.apply(hidden, weight, False)
+    product.sum().backward()
+    assert kept == [weight.shape]
+    torch.testing.assert_close(hidden.grad, weight.sum(0).expand_as(hidden))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
@@ -19,7 +18,7 @@ from torch import Tensor
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import Reader, Shape, Slices
 from nemo_vlm.formats.safetensors import TensorSpec
-from nemo_vlm.formats.store import place_of
+from nemo_vlm.formats.store import expect, place_of
 
 PART, AHEAD = 4 * 2**20, 4  # bytes of a part, and how many parts are read before they are written
 SMALL_FILES = 64 * 10**6  # room for headers, tokenizer and configuration
@@ -114,7 +113,7 @@ def fetch(reader: Reader, name: str, rows: Slices) -> Tensor:
     """A part that is in memory, or on its way from the disk to where it is mapped."""
     part = reader.read(name, rows).contiguous()
     if place := place_of(part.data_ptr(), part.nbytes):
-        os.posix_fadvise(*place, part.nbytes, os.POSIX_FADV_WILLNEED)
+        expect(*place, part.nbytes)
     return part
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import Behind
 from nemo_vlm.formats.reader import Shape, Slices
-from nemo_vlm.formats.store import Span, Store, place_of
+from nemo_vlm.formats.store import Span, Store, opened
 
 MAX_SHARD_BYTES = 5 * 10**9
 MAX_HEADER_BYTES = 100 * 10**6  # as safetensors' own reader
@@ -211,4 +211,5 @@ def write(file: IO[bytes], specs: list[TensorSpec], tensors: Iterator[tuple[str,
                 assert rest >= 0, spec
                 if part.numel():
                     content: Any = part.contiguous().flatten().view(torch.uint8).numpy()
-                    disk.write(memoryview(content), place_of(content.ctypes.data, part.nbytes))
+                    with opened(content.ctypes.data, part.nbytes) as place:
+                        disk.write(memoryview(content), place)

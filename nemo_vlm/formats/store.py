@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import io
 import mmap
 import os
 import tarfile
+import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -100,14 +103,16 @@ class Mapped(mmap.mmap):
 
     Attributes:
         address: of the first byte in memory.
-        descriptor: of the file, open as long as it is mapped.
+        path: of the file, and what it was when it was mapped.
     """
 
     address: int
-    descriptor: int
+    path: Path
+    was: os.stat_result
 
 
 MAPPED: weakref.WeakSet[Mapped] = weakref.WeakSet()
+LOCK = threading.Lock()  # files are mapped where others are looked up
 
 
 def map_file(path: Path) -> Mapped:
@@ -117,20 +122,42 @@ def map_file(path: Path) -> Mapped:
     """
     with open(path, "rb") as file:
         memory = Mapped(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        memory.descriptor = os.dup(file.fileno())
-    weakref.finalize(memory, os.close, memory.descriptor)
+        memory.path, memory.was = path, os.fstat(file.fileno())
     memory.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     memory.madvise(mmap.MADV_SEQUENTIAL)  # large tensors are read from end to end: three times faster
-    MAPPED.add(memory)
+    with LOCK:
+        MAPPED.add(memory)
     return memory
 
 
-def place_of(address: int, size: int) -> tuple[int, int] | None:
-    """The descriptor of the mapped file that these bytes in memory are a run of, and where they begin in it."""
-    for memory in MAPPED:
-        if memory.address <= address and address + size <= memory.address + len(memory):
-            return memory.descriptor, address - memory.address
+def place_of(address: int, size: int) -> tuple[Mapped, int] | None:
+    """The mapped file that these bytes in memory are a run of, and where they begin in it."""
+    with LOCK:
+        for memory in MAPPED:
+            if memory.address <= address and address + size <= memory.address + len(memory):
+                return memory, address - memory.address
     return None
+
+
+def expect(memory: mmap.mmap, start: int, size: int) -> None:
+    """Have bytes of a mapped file read from the disk, without waiting for them."""
+    first = start - start % mmap.PAGESIZE
+    memory.madvise(mmap.MADV_WILLNEED, first, start + size - first)
+
+
+@contextlib.contextmanager
+def opened(address: int, size: int) -> Iterator[tuple[int, int] | None]:
+    """A descriptor of the file that these bytes in memory are a run of, and where they begin in it.
+
+    None where they are of no file, or another stands in its place by now.
+    """
+    place = place_of(address, size)
+    if place is None or not place[0].path.exists():
+        yield None
+        return
+    memory, start = place
+    with open(memory.path, "rb") as file:
+        yield (file.fileno(), start) if os.path.samestat(os.fstat(file.fileno()), memory.was) else None
 
 
 GZIP = b"\x1f\x8b"

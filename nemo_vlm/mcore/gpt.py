@@ -138,7 +138,7 @@ def run_layers(
     embeddings, features = take_features(gpt, embeddings)
     if targets is not None and can_pick(gpt, features):
         places = labelled(targets.labels) if targets.places is None else targets.places
-        targets = replace(targets, places=places, picked=True)
+        targets = replace(targets, places=places, picked=len(places) > 0)  # no kernel has to take no rows
     output = gpt(
         None,
         positions,

@@ -1,6 +1,6 @@
-"""Megatron's linear layers, of which no more than the product is left where nothing is to be sent or differentiated.
+"""Megatron's linear layers, of which the product is left where nothing is differentiated, or a CPU has nothing to send.
 
-What they prepare for that costs a step of generation more than the products of small tensors do.
+What they prepare for that costs more than the products of small tensors do.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ColumnLinear(ColumnParallelLinear):
     def forward(self, input_: Tensor) -> Output:
         """[s, b, in] -> [s, b, out / tp], and the bias where it is added later."""
         if torch.is_grad_enabled() and alone(self):
-            return with_bias(self, Product.apply(input_, self.weight, self.gradient_accumulation_fusion))
+            return trained(self, input_)
         if torch.is_grad_enabled() or self.sequence_parallel:
             return super().forward(input_)
         return with_bias(self, multiply(input_, self.weight))
@@ -36,7 +36,7 @@ class RowLinear(RowParallelLinear):
     def forward(self, input_: Tensor) -> Output:
         """[s, b, in / tp] -> [s, b, out], and the bias where it is added later."""
         if torch.is_grad_enabled() and alone(self):
-            return with_bias(self, Product.apply(input_, self.weight, self.gradient_accumulation_fusion))
+            return trained(self, input_)
         if torch.is_grad_enabled() or self.sequence_parallel:
             return super().forward(input_)
         product = multiply(input_, self.weight)
@@ -53,7 +53,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, to_buffer: bool) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
+        ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, weight)
         ctx.buffered = weight if to_buffer else None  # what is saved may come back as another object
         return torch.matmul(hidden, weight.t())
 
@@ -69,6 +69,11 @@ class Product(torch.autograd.Function):
         add_product(hidden, grad, ctx.buffered.main_grad)
         ctx.buffered.grad_added_to_main_grad = True
         return of_hidden, torch.empty_like(weight), None  # Megatron's hook waits for one, and throws it away
+
+
+def trained(linear: ColumnParallelLinear | RowParallelLinear, hidden: Tensor) -> Output:
+    """What `alone` layers make."""
+    return with_bias(linear, Product.apply(hidden, linear.weight, linear.gradient_accumulation_fusion))
 
 
 def alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:

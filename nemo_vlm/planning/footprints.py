@@ -130,11 +130,12 @@ def decoder(shapes: Shapes, layers: int, last: bool) -> Part:
     step, layer = shapes.run.step, decoder_layer(shapes)
     part = recomputed(shapes, layer, layers, shapes.hidden)
     share = picked(shapes) if last else 1.0
-    if any(stop == layers > start and not again for start, stop, again in recompute_runs(layers, step)):
-        part = replace(part, kept=part.kept - (1 - share) * mlp(shapes))
+    here = layers
     if step.cpu_offloading:  # what the first layers keep is not on this device
-        here = layers - offloaded_layers(step, shapes.run.model.num_layers)
-        part = replace(part, kept=part.kept * max(here, 0) / max(layers, 1))
+        here = max(layers - offloaded_layers(step, shapes.run.model.num_layers), 0)
+        part = replace(part, kept=part.kept * here / max(layers, 1))
+    if here and any(stop == layers > start and not again for start, stop, again in recompute_runs(layers, step)):
+        part = replace(part, kept=part.kept - (1 - share) * mlp(shapes))
     return replace(part, kept=part.kept + shapes.hidden * (1 + last * share))
 
 

@@ -94,8 +94,8 @@ def check_files(wanted: PlanConfig) -> None:
         if (given := getattr(wanted, key)) is None:
             continue
         path = Path(given)
-        folder = next(each for each in path.absolute().parents if each.exists())
         try:
+            folder = next(each for each in path.absolute().parents if each.exists())
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             tempfile.TemporaryFile(dir=folder).close()

@@ -241,8 +241,6 @@ def output(case: Case) -> Pass:
 def left_out(case: Case) -> tuple[float, int]:
     """The share of positions that the last layer's MLP is spared, and how often its products would have been taken."""
     layers, lora = case.layout.stage_layers[-1], case.run.peft.lora is not None
-    if not layers:
-        return 0.0, 0
     again = case.recomputed(layers) == layers
     return 1 - picked(shapes_of(case.run, case.layout, case.work)), passes(case.run.model, lora)["decoder"] + again
 
