@@ -311,7 +311,7 @@ def test_the_demos_model_exports(tmp_path: Path) -> None:
     """conf/model/llava_tiny.yaml with the digits' tokenizer, which adds no BOS: the template must."""
     digits.write(tmp_path / "digits")
     preset = yaml.safe_load((SCRIPTS.parent / "conf/model/llava_tiny.yaml").read_text())
-    del preset["defaults"]
+    del preset["defaults"], preset["micro_batch_size"]
     tokenizer = load_tokenizer(TokenizerConfig(str(tmp_path / "digits/tokenizer")))
     parts, data = family("llava", "processor"), {"system_message": ""}
     model = parts.settle(read(LlavaConfig, merged(plain_defaults(LlavaConfig), preset), "model"), tokenizer)

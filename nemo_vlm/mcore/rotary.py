@@ -143,7 +143,7 @@ class Rotation(torch.autograd.Function):
 def turned(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     out = heads * cosine
     for mine, other, sines in zip(out.chunk(2, -1), heads.chunk(2, -1)[::-1], sine.chunk(2, -1), strict=True):
-        mine.addcmul_(other, sines)
+        mine.add_(other * sines)  # rounded as by Hugging Face, which addcmul_ would not
     return out
 
 

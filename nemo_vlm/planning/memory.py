@@ -69,7 +69,7 @@ def hold(run: RunConfig, layout: Layout, stage: int, number: int = 0, trains: bo
         number: which of the ranks that hold a copy of the stage, see mcore.ranks.first_replica.
         trains: gradients and the optimizer's state are kept.
     """
-    kept = sorted({0, stage, layout.pipeline - 1})
+    kept = kept_ranks(run, layout, stage)
     short, few = shortened(replace(run, step=run.step.on_paper()), layout, kept)
     with groups.pretend(few, first_replica(few)[kept.index(stage)][number]):
         with WithoutValues():
@@ -132,6 +132,13 @@ def alike(layout: Layout, stage: int, other: int) -> bool:
     """Whether two stages have only decoder layers, and as many."""
     between = all(0 < one < layout.pipeline - 1 for one in (stage, other))
     return between and layout.stage_layers[stage :: layout.pipeline] == layout.stage_layers[other :: layout.pipeline]
+
+
+def kept_ranks(run: RunConfig, layout: Layout, stage: int) -> list[int]:
+    """The first, the last and a stage's rank of a pipeline; all, where DeepStack needs more layers than these have."""
+    kept = sorted({0, stage, layout.pipeline - 1})
+    layers = sum(sum(layout.stage_layers[rank :: layout.pipeline]) for rank in kept)
+    return kept if layers >= run.model.deepstack_layers else list(range(layout.pipeline))
 
 
 def shortened(run: RunConfig, layout: Layout, kept: Sequence[int]) -> tuple[RunConfig, Layout]:
