@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_vlm.mcore.rotary import rotate
+from nemo_vlm.mcore.rotary import turned
 
 
 class Cache:
@@ -33,14 +33,15 @@ class Cache:
 
     def _settle(self) -> None:
         """Where the next token of each row goes, and what it sees: itself and all before it; None: all there is."""
-        self.ends, self.width = self.lengths.to(self.device), int(self.lengths.max()) + 1
+        lengths = self.lengths.tolist()
+        self.ends, self.width = self.lengths.to(self.device), max(lengths) + 1
         self.visible: Tensor | None = None
-        if int(self.lengths.min()) + 1 < self.width:
+        if min(lengths) + 1 < self.width:
             self.visible = (torch.arange(self.width, device=self.device) <= self.ends[:, None])[:, None, None]
 
     def rotate_by(self, turns: Tensor, dtype: torch.dtype) -> None:
         """The turns [s, b or 1, 1, 2 d] of this pass's tokens; layers rotate in their own dtype."""
-        self.turns = turns.permute(1, 2, 0, 3).to(dtype)
+        self.cosine, self.sine = turns.permute(1, 2, 0, 3).to(dtype).chunk(2, -1)
 
     def positions(self, width: int) -> Tensor:
         """[s, b or 1]: of the tokens of this pass; of prompts without images and videos."""
@@ -81,7 +82,7 @@ class Cache:
             query: [b, heads, s, d]; s is 1 in a step.
             key, value: [b, groups, s, d].
         """
-        query, key = rotate(query, self.turns), rotate(key, self.turns)
+        query, key = turned(query, self.cosine, self.sine), turned(key, self.cosine, self.sine)
         grouped = query.shape[1] != key.shape[1]
         if not self.filled:
             room = (0, 0, 0, self.capacity - key.shape[2])

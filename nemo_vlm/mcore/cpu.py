@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from nemo_vlm.mcore.npu import started
 DeviceType = Literal["cpu", "cuda", "npu"]
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}  # of torch.distributed
 CPU = torch.device("cpu")
+PART = 2**20  # elements of which squares are summed in fp32
 _mode: list[TorchFunctionMode] = []  # holds the active mode for the life of the process
 
 
@@ -160,10 +161,15 @@ def redirect_experts() -> None:
 
 
 def redirect_gradients() -> None:
-    """The product that adds to a gradient buffer, apex's kernel on CUDA."""
+    """The product that adds to a gradient buffer, and the norm of all gradients: apex's kernels on CUDA."""
+    from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel import layers
 
+    def norm(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
+        return sum_of_squares(lists[0]).sqrt()[None], None
+
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_product)
+    clip_grads.l2_norm_impl = norm
 
 
 def leave_passes_alone() -> None:
@@ -182,12 +188,25 @@ def leave_passes_alone() -> None:
     schedules.backward_step = alone(schedules.backward_step)
 
 
-def add_product(hidden: Tensor, grad: Tensor, total: Tensor) -> None:
-    """Hidden states [n, in] and gradients [n, out] of what a weight made of them: their product onto [out, in]."""
+def add_product(hidden: Tensor, grad: Tensor, total: Tensor, first: bool = False) -> None:
+    """Hidden states [n, in] and gradients [n, out] of what a weight made of them: their product onto [out, in].
+
+    Args:
+        first: whatever is in the total is not to be counted.
+    """
     if total.dtype is hidden.dtype:
-        total.addmm_(grad.t(), hidden)
+        total.addmm_(grad.t(), hidden, beta=0 if first else 1)
+    elif first:
+        total.copy_(grad.t() @ hidden)
     else:
         total.add_(grad.t() @ hidden)
+
+
+def sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
+    """[] fp32. torch's norm takes one sum in fp32: of a large tensor it is off by a thousandth, and takes longer."""
+    with without_redirection():
+        parts = (part.float() for tensor in tensors for part in tensor.flatten().split(PART))
+        return torch.tensor(sum(part.dot(part).item() for part in parts))
 
 
 def as_list(sizes: Any) -> list[int] | None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from nemo_vlm.batch import IGNORE_INDEX
 from nemo_vlm.mcore.cpu import add_product
 
-CHUNK, CHUNK_ON_CPU = 2048, 256  # tokens: each chunk adds to all of the weight's gradient; a CPU's caches like fewer
+CHUNK, CHUNK_ON_CPU = 2048, 512  # tokens: each chunk adds to all of the weight's gradient; a CPU's caches like fewer
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         size = min(CHUNK_ON_CPU if hidden.device.type == "cpu" else CHUNK, max(len(hidden), 1))
         of_all = weight.dtype if len(hidden) <= size else torch.float32  # each chunk's addition would round
         ctx.hidden_grad = torch.empty_like(hidden) if of_hidden else None
-        ctx.weight_grad = torch.zeros_like(weight, dtype=of_all) if of_weight else None
+        ctx.weight_grad = torch.empty_like(weight, dtype=of_all) if of_weight else None
         logits = hidden.new_empty(size, len(weight))
         softmax = logits if logits.dtype is torch.float32 else torch.empty_like(logits, dtype=torch.float32)
         for start in range(0, len(hidden), size):
@@ -174,7 +174,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             if of_hidden:
                 torch.mm(slopes, weight, out=ctx.hidden_grad[rows])
             if of_weight:
-                add_product(chunk, slopes, ctx.weight_grad)
+                add_product(chunk, slopes, ctx.weight_grad, first=not start)
+        if of_weight and not len(hidden):
+            ctx.weight_grad.zero_()
         return losses
 
     @staticmethod
@@ -186,7 +188,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         largest = ctx.weights.argmax()
         weight = ctx.weights.take(largest).clamp(min=torch.finfo(ctx.weights.dtype).tiny)  # 0: all are, and so is grad
         factor = grad.take(largest) / weight  # an index would be asked of the device
-        grads = (None if each is None else each.mul_(factor).to(ctx.dtype) for each in found)
+        if grad.device.type != "cpu" or factor != 1:  # a GPU would have to be asked
+            found = tuple(None if each is None else each.mul_(factor) for each in found)
+        grads = (None if each is None else each.to(ctx.dtype) for each in found)
         return *grads, None, None, None
 
 

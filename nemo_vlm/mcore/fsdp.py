@@ -101,8 +101,7 @@ class FullySharded:
         torch._foreach_mul_([local(p.grad) for p in self.trained], 1.0 / (max(int(num_tokens), 1) * scale))
 
     def update(self) -> float:
-        norms = torch._foreach_norm([local(parameter.grad) for parameter in self.counted])
-        squares = torch.zeros((), device=cpu.device()) + sum(each.square() for each in norms)
+        squares = sum_of_squares([local(parameter.grad) for parameter in self.counted])
         torch.distributed.all_reduce(squares)
         norm = float((squares / self.num_copies).sqrt())
         if self.scaler:
@@ -183,6 +182,12 @@ def make_scaler(settings: megatron_optimizer.OptimizerConfig) -> DynamicGradScal
         growth_interval=int(settings.loss_scale_window),
         hysteresis=settings.hysteresis,
     )
+
+
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    if cpu.device().type == "cpu":
+        return cpu.sum_of_squares(tensors)
+    return torch.zeros((), device=cpu.device()) + sum(each.square() for each in torch._foreach_norm(tensors))
 
 
 def local(tensor: Any) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from nemo_vlm.batch import Batch
 from nemo_vlm.mcore import cpu, groups
 from nemo_vlm.mcore.cache import Cache
-from nemo_vlm.mcore.gpt import decode_cached, embed
+from nemo_vlm.mcore.decoding import decode_cached
+from nemo_vlm.mcore.gpt import embed
 
 Pass = Callable[[Any], Tensor]  # of one stage
 

@@ -43,8 +43,8 @@ class Normalization(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
-        normal, exact = x.float() * scale, gradient.float()
-        of_weight = (exact * normal).flatten(0, -2).sum(0)
-        inner = exact * weight
-        along = torch.linalg.vecdot(inner, normal)[..., None].div_(-x.shape[-1])
-        return inner.addcmul_(normal, along).mul_(scale).to(x.dtype), of_weight.to(weight.dtype), None
+        normal, exact, weighed = x.float() * scale, gradient.float(), weight.float()
+        both = exact * normal
+        of_weight, along = both.flatten(0, -2).sum(0), torch.matmul(both, weighed / -x.shape[-1])
+        of_x = torch.mul(exact, weighed, out=both).addcmul_(normal, along[..., None]).mul_(scale)
+        return of_x.to(x.dtype), of_weight.to(weight.dtype), None
