@@ -174,11 +174,13 @@ def attention(shapes: Shapes) -> float:
     sums = FP32_BYTES * shapes.tokens * model.num_attention_heads / layout.tensor
     if layout.context > 1 and not shapes.engine:
         return gathered_attention(shapes, query) + sums
-    numbers = (query + 2 * key) + (query + key) + query
+    numbers = (query + 2 * key) + query
+    if shapes.engine or model.qk_layernorm:  # elsewhere copies are kept, and what they are made of is not
+        numbers += query + key
     if model.qk_layernorm:
         numbers += 2 * query + key
-    if shapes.work.packed and not shapes.engine:
-        numbers += query  # what comes out of each sample, and all of it in one
+    if not shapes.engine and (shapes.work.packed or shapes.work.samples > 1):
+        numbers += query * shapes.products("linear_proj") / shapes.size  # what comes out, once more in one piece
     return shapes.tokens * numbers * shapes.size + sums
 
 
@@ -258,7 +260,7 @@ def tower_layer(shapes: Shapes, shape: VisionShape, tokens: int) -> Part:
     tensor, width, ffn = shapes.layout.tensor, shape.hidden_size, shape.ffn_hidden_size
     if shape.num_attention_heads % tensor or ffn % tensor:
         tensor = 1
-    rotated = 2 * width * FP32_BYTES / shapes.size if shape.merge_size else 0.0
+    rotated = 2 * width * FP32_BYTES / shapes.size if shape.merge_size and shapes.engine else 0.0
     activated = 3 if shape.activation == "quick_gelu" else 2
     numbers = 4 * width + (4 * width + rotated + activated * ffn) / tensor
     kept = tokens * (numbers * shapes.size + FP32_BYTES * shape.num_attention_heads / tensor)
