@@ -10,7 +10,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nemo_vlm.mcore.cache import Cache
 from nemo_vlm.mcore.packed import PackedSamples
 
 
@@ -25,26 +24,24 @@ class CoreAttention(torch.nn.Module):
         **unused: Any,
     ) -> None:
         super().__init__()
-        self.is_causal, self.layer_number = attn_mask_type == AttnMaskType.causal, layer_number
+        self.is_causal = attn_mask_type == AttnMaskType.causal
 
     def forward(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Cache | None,
+        attention_mask: None,
         packed_seq_params: PackedSamples | None = None,
         **unused: Any,
     ) -> Tensor:
         """Query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
 
-        With a cache, key and value join those of the tokens before.
         Packed samples come without the batch: query [t, heads, d], key and value [t, groups, d] -> [t, heads * d].
         """
         if packed_seq_params is None:
             parts = [part.permute(1, 2, 0, 3) for part in (query, key, value)]
-            out = attention_mask.attend(self.layer_number, *parts) if attention_mask else self.attend(*parts)
-            return out.permute(2, 0, 1, 3).flatten(2)
+            return self.attend(*parts).permute(2, 0, 1, 3).flatten(2)
         lengths = packed_seq_params.lengths
         # split, not slices: the backward of n slices fills n tensors of the full length
         samples = zip(*(part.transpose(0, 1)[None].split(lengths, 2) for part in (query, key, value)), strict=True)

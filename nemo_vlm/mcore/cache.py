@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_vlm.mcore.rotary import turned
-
 
 class Cache:
-    """What the layers of this pipeline stage keep of a batch; it is handed to them as their attention mask.
+    """What the layers of this pipeline stage keep of a batch.
 
     Args:
         lengths: [b] int64 on the CPU, tokens of each prompt.
@@ -75,6 +73,10 @@ class Cache:
             made.layers[layer] = keys, values
         return made
 
+    def turned(self, heads: Tensor) -> Tensor:
+        """As mcore.rotary.rotate, in few calls: those of a step weigh more than its numbers."""
+        return heads * self.cosine + heads.roll(heads.shape[-1] // 2, -1) * self.sine
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention of this pass's tokens to themselves and to all before them.
 
@@ -82,7 +84,7 @@ class Cache:
             query: [b, heads, s, d]; s is 1 in a step.
             key, value: [b, groups, s, d].
         """
-        query, key = turned(query, self.cosine, self.sine), turned(key, self.cosine, self.sine)
+        query, key = self.turned(query), self.turned(key)
         grouped = query.shape[1] != key.shape[1]
         if not self.filled:
             room = (0, 0, 0, self.capacity - key.shape[2])

@@ -48,7 +48,7 @@ def run_layers(decoder: Any, hidden: Tensor, features: Tensor | None, cache: Cac
         parts = attention.get_query_key_value_tensors(layer.input_layernorm(hidden))
         heads = cache.attend(layer.layer_number, *(part.permute(1, 2, 0, 3) for part in parts))
         hidden = add(hidden, *attention.linear_proj(heads.permute(2, 0, 1, 3).flatten(2)))
-        hidden = add(hidden, *layer.mlp(layer.pre_mlp_layernorm(hidden)))
+        hidden = add(hidden, *layer.mlp(layer.pre_mlp_layernorm(hidden), padding_mask=None))
         if features is not None and features.shape[-1]:
             hidden, features = hidden + features[..., :width], features[..., width:]
     return hidden if decoder.final_layernorm is None else decoder.final_layernorm(hidden)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron.core import tensor_parallel
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -18,12 +17,13 @@ from nemo_vlm.mcore.config import BuildContext, forget_attention_choice, languag
 from nemo_vlm.mcore.context import Split, split_batch
 from nemo_vlm.mcore.cross_entropy import LanguageModel, Targets, labelled
 from nemo_vlm.mcore.decoder_layer import DecoderLayer, can_pick
+from nemo_vlm.mcore.decoding import decode_cached
 from nemo_vlm.mcore.deepstack import DeepStackLayer, take_features, with_unused
 from nemo_vlm.mcore.experts import PADDING, loss_weights, prepare
 from nemo_vlm.mcore.groups import Stage
 from nemo_vlm.mcore.layers import layer_spec, norm_class
 from nemo_vlm.mcore.packed import packed_batch
-from nemo_vlm.mcore.rotary import MultimodalRotary, TextRotary, turns
+from nemo_vlm.mcore.rotary import MultimodalRotary, TextRotary
 
 
 def build_gpt(model: LanguageConfig, build: BuildContext, stage: Stage) -> GPTModel:
@@ -83,7 +83,7 @@ def decode(
     Args:
         embeddings: [s, b, h], or wider, see mcore.deepstack, on the first stage; elsewhere None, the schedule has set
             the input.
-        cache: for generation, see decode_cached.
+        cache: for generation, see mcore.decoding.
         positions: [3, b, s], where the model has M-RoPE.
     Returns:
         The losses [b, s] on the last stage where labels are given, its logits [b, s, vocab / tp] where they are not,
@@ -153,38 +153,3 @@ def run_layers(
         },
     )
     return with_unused(gpt, output, features)
-
-
-def decode_cached(
-    gpt: GPTModel, embeddings: Tensor | None, width: int, cache: Cache, positions: Tensor | None = None
-) -> Tensor:
-    """Run this stage's layers on tokens that follow those in the cache, which grows by them.
-
-    Args:
-        embeddings: [s, b, h] on the first stage; elsewhere None, the schedule has set the input.
-        width: s.
-        positions: [3, b, s] of prompts, where the model has M-RoPE.
-    Returns:
-        On the last stage the logits [b, 1, vocab / tp] behind the last token of each row, elsewhere hidden states.
-    """
-    cache.rotate_by(cached_turns(gpt, width, cache, positions), gpt.config.params_dtype)
-    embeddings, features = take_features(gpt, embeddings)
-    hidden = gpt.decoder(embeddings, attention_mask=cache, context=features)
-    if not gpt.post_process:
-        return with_unused(gpt, hidden, features)
-    tied = gpt.share_embeddings_and_output_weights
-    weight = gpt.shared_embedding_or_output_weight() if tied else None
-    logits, _ = gpt.output_layer(cache.last(hidden), weight=weight)
-    return logits.transpose(0, 1)
-
-
-def cached_turns(gpt: GPTModel, width: int, cache: Cache, positions: Tensor | None) -> Tensor:
-    """The turns [s, b or 1, 1, 2 d] of this pass's tokens; M-RoPE's three axes are equal behind a prompt."""
-    if gpt.position_embedding_type != "mrope":
-        angles = RotaryEmbedding.forward(gpt.rotary_pos_emb, cache.capacity)
-        return turns(angles[:, 0, :, : angles.shape[-1] // 2][cache.positions(width)])
-    if positions is None:
-        positions = cache.positions(width).T.expand(3, -1, -1)
-    else:
-        cache.count_on(positions)
-    return gpt.rotary_pos_emb(positions, gpt.mrope_section)

@@ -17,8 +17,9 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # read by Megatron's finalize_model_grads
 
     def forward(self, x: Tensor) -> Tensor:
-        """torch has a kernel on GPUs alone; elsewhere it keeps every step on the way."""
-        return super().forward(x) if x.is_cuda else Normalization.apply(x, self.weight, self.eps)
+        """torch has a kernel on GPUs alone; elsewhere it keeps every step on the way, where gradients are wanted."""
+        kept = torch.is_grad_enabled() and not x.is_cuda
+        return Normalization.apply(x, self.weight, self.eps) if kept else super().forward(x)
 
 
 class LayerNorm(torch.nn.LayerNorm):

@@ -25,7 +25,8 @@ class GatedMLP(MLP):
     def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, h] -> [s, b, h], and the bias that is added later."""
         inner, bias = self.linear_fc1(hidden_states)
-        return self.linear_fc2(SwiGLU.apply(inner if bias is None else inner + bias))
+        both = inner if bias is None else inner + bias
+        return self.linear_fc2(SwiGLU.apply(both) if torch.is_grad_enabled() else swiglu(both))
 
 
 class SwiGLU(torch.autograd.Function):
@@ -34,8 +35,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: Tensor) -> Tensor:
         ctx.save_for_backward(both)
-        gate, up = both.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        return swiglu(both)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
@@ -48,3 +48,8 @@ class SwiGLU(torch.autograd.Function):
         torch.mul(gradient, up, out=opened)
         torch.ops.aten.silu_backward.grad_input(opened, gate, grad_input=of_gate)
         return of_both
+
+
+def swiglu(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, -1)
+    return F.silu(gate).mul_(up)
