@@ -41,9 +41,10 @@ class Images:
     """Views as patches, in order of appearance: an image or a part of it, a frame of a video, in Qwen2-VL all of it.
 
     Attributes:
-        pixel_values: [patches, channels * frames * height * width of a patch], view by view; inside a view by time,
-            then row by row, or where a family merges blocks of patches, block by block. As they come from files, uint8,
-            a quarter of the bytes to carry; else float32, normalised.
+        pixel_values: [patches, values of a patch], view by view; inside a view by time, then row by row, or where a
+            family merges blocks of patches, block by block. As they come from files, uint8, a quarter of the bytes to
+            carry: [frames, height, width, channels] of a patch; else float32, normalised: [channels, frames, height,
+            width].
         image_grid_thw: [views, 3] int64, on the CPU: patches of each view in time, height and width, as in Qwen2-VL.
         mean, std: what uint8 pixels are normalised by, for each channel, of values from 0 to 1.
         copies: as how many equal frames of a patch uint8 pixels are seen, of which they are one: a still image's.
@@ -72,15 +73,21 @@ class Images:
         """
         if self.pixel_values.dtype != torch.uint8:
             return self
-        pixels = self.pixel_values.unflatten(1, (len(self.mean), -1)).float()
+        pixels = self.planes().to(torch.float32, memory_format=torch.contiguous_format)
         known = torch.tensor((self.mean, self.std), dtype=torch.float32).to(pixels.device, non_blocking=True)
         mean, std = known[..., None]
-        return replace(self, pixel_values=pixels.div_(255).sub_(mean).div_(std).flatten(1)).with_all_frames()
+        once = pixels.div_(255).sub_(mean).div_(std)[:, :, None]
+        return replace(self, pixel_values=once.expand(-1, -1, self.copies, -1).flatten(1), copies=1)
+
+    def planes(self) -> Tensor:
+        """[patches, channels, frames * height * width of a patch], uint8 or float32 as they are."""
+        if self.pixel_values.dtype != torch.uint8:
+            return self.pixel_values.unflatten(1, (len(self.mean), -1))
+        return self.pixel_values.unflatten(1, (-1, len(self.mean))).transpose(1, 2)
 
     def with_all_frames(self) -> Images:
-        """With each frame of a patch, also where they are equal."""
-        once = self.pixel_values.unflatten(1, (len(self.mean), 1, -1))
-        return replace(self, pixel_values=once.expand(-1, -1, self.copies, -1).flatten(1), copies=1)
+        """With each frame of a patch, also where they are equal, of uint8."""
+        return replace(self, pixel_values=self.pixel_values.repeat(1, self.copies), copies=1)
 
     def to(self, device: torch.device) -> Images:
         pixels, features = (one.to(device, non_blocking=True) for one in (self.pixel_values, self.features))

@@ -53,7 +53,8 @@ def test_bytes_are_normalised_to_the_last_bit(name: str, photograph: Path) -> No
     images = views.pixels([photograph, photograph])
     assert images.pixel_values.dtype == torch.uint8
     frames = config.mm_cfg.vision_encoder.patch_values // images.pixel_values.shape[1]
-    shown = images.pixel_values.numpy().reshape(len(images.pixel_values), 3, 1, -1).repeat(frames, 2)
+    shown = images.pixel_values.numpy().reshape(len(images.pixel_values), -1, 3).transpose(0, 2, 1)
+    shown = shown[:, :, None].repeat(frames, 2)
     mean, std = (numpy.asarray(NORMAL[name][key], numpy.float32)[:, None, None] for key in ("mean", "std"))
     expected = torch.from_numpy((shown.astype(numpy.float32) / 255 - mean) / std).flatten(1)
     assert torch.equal(images.normalised().pixel_values, expected)

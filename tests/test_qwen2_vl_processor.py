@@ -281,8 +281,8 @@ def test_frames_in_files_are_a_video(tmp_path: Path) -> None:
     views = views_of(Config(), DataConfig(video_min_pixels=28**2, video_max_pixels=4 * 28**2))
     found = views.pixels([Video(Frames(files))])
     assert found.grids == [(4, 4, 4)]
-    last = found.pixel_values.view(4, 16, 3, 2, 196)[-1]
-    assert torch.equal(last[:, :, 0], last[:, :, 1])
+    last = found.pixel_values.view(4, 16, 2, 196, 3)[-1]
+    assert torch.equal(last[:, 0], last[:, 1])
     with pytest.raises(SampleError, match="does not exist") as caught:
         views.runs(Video(Frames((tmp_path / "none.png",))))
     assert caught.value.reason == "missing_image"

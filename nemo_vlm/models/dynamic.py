@@ -93,7 +93,7 @@ class PatchFormat:
         """
         grid, copies = self.grid(len(frames), *frames[0].size), self.temporal_patch_size if len(frames) == 1 else 1
         depth, edge, block = self.temporal_patch_size // copies, self.patch_size, self.merge_size
-        shape = (grid[0], grid[1] // block, grid[2] // block, block, block, 3, depth, edge)
+        shape = (grid[0], grid[1] // block, grid[2] // block, block, block, depth, edge)
         pixels = numpy.empty(shape, line_of(edge))
         for number, frame in enumerate(frames):
             time, place = divmod(number, depth)
@@ -109,8 +109,8 @@ class PatchFormat:
 
     def _frames(self, view: Tensor, time: int, rows: int, columns: int) -> list[Image.Image]:
         depth, edge, block = view.shape[1] // (3 * self.patch_size**2), self.patch_size, self.merge_size
-        parted = view.view(time, rows // block, columns // block, block, block, 3, depth, edge, edge)
-        frames = parted.permute(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(time * depth, rows * edge, columns * edge, 3)
+        parted = view.view(time, rows // block, columns // block, block, block, depth, edge, edge, 3)
+        frames = parted.permute(0, 5, 1, 3, 6, 2, 4, 7, 8).reshape(time * depth, rows * edge, columns * edge, 3)
         while len(frames) > (time - 1) * depth + 1 and torch.equal(frames[-1], frames[-2]):
             frames = frames[:-1]
         return [Image.fromarray(frame.numpy()) for frame in frames]

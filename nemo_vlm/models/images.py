@@ -82,7 +82,7 @@ class ImageTransform:
             SampleError: broken_image: a view is smaller than a patch.
         """
         grids = [(1, view.height // patch_size, view.width // patch_size) for view in views]
-        pixels = numpy.empty((sum(map(math.prod, grids)), 3, patch_size), line_of(patch_size))
+        pixels = numpy.empty((sum(map(math.prod, grids)), patch_size), line_of(patch_size))
         end = 0
         for view, (_, rows, columns) in zip(views, grids, strict=True):
             if not rows or not columns:
@@ -90,7 +90,7 @@ class ImageTransform:
                 raise SampleError("broken_image", small)
             whole = cut(view, (0, 0, columns * patch_size, rows * patch_size))
             start, end = end, end + rows * columns
-            write_patches(whole, pixels[start:end].reshape(rows, columns, 1, 1, 3, 1, patch_size))
+            write_patches(whole, pixels[start:end].reshape(rows, columns, 1, 1, 1, patch_size))
         patches = torch.from_numpy(pixels.view(numpy.uint8)).flatten(1)
         return Images(patches, torch.tensor(grids), self.mean, self.std)
 
@@ -183,22 +183,20 @@ def check_canvas(own: Size, size: Size, most: int) -> None:
 
 
 def line_of(patch_size: int) -> str:
-    """The type of a patch's row of one channel, which moves as one thing, several times as fast as its pixels."""
-    return f"V{patch_size}"
+    """The type of a patch's row, which moves as one thing, several times as fast as its pixels."""
+    return f"V{3 * patch_size}"
 
 
 def write_patches(image: Image.Image, lines: numpy.ndarray) -> None:
-    """Write the patches of an image, block by block.
+    """Write the patches of an image, block by block; the colours of a pixel stay side by side, see Images.
 
     Args:
-        lines: [block rows, block columns, rows of a block, columns of a block, 3, frames, rows of a patch] of line_of;
+        lines: [block rows, block columns, rows of a block, columns of a block, frames, rows of a patch] of line_of;
             the image is every frame.
     """
-    rows, columns, block, _, _, _, edge = lines.shape
-    for number, channel in enumerate("RGB"):  # a plane at a time is still in the cache when it is cut
-        plane = numpy.frombuffer(image.tobytes("raw", channel), lines.dtype)
-        parted = plane.reshape(rows, block, edge, columns, block).transpose(0, 3, 1, 4, 2)
-        lines[..., number, :, :] = parted[..., None, :]
+    rows, columns, block, _, _, edge = lines.shape
+    whole = numpy.frombuffer(image.tobytes("raw", "RGB"), lines.dtype).reshape(rows, block, edge, columns, block)
+    lines[...] = whole.transpose(0, 3, 1, 4, 2)[..., None, :]
 
 
 def patchify(views: Sequence[Tensor], patch_size: int) -> Images:
@@ -218,9 +216,9 @@ def patchify(views: Sequence[Tensor], patch_size: int) -> Images:
 def unpatchify(images: Images) -> list[Tensor]:
     """The views [3, height, width] again, without what was left out; pixels as they are, uint8 or float32."""
     edge = math.isqrt(images.pixel_values.shape[1] // 3)
-    views = images.pixel_values.split([time * rows * columns for time, rows, columns in images.grids])
+    views = images.planes().split([time * rows * columns for time, rows, columns in images.grids])
     return [
-        view.view(rows, columns, 3, edge, edge).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+        view.reshape(rows, columns, 3, edge, edge).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
         for view, (_, rows, columns) in zip(views, images.grids, strict=True)
     ]
 
