@@ -175,6 +175,8 @@ def one_line(error: Exception) -> str:
         and isinstance(cause.parent_node, DictConfig)
         and cause.key not in cause.parent_node
     ):
+        if cause.full_key in KEYS:  # of conf/plan.yaml alone
+            return f"{cause.full_key}: unknown key here; python examples/plan.py search=true searches for a layout"
         return unknown_key(str(cause.full_key), {str(key) for key in cause.parent_node})
     text = " ".join(str(error).split("Config search path")[0].split())
     missing = re.search(r"Could not find '(.*)/([^']+)'(?: Available options in '.*': (.*))?", text)
@@ -194,6 +196,8 @@ def store_defaults() -> None:
     store.store(name="generation", node=plain_defaults(GenerateConfig))
     store.store(name="neva_generation", node=plain_defaults(NevaInferenceConfig))
     store.store(name="evaluation", node=plain_defaults(EvaluateConfig))
+    purpose = f"{sys.modules['__main__'].__doc__ or ''}\n"  # of the example: what --help begins with
+    store.store(group="hydra/help", name="example", node={"defaults": ["default"], "header": purpose})
     for name in FAMILIES:
         store.store(
             group="model",

@@ -6,6 +6,7 @@ Everything heavy is imported inside the tasks, so that the door answers --help a
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import importlib
 import logging
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_vlm import layout as layouts
 from nemo_vlm import logs, options, typed
 from nemo_vlm.command_line import given_keys
-from nemo_vlm.config import RunConfig, TrainerConfig
+from nemo_vlm.config import DataConfig, RunConfig, TrainerConfig
 from nemo_vlm.config.peft import check_given
 from nemo_vlm.config.plan import PlanConfig
 from nemo_vlm.errors import ConfigError, Stopped
@@ -51,7 +52,9 @@ log = logging.getLogger("nemo_vlm")
 
 def train(tree: dict[str, Any]) -> None:
     """Train a model and write its .nemo archive."""
-    plan, tokenizer = prepare(read(tree))
+    run = read(tree)
+    find_data(run.data)
+    plan, tokenizer = prepare(run)
 
     from nemo_vlm.training.exp_manager import archive_version
 
@@ -182,6 +185,7 @@ def show(tree: dict[str, Any]) -> None:
     config = split_off(tree)
     with logs.only_warnings(config.json):
         run = read(tree)
+        find_data(run.data)
         layout = layouts.resolve(run, machine.num_gpus(run.trainer.accelerator), os.environ)
         run, tokenizer, datasets = open_data(run)
         show_data.show(config, run, layout, datasets.train, tokenizer)
@@ -261,6 +265,29 @@ def read(tree: Mapping[str, Any]) -> RunConfig:
     return run
 
 
+def find_data(data: DataConfig) -> None:
+    """Ahead of everything that takes seconds to import; what is in the files is seen when they are opened.
+
+    Raises:
+        ConfigError: no data are given, or a file of records is missing that no demo writes.
+    """
+    if not data.files:
+        raise ConfigError(f"model.data.data_path=null: give {WANTED[data.data_impl]}")
+    for key, paths in (("data_path", data.files), ("validation_path", data.validation_files)):
+        for path in paths if data.has_records else ():
+            if not Path(path).exists() and Path(path).name not in demo_files(data):
+                raise ConfigError(f"model.data.{key}={path}: cannot be read ({os.strerror(errno.ENOENT)})")
+
+
+def demo_files(data: DataConfig) -> tuple[str, ...]:
+    """What the demo data set that is wanted, if one is, writes where it is missing."""
+    return () if data.prepare is None else demo(data.prepare).FILES
+
+
+def demo(name: str) -> Any:
+    return importlib.import_module(f"nemo_vlm.data.{name}")
+
+
 def prepare(run: RunConfig) -> tuple[Plan, Any]:
     """Everything else that can be known before a rank starts: layout resolved, machine checked, data found.
 
@@ -302,12 +329,9 @@ def open_data(run: RunConfig) -> tuple[RunConfig, Any, Datasets]:
     from nemo_vlm.sources import chat_templates, starting
     from nemo_vlm.sources.tokenizers import load_tokenizer
 
-    if not run.data.files:
-        raise ConfigError(f"model.data.data_path=null: give {WANTED[run.data.data_impl]}")
-    if run.data.prepare is not None:
-        demo, path = importlib.import_module(f"nemo_vlm.data.{run.data.prepare}"), Path(run.data.files[0])
-        if path.name in demo.FILES:
-            demo.write(path.parent)
+    path = Path(run.data.files[0])
+    if run.data.prepare is not None and path.name in demo_files(run.data):
+        demo(run.data.prepare).write(path.parent)
     tokenizer = load_tokenizer(run.tokenizer)
     run, grown = starting.with_tokenizer(run, tokenizer)
     left_out = chat_templates.leave_out_foreign(tokenizer, run.model, run.data)

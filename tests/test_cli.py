@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 from pathlib import Path
@@ -173,10 +174,8 @@ def test_archives_of_every_layout_hold_the_same_model_and_answer(trained, folder
         ),
         ("+model.foo=1", "model.foo: unknown key 'foo'"),
         ("--config-name=nothing", "Cannot find primary config 'nothing'"),
-        (
-            "model.data.prepare=null model.data.data_path=nowhere.json model.tokenizer.type=nowhere",
-            "model.tokenizer.type=nowhere: no tokenizer",
-        ),
+        ("model.tokenizer.type=nowhere", "model.tokenizer.type=nowhere: no tokenizer"),
+        ("search=true", "search: unknown key here; python examples/plan.py search=true searches for a layout"),
         ("trainer.max_steps=0", "trainer.max_steps=0: must be 1 or more"),
         (
             "model=llava_7b trainer.num_nodes=2",
@@ -209,9 +208,30 @@ def test_a_network_interface_must_exist(folder: Path) -> None:
     assert result.stderr.startswith("GLOO_SOCKET_IFNAME=nothing0: this machine has no interface nothing0")
 
 
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [("data_path", "nowhere.json"), ("data_path", "[1,.,3,away/my.json]"), ("validation_path", "no.json")],
+)
+def test_missing_data_are_told_before_torch_is_imported(key: str, path: str, folder: Path) -> None:
+    """Beside a demo's, which need not be there yet."""
+    result = run("-X", "importtime", str(TRAIN), f"model.data.{key}={path}", cwd=folder)
+    assert result.returncode == 2
+    *imports, line = result.stderr.splitlines()
+    name = path.strip("[]").split(",")[-1]
+    assert line == f"model.data.{key}={name}: cannot be read (No such file or directory)"
+    assert imports and not any(each.endswith(" torch") for each in imports)
+
+
 @pytest.mark.parametrize("flags", [["--cfg", "job"], ["--help"]])
 def test_printing_the_settings_imports_no_torch(flags: list[str], folder: Path) -> None:
     result = run("-X", "importtime", str(TRAIN), *flags, cwd=folder)
     assert result.returncode == 0
     assert "tensor_model_parallel_size: 1" in result.stdout
     assert " torch" not in result.stderr
+
+
+@pytest.mark.parametrize("name", ["plan", "generate"])
+def test_help_begins_with_what_the_example_is_for(name: str, folder: Path) -> None:
+    example = ROOT / f"examples/{name}.py"
+    result = run(str(example), "--help", cwd=folder)
+    assert result.stdout.splitlines()[:2] == [ast.get_docstring(ast.parse(example.read_text())), ""]

@@ -101,6 +101,7 @@ def test_every_model_builds_in_parts_that_add_up(name: str) -> None:
         ("neva_finetune", "llava_tiny", 8),
         ("neva_finetune", "llava_7b", 1),
         ("neva_finetune", "llava_llama3_8b", 1),
+        ("neva_finetune", "llama3_70b", 1),
         ("qwen2_vl_finetune", "qwen2_vl_tiny", 8),
         ("qwen2_vl_finetune", "qwen2_vl_72b", 1),
         ("qwen3_vl_finetune", "qwen3_vl_tiny", 8),

@@ -11,6 +11,7 @@ import torch
 from distributed import run_ranks
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from test_cli import TRAIN, metrics, run
+from test_cross_entropy import samples_of as partly_labelled
 from test_families import TINY, assert_same_run, build_all, make_layout, micro_batches, run_of, steps_of
 from test_generation import MODELS, asked_of, continued, expected_of, samples_of, starting_run
 
@@ -107,6 +108,43 @@ def test_text_alone_trains_a_vision_language_model(name: str, transformer_impl: 
     assert len(text) == 8
     grad_norm, num_images = run_ranks(train_on, 1, settled, make_layout(settled, 1), text)[0]
     assert num_images == 0 and grad_norm > 0
+
+
+def in_micro_batches(run: RunConfig, sizes: tuple[int, ...]) -> list[tuple[float, float, float]]:
+    """Loss, gradient norm and tokens of the same step, by micro-batches of each size."""
+    found = []
+    for size in sizes:
+        layout = make_layout(replace(run, step=replace(run.step, micro_batch_size=size)), 1)
+        groups.initialize(layout, seed=1)
+        result = make_engine(run, layout, build_all(run, layout)[0]).step(
+            micro_batches(layout, partly_labelled(run, 0)), lr=1e-3
+        )
+        found.append((result.loss, result.grad_norm, result.counts[0]))
+        groups.shut_down()
+    return found
+
+
+@pytest.mark.parametrize("transformer_impl", ["local", "auto"])
+@pytest.mark.parametrize("name", ["gpt", "llava", "qwen2_vl"])
+def test_micro_batches_without_a_label_train_nothing(name: str, transformer_impl: str) -> None:
+    """Every second pair of samples has none; all of them together have some."""
+    settled = run_of(name, TINY[name])
+    settled = replace(settled, step=replace(settled.step, transformer_impl=transformer_impl))
+    by_pairs, at_once = run_ranks(in_micro_batches, 1, settled, (2, 8))[0]
+    assert_same_run([by_pairs], [at_once], loss=1e-3, norm=1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_context_parallel_rank_without_labels_trains_as_one_process(tmp_path: Path) -> None:
+    """Many answers are one letter, which ends its sample: one of the ranks has it."""
+    steps = ("trainer.max_steps=4", "trainer.precision=32", "model.micro_batch_size=1", "model.data.num_workers=0")
+    for parallel, devices in (("single", 1), ("cp2", 2)):
+        where = (f"parallel={parallel}", f"trainer.devices={devices}", f"exp_manager.name={parallel}")
+        result = run(str(TRAIN), *steps, *where, "trainer.accelerator=gpu", cwd=tmp_path, forked=False)
+        assert result.returncode == 0, result.stderr
+    for got, expected in zip(metrics(tmp_path, "cp2"), metrics(tmp_path, "single"), strict=True):
+        assert got["reduced_train_loss"] == pytest.approx(expected["reduced_train_loss"], rel=1e-3)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
 
 
 def answers_of(name: str, path: Path) -> list[list[int]]:

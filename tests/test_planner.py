@@ -398,6 +398,7 @@ def test_the_searched_layout_is_a_file_of_the_group(tmp_path: Path) -> None:
     run = replace(run, model=replace(run.model, mm_cfg=replace(run.model.mm_cfg, image_token_index=32000)))
     wanted = PlanConfig(search=True, search_file=str(tmp_path / "parallel/planned.yaml"))
     best = search.best(run, wanted)
+    assert Path(wanted.search_file).read_text().splitlines()[1] == "# Searched for llava of 32 layers on 8 x h100."
     store_defaults()
     places = [f"hydra.searchpath=[file://{tmp_path}]", "parallel=planned"]
     with initialize_config_dir(str(CONF), version_base="1.3"):

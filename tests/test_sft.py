@@ -420,9 +420,8 @@ def test_the_demo_writes_no_corpus_beside_other_data(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_missing_is_named(impl: str, says: str) -> None:
-    run = run_of("gpt", family("gpt", "tiny").config())
     with pytest.raises(ConfigError, match=f"^model.data.data_path=null: give .*{says}"):
-        experiment.open_data(replace(run, data=DataConfig(data_impl=impl)))
+        experiment.find_data(DataConfig(data_impl=impl))
 
 
 # Learnt by heart

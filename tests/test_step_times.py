@@ -40,6 +40,16 @@ def test_the_rank_that_the_others_wait_for_is_told() -> None:
         assert times.summary().endswith(f"; and {told} s for checkpoints")
 
 
+def test_profiled_steps_do_not_count(tmp_path: Path) -> None:
+    """A run that ends with them tells of them."""
+    module = SimpleNamespace(times=StepTimes())
+    Profile(tmp_path).on_train_start(None, module)
+    for seconds, told in ((7.0, f"7 s a step, the mean of {LAST}"), (3.0, "3 s a step, the mean of 2")):
+        for _ in range(LAST if seconds == 7.0 else 2):
+            module.times.tell([[seconds, 0.0, 0.0, 0.0, 0.0, 0.0]])
+        assert module.times.summary().startswith(f"{told}:")
+
+
 def test_what_a_step_waits_for(monkeypatch) -> None:
     """By a clock that the test moves: data, then the phases, a save on top; validation nowhere."""
     now = 100.0

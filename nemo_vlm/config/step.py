@@ -43,7 +43,7 @@ class ParallelConfig:
 class StepConfig:
     """`model.*`, one optimizer step: batch sizes, loss, recomputation, kernels."""
 
-    micro_batch_size: int = 4
+    micro_batch_size: int = 1
     global_batch_size: int = 32
     rampup_batch_size: tuple[int, int, int] | None = None  # first global batch, increment, samples until the full one
     # token: mean over all trained tokens of the global batch; sample: mean of the samples' means;

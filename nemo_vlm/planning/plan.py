@@ -134,7 +134,8 @@ def settle(run: RunConfig) -> tuple[RunConfig, list[str]]:
     size = run.model.vocab_size or demo_vocabulary(run)
     if size is None:
         raise ConfigError(f"model.vocab_size=null: model.tokenizer.type={name} is not here to tell it; give it")
-    note = f"model.tokenizer.type={name}: not here; planned with a vocabulary of {size}"
+    absent = ": not here" if run.tokenizer.place else ""
+    note = f"model.tokenizer.type={name}{absent}; planned with a vocabulary of {size}"
     return replace(run, model=replace(run.model, vocab_size=size)), [note]
 
 
@@ -149,7 +150,7 @@ def demo_vocabulary(run: RunConfig) -> int | None:
 
 def absent_data(run: RunConfig) -> list[str]:
     halves = ("", "/.nv-meta/dataset.yaml") if run.data.has_records else ("", ".idx", "_text_document.idx")
-    files = {path: [Path(path + half) for half in halves] for path in run.data.files or ("null",)}
+    files = {path: [Path(path + half) for half in halves] for path in run.data.files}
     absent = [path for path, names in files.items() if not any(name.is_file() for name in names)]
     return [f"model.data.data_path={path}: not here; the plan does not need it" for path in absent]
 

@@ -335,7 +335,7 @@ def write(run: RunConfig, wanted: PlanConfig, path: Path) -> None:
     """
     keys = {key: getattr(run.parallel, key) for key in SEARCHED}
     keys |= {key: getattr(run.step, key) for key in ("micro_batch_size", *OF_RECOMPUTATION)}
-    told = f"# Searched for {run.model.num_layers} layers on {ranks(run)} x {wanted.hardware}."
+    told = f"# Searched for {run.family} of {run.model.num_layers} layers on {ranks(run)} x {wanted.hardware}."
     lines = ["# @package model", told, *(f"{key}: {json.dumps(value)}" for key, value in keys.items())]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -134,7 +134,8 @@ def in_words(work: Workload, lacks_image: bool) -> str:
     seen = f", {work.visual_tokens:,} of them of images in {work.patches:,} patches" if work.visual_tokens else ""
     if lacks_image:
         seen = " without an image, which has no room in model.encoder_seq_length"
+    samples = "1 sample" if work.samples == 1 else f"{work.samples} samples"
     return (
-        f"a micro-batch is counted as {work.samples} samples of {work.tokens // work.samples:,} tokens{seen} "
+        f"a micro-batch is counted as {samples} of {work.tokens // work.samples:,} tokens{seen} "
         "(plan_tokens and plan_images say otherwise)"
     )

@@ -43,6 +43,9 @@ class Profile(Callback):
             profile_memory=True,
         )
 
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        module.times.unlike = LAST  # the mean at the end is of steps that nobody watches
+
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *unused: Any) -> None:
         self.steps += 1
         if self.steps == FIRST - 2:

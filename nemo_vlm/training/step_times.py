@@ -29,11 +29,14 @@ class StepTimes:
     """The steps of this rank and process, each from the end of the one before it.
 
     What saving takes belongs to no step but is told with the next one; validation is told nowhere.
+
+    Attributes:
+        unlike: the first steps, which are unlike the others and do not count at the end.
     """
 
     def __init__(self) -> None:
         self.start, self.data_wait, self.stall = time.perf_counter(), 0.0, 0.0
-        self.steps, self.totals = 0, Counter[str]()
+        self.steps, self.unlike, self.totals = 0, 1, Counter[str]()
 
     def restart(self) -> None:
         """The next step begins now."""
@@ -70,14 +73,14 @@ class StepTimes:
         rows = [dict(zip(COLUMNS, seconds, strict=True)) for seconds in ranks]
         slowest = max(rows, key=lambda row: sum(row[column] for column in OWN_WORK))
         self.steps += 1
-        if self.steps == 2:
-            self.totals.clear()  # the first step of a process is unlike the others
+        if self.steps == self.unlike + 1:
+            self.totals.clear()
         self.totals.update(slowest)
         return slowest
 
     def summary(self) -> str:
-        """Means and shares of the steps of this process; the first one does not count."""
-        counted = max(self.steps - 1, 1)
+        """Means and shares of the steps of this process that count; of all, where there are no others."""
+        counted = self.steps - self.unlike if self.steps > self.unlike else self.steps
         step = self.totals[STEP]
         shares = {name: self.totals[column] / step for column, name in WITHIN.items()}
         shares["other"] = 1 - sum(shares.values())
