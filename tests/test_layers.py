@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
-from test_families import TINY, build, one_rank
+from test_families import TINY, build, micro_batches, one_rank, run_of
 from torch import Tensor
 
 from nemo_vlm.batch import collate
@@ -18,6 +19,7 @@ from nemo_vlm.mcore.linear import Product
 from nemo_vlm.mcore.norms import Normalization
 from nemo_vlm.mcore.swiglu import SwiGLU
 from nemo_vlm.models.base import family
+from nemo_vlm.training.build import build_engine
 
 
 def plain_swiglu(both: Tensor) -> Tensor:
@@ -97,3 +99,19 @@ def test_the_norm_of_many_gradients_is_exact() -> None:
     with one_rank(TINY["gpt"]):
         found = get_grad_norm_fp32(grads, grad_stats_parallel_group=torch.distributed.group.WORLD)
     assert found == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_weight_that_a_step_does_not_reach_has_no_gradient() -> None:
+    """The products' weights are not zeroed ahead of a step, see mcore.replicated.add_to_buffers."""
+    run, layout = run_of("gpt", TINY["gpt"]), one_process(TINY["gpt"], 2)
+    samples = family("gpt", "tiny").samples(run.model, 2, torch.Generator().manual_seed(0))
+    with one_rank(TINY["gpt"]):
+        engine = build_engine(run, layout)
+        engine.step(micro_batches(layout, samples), lr=1e-3)
+        updater: Any = engine.updater
+        (buffer,) = [buffer for module in updater.modules for buffer in module.buffers]
+        assert buffer.grad_data.count_nonzero() > 0.9 * len(buffer.grad_data)
+        updater.start()
+        assert buffer.grad_data.any(), "or there is nothing to see here"
+        updater.finalize(updater.modules, torch.tensor(1))
+        assert not buffer.grad_data.any()

@@ -68,7 +68,7 @@ class Product(torch.autograd.Function):
         grad, hidden = grad.flatten(0, -2), hidden.flatten(0, -2)
         if ctx.buffered is None:
             return of_hidden, grad.t() @ hidden, None
-        add_product(hidden, grad, ctx.buffered.main_grad)
+        add_product(hidden, grad, ctx.buffered.main_grad, first=not ctx.buffered.grad_added_to_main_grad)
         ctx.buffered.grad_added_to_main_grad = True
         return of_hidden, torch.empty_like(weight), None  # Megatron's hook waits for one, and throws it away
 

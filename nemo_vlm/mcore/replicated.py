@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from nemo_vlm.mcore import cpu, groups
 from nemo_vlm.mcore.cross_entropy import OutputLayer
+from nemo_vlm.mcore.linear import ColumnLinear, RowLinear, alone
 from nemo_vlm.mcore.updates import (
     MOMENTS,
     Shard,
@@ -49,9 +51,10 @@ class Replicated:
             DistributedDataParallel(self.config, ddp, stage, disable_bucketing=number > 0)
             for number, stage in enumerate(stages)
         ]
+        self.replaced: list[nn.Parameter] = []
         for module in self.modules:
             if cpu.device().type == "cpu":
-                add_to_buffers(module)
+                self.replaced += add_to_buffers(module)
             if ddp.overlap_param_gather:
                 wait_for_patches(module)
         settings = optimizer_config(updates, self.config.params_dtype)
@@ -105,6 +108,9 @@ class Replicated:
     def finalize(self, modules: list[nn.Module], num_tokens: Tensor | None, **unused: Any) -> None:
         """The division waits for `update`, which clips in the same pass over the gradients."""
         assert num_tokens is not None
+        for weight in self.replaced:
+            if not weight.grad_added_to_main_grad:
+                weight.main_grad.zero_()
         finalize_model_grads(modules, None, **unused)
         self.num_tokens = groups.from_last_stage(num_tokens)
         every = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -196,15 +202,31 @@ class Replicated:
                     copy.data.copy_(parameter.data)
 
 
-def add_to_buffers(module: DistributedDataParallel) -> None:
+def add_to_buffers(module: DistributedDataParallel) -> list[nn.Parameter]:
     """Let the linear layers add their weights' gradients to the buffers, instead of making them first.
 
     Not by the model's config, as on GPUs (mcore.config): on a CPU models are differentiated without buffers as well,
     where there would be nothing to add to. The output layer makes its gradients itself.
+
+    Returns:
+        Weights that a step does not start with zeros for: the first gradient takes the place of the last step's.
     """
+    replaced: list[nn.Parameter] = []
     for linear in module.modules():
         if isinstance(linear, ColumnParallelLinear | RowParallelLinear) and not isinstance(linear, OutputLayer):
             linear.gradient_accumulation_fusion = True
+            if isinstance(linear, ColumnLinear | RowLinear) and alone(linear) and linear.weight.requires_grad:
+                replaced.append(linear.weight)
+    known = set(replaced)
+    for buffer in module.buffers + module.expert_parallel_buffers:
+        others = [parameter.main_grad for parameter in buffer.params if parameter not in known]
+        buffer.reset = partial(zero, others)
+    return replaced
+
+
+def zero(tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.zero_()
 
 
 def scale_grads(optimizer: torch.optim.Optimizer, scale: float) -> None:
