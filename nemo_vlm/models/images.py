@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal
 
 import numpy
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from nemo_vlm.batch import RGB, Images
@@ -28,6 +28,7 @@ DRAFT = 1.5
 # What Pillow's readers raise of damaged files, RuntimeError and TypeError in rarer formats
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, struct.error)
 
+ImageFile.MAXBLOCK = 2**20  # bytes that Pillow reads and hands over in one piece: most images; by 64 KB they are joined
 # By EXIF's orientation, as PIL.ImageOps.exif_transpose
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
