@@ -86,7 +86,8 @@ class Images:
         return self.pixel_values.unflatten(1, (-1, len(self.mean))).transpose(1, 2)
 
     def with_all_frames(self) -> Images:
-        """With each frame of a patch, also where they are equal, of uint8."""
+        """With each frame of a patch, also where they are equal."""
+        assert self.pixel_values.dtype == torch.uint8, "normalised pixels have all frames"
         return replace(self, pixel_values=self.pixel_values.repeat(1, self.copies), copies=1)
 
     def to(self, device: torch.device) -> Images:

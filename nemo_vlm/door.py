@@ -187,7 +187,7 @@ def one_line(error: Exception) -> str:
 
 
 def store_defaults() -> None:
-    """Offer the dataclasses' defaults to the composition, so that every key is there to be overridden."""
+    """Offer the dataclasses' defaults to the composition, so that every key is there, and --help its first lines."""
     store: Any = ConfigStore.instance()
     store.__deepcopy__ = lambda memo: store  # there is one; --help would copy it for every group that it lists
     store.store(group="trainer", name="base", node=plain_defaults(TrainerConfig))

@@ -6,7 +6,6 @@ Everything heavy is imported inside the tasks, so that the door answers --help a
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import importlib
 import logging
@@ -269,23 +268,27 @@ def find_data(data: DataConfig) -> None:
     """Ahead of everything that takes seconds to import; what is in the files is seen when they are opened.
 
     Raises:
-        ConfigError: no data are given, or a file of records is missing that no demo writes.
+        ConfigError: no data are given, or a file or folder of records is missing that no demo writes.
     """
     if not data.files:
         raise ConfigError(f"model.data.data_path=null: give {WANTED[data.data_impl]}")
     for key, paths in (("data_path", data.files), ("validation_path", data.validation_files)):
         for path in paths if data.has_records else ():
-            if not Path(path).exists() and Path(path).name not in demo_files(data):
-                raise ConfigError(f"model.data.{key}={path}: cannot be read ({os.strerror(errno.ENOENT)})")
+            try:
+                os.stat(path)
+            except OSError as error:
+                if Path(path) not in demo_files(data):
+                    raise ConfigError(f"model.data.{key}={path}: cannot be read ({error.strerror})") from None
 
 
-def demo_files(data: DataConfig) -> tuple[str, ...]:
+def demo_files(data: DataConfig) -> list[Path]:
     """What the demo data set that is wanted, if one is, writes where it is missing."""
-    return () if data.prepare is None else demo(data.prepare).FILES
+    first, names = Path(data.files[0]), () if data.prepare is None else demo(data).FILES
+    return [first.parent / name for name in names] if first.name in names else []
 
 
-def demo(name: str) -> Any:
-    return importlib.import_module(f"nemo_vlm.data.{name}")
+def demo(data: DataConfig) -> Any:
+    return importlib.import_module(f"nemo_vlm.data.{data.prepare}")
 
 
 def prepare(run: RunConfig) -> tuple[Plan, Any]:
@@ -329,9 +332,8 @@ def open_data(run: RunConfig) -> tuple[RunConfig, Any, Datasets]:
     from nemo_vlm.sources import chat_templates, starting
     from nemo_vlm.sources.tokenizers import load_tokenizer
 
-    path = Path(run.data.files[0])
-    if run.data.prepare is not None and path.name in demo_files(run.data):
-        demo(run.data.prepare).write(path.parent)
+    if demo_files(run.data):
+        demo(run.data).write(Path(run.data.files[0]).parent)
     tokenizer = load_tokenizer(run.tokenizer)
     run, grown = starting.with_tokenizer(run, tokenizer)
     left_out = chat_templates.leave_out_foreign(tokenizer, run.model, run.data)

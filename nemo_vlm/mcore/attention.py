@@ -40,17 +40,20 @@ class CoreAttention(torch.nn.Module):
         Packed samples come without the batch: query [t, heads, d], key and value [t, groups, d] -> [t, heads * d].
         """
         if packed_seq_params is None:
-            parts = [part.permute(1, 2, 0, 3) for part in (query, key, value)]
+            parts = [together(part.permute(1, 2, 0, 3)) for part in (query, key, value)]
             return self.attend(*parts).permute(2, 0, 1, 3).flatten(2)
-        lengths = packed_seq_params.lengths
+        parts = [together(part.transpose(0, 1)[None]) for part in (query, key, value)]
         # split, not slices: the backward of n slices fills n tensors of the full length
-        samples = zip(*(part.transpose(0, 1)[None].split(lengths, 2) for part in (query, key, value)), strict=True)
-        out = torch.cat([self.attend(*sample) for sample in samples], 2)
-        return out.squeeze(0).transpose(0, 1).flatten(1)  # an index's backward pass fills another tensor
+        samples = zip(*(part.split(packed_seq_params.lengths, 2) for part in parts), strict=True)
+        out = torch.cat([self.attend(*sample).transpose(1, 2) for sample in samples], 1)
+        return out.squeeze(0).flatten(1)  # an index's backward pass fills another tensor
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Query [b, heads, s, d], key and value [b, groups, s, d] -> as query."""
         grouped = query.shape[1] != key.shape[1]
-        if query.device.type == "cpu":  # rows of a head that lie far apart cost a tenth more than these copies do
-            query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         return F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal, enable_gqa=grouped)
+
+
+def together(heads: Tensor) -> Tensor:
+    """[b, heads, s, d] as it is, on a CPU copied: rows of a head that lie far apart cost attention a tenth more."""
+    return heads.contiguous() if heads.device.type == "cpu" else heads

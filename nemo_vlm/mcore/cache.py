@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_vlm.mcore.rotary import turned_at_once
+
 
 class Cache:
     """What the layers of this pipeline stage keep of a batch.
@@ -73,10 +75,6 @@ class Cache:
             made.layers[layer] = keys, values
         return made
 
-    def turned(self, heads: Tensor) -> Tensor:
-        """As mcore.rotary.rotate, in few calls: those of a step weigh more than its numbers."""
-        return heads * self.cosine + heads.roll(heads.shape[-1] // 2, -1) * self.sine
-
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention of this pass's tokens to themselves and to all before them.
 
@@ -84,7 +82,7 @@ class Cache:
             query: [b, heads, s, d]; s is 1 in a step.
             key, value: [b, groups, s, d].
         """
-        query, key = self.turned(query), self.turned(key)
+        query, key = (turned_at_once(heads, self.cosine, self.sine) for heads in (query, key))
         grouped = query.shape[1] != key.shape[1]
         if not self.filled:
             room = (0, 0, 0, self.capacity - key.shape[2])

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from nemo_vlm.batch import Batch, round_up
 from nemo_vlm.mcore.attention import CoreAttention
-from nemo_vlm.mcore.cache import Cache
 from nemo_vlm.mcore.packed import PackedSamples, row_lengths
 from nemo_vlm.options import token_multiple
 
@@ -108,11 +107,11 @@ class ContextParallelAttention(CoreAttention):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Cache | None,
+        attention_mask: None,
         packed_seq_params: PackedSamples | None = None,
         **unused: Any,
     ) -> Tensor:
-        """As CoreAttention's, of this rank's part; a cache never comes, see inference.laid_out."""
+        """As CoreAttention's, of this rank's part."""
         if packed_seq_params is None:
             return self.attend_split(query, key, value, [len(query)])
         lengths = [length // self.ranks for length in packed_seq_params.lengths]

@@ -206,7 +206,7 @@ def sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
     """[] fp32. torch's norm takes one sum in fp32: of a large tensor it is off by a thousandth, and takes longer."""
     with without_redirection():
         parts = (part.float() for tensor in tensors for part in tensor.flatten().split(PART))
-        return torch.tensor(sum(part.dot(part).item() for part in parts))
+        return torch.tensor(sum((part.dot(part).item() for part in parts), 0.0))
 
 
 def as_list(sizes: Any) -> list[int] | None:

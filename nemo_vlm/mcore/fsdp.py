@@ -101,7 +101,7 @@ class FullySharded:
         torch._foreach_mul_([local(p.grad) for p in self.trained], 1.0 / (max(int(num_tokens), 1) * scale))
 
     def update(self) -> float:
-        squares = sum_of_squares([local(parameter.grad) for parameter in self.counted])
+        squares = local_squares([local(parameter.grad) for parameter in self.counted])
         torch.distributed.all_reduce(squares)
         norm = float((squares / self.num_copies).sqrt())
         if self.scaler:
@@ -184,10 +184,12 @@ def make_scaler(settings: megatron_optimizer.OptimizerConfig) -> DynamicGradScal
     )
 
 
-def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+def local_squares(tensors: list[Tensor]) -> Tensor:
+    """[] fp32, the sum of their squares; with tensor parallelism a rank may have none to count."""
     if cpu.device().type == "cpu":
         return cpu.sum_of_squares(tensors)
-    return torch.zeros((), device=cpu.device()) + sum(each.square() for each in torch._foreach_norm(tensors))
+    norms = torch._foreach_norm(tensors) if tensors else []
+    return torch.zeros((), device=cpu.device()) + sum(each.square() for each in norms)
 
 
 def local(tensor: Any) -> Tensor:

@@ -54,7 +54,8 @@ class Replicated:
         self.replaced: list[nn.Parameter] = []
         for module in self.modules:
             if cpu.device().type == "cpu":
-                self.replaced += add_to_buffers(module)
+                add_to_buffers(module)
+                self.replaced += keep_unzeroed(module)
             if ddp.overlap_param_gather:
                 wait_for_patches(module)
         settings = optimizer_config(updates, self.config.params_dtype)
@@ -202,26 +203,32 @@ class Replicated:
                     copy.data.copy_(parameter.data)
 
 
-def add_to_buffers(module: DistributedDataParallel) -> list[nn.Parameter]:
+def add_to_buffers(module: DistributedDataParallel) -> None:
     """Let the linear layers add their weights' gradients to the buffers, instead of making them first.
 
     Not by the model's config, as on GPUs (mcore.config): on a CPU models are differentiated without buffers as well,
     where there would be nothing to add to. The output layer makes its gradients itself.
-
-    Returns:
-        Weights that a step does not start with zeros for: the first gradient takes the place of the last step's.
     """
-    replaced: list[nn.Parameter] = []
     for linear in module.modules():
         if isinstance(linear, ColumnParallelLinear | RowParallelLinear) and not isinstance(linear, OutputLayer):
             linear.gradient_accumulation_fusion = True
-            if isinstance(linear, ColumnLinear | RowLinear) and alone(linear) and linear.weight.requires_grad:
-                replaced.append(linear.weight)
-    known = set(replaced)
+
+
+def keep_unzeroed(module: DistributedDataParallel) -> list[nn.Parameter]:
+    """Spare a step a pass over its gradients: the first of a weight takes the place of the last step's.
+
+    So where mcore.linear.Product makes all of a weight's gradient: nothing else may read such a weight while gradients
+    are taken. Megatron zeroes a buffer as a whole; here its `reset` zeroes the other parameters alone.
+
+    Returns:
+        These weights, of which those that a step does not reach are still to be zeroed.
+    """
+    linears = [each for each in module.modules() if isinstance(each, ColumnLinear | RowLinear) and alone(each)]
+    weights = {linear.weight: None for linear in linears if linear.weight.requires_grad}
     for buffer in module.buffers + module.expert_parallel_buffers:
-        others = [parameter.main_grad for parameter in buffer.params if parameter not in known]
+        others = [parameter.main_grad for parameter in buffer.params if parameter not in weights]
         buffer.reset = partial(zero, others)
-    return replaced
+    return list(weights)
 
 
 def zero(tensors: list[Tensor]) -> None:
@@ -230,7 +237,7 @@ def zero(tensors: list[Tensor]) -> None:
 
 
 def scale_grads(optimizer: torch.optim.Optimizer, scale: float) -> None:
-    """At its next step; torch's fused kernel divides by itself, which spares a pass over the gradients."""
+    """For the optimizer's next step: torch's fused kernel does it then and spares a pass; others' are scaled here."""
     if isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["fused"]:
         optimizer.grad_scale = torch.tensor(1.0 / scale, device=cpu.device())  # type: ignore[attr-defined]
         return
