@@ -13,7 +13,8 @@ random weights and read the same samples, which stand in memory, in the same ord
   nor do its linear layers add gradients to Megatron's buffers by themselves, as ours are made to
 
 Each side is a process of its own, and the others wait while one has its turn of a step; every second round goes
-backwards, and a round before them warms up. Losses are compared step by step.
+backwards, and a round before them warms up. Losses of the first ten
+steps are compared one by one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from side_by_side import report, row
 from trainers import Job, Turns, bare, hugging_face, ours, trainer_flags, trainer_settings
 
 STEPS = 1  # of a turn
+COMPARED = 10  # losses of each side
 Side = Callable[[Job, Turns], None]
 Told = list[tuple[float, list[float]]]  # of each turn, seconds a step and losses
 
@@ -119,8 +121,8 @@ def compared(name: str, told: Mapping[str, Told], peer: str, goal: str) -> dict[
 
 
 def losses(name: str, told: Mapping[str, Told]) -> Iterator[dict[str, Any]]:
-    """How far those of the steps are apart, at most."""
-    found = {side: [loss for _, some in turns for loss in some] for side, turns in told.items()}
+    """How far those of the first steps are apart, at most; from step to step differences in rounding grow."""
+    found = {side: [loss for _, some in turns for loss in some][:COMPARED] for side, turns in told.items()}
     mine = found.pop("ours")
     for peer, theirs in found.items():
         apart = max(abs(one - two) for one, two in zip(mine, theirs, strict=True))

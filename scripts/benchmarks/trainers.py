@@ -19,7 +19,7 @@ from nemo_vlm.batch import IGNORE_INDEX, Batch, Images, Sample, collate
 from nemo_vlm.config import RunConfig
 
 LR, CLIP = 1e-4, 1.0
-ROUNDS = 11  # short ones: on a shared machine what disturbs one is gone in the next
+ROUNDS = 17  # short ones: on a shared machine what disturbs one is gone in the next
 
 
 def trainer_flags(description: str | None) -> argparse.ArgumentParser:
