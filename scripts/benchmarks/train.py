@@ -13,8 +13,7 @@ random weights and read the same samples, which stand in memory, in the same ord
   nor do its linear layers add gradients to Megatron's buffers by themselves, as ours are made to
 
 Each side is a process of its own, and the others wait while one has its turn of a step; every second round goes
-backwards, and a round before them warms up. Losses of the first ten
-steps are compared one by one.
+backwards, and a round before them warms up. Losses of the first ten steps are compared one by one.
 """
 
 from __future__ import annotations
