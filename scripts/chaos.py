@@ -99,12 +99,14 @@ def wait_for_marker(process: subprocess.Popen, options: argparse.Namespace, draw
 
 def markers(options: argparse.Namespace) -> set[tuple[str, int]]:
     """Those of checkpoints being written, not removed; one of the same name that was made anew counts as another."""
-    names = sorted(path.name for path in checkpoints(options).glob("step_*"))
-    newest = [name for name in names[-2:] if name.endswith("-unfinished")]
-    found = set()
-    for name in newest:
+    folder, found = checkpoints(options), set()
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError):  # a run that begins anew moves away what one without a checkpoint left
+        names = sorted(name for name in os.listdir(folder) if name.startswith("step_"))
+    for name in names[-2:]:
         with contextlib.suppress(FileNotFoundError):
-            found.add((name, (checkpoints(options) / name).stat().st_mtime_ns))
+            if name.endswith("-unfinished"):
+                found.add((name, (folder / name).stat().st_mtime_ns))
     return found
 
 
