@@ -5,8 +5,9 @@
 - Images a second of one core, from the file to the patches that leave a worker (`Views.pixels`). The limit is what
   Pillow alone takes to decode the same JPEGs and to resize them to the same size with its bicubic filter, for LLaVA's
   padding on the same square canvas. The files are crops of the two photographs that scikit-learn brings, in COCO's
-  sizes; turns are many and short. Beside it the families' processors of transformers, backend pil, which normalise
-  too: ours does that where the model is, and what it costs there is told.
+  sizes; turns are many and short, and each side is a process of its own on the same core, whose time is counted.
+  Beside it the families' processors of transformers, backend pil, which normalise too: ours does that where the model
+  is, and what it costs there is told.
 - image_draft=true beside full decoding, of photographs of some twelve million pixels, and how far their pixels differ.
 - Samples a second of LLaVA's loader with one worker, tokens and batches included, beside Energon's with a task encoder
   that resizes, crops and stacks.
@@ -23,11 +24,12 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,8 @@ import numpy
 import torch
 import transformers
 from megatron.energon import DefaultTaskEncoder, SampleDecoder, VQASample, WorkerConfig, get_loader, get_val_dataset
-from PIL import Image, ImageOps
-from side_by_side import by_turns, flags, report, row
+from PIL import Image, ImageFile, ImageOps
+from side_by_side import by_turns, flags, in_turn, report, row
 from sklearn.datasets import load_sample_images
 
 from nemo_vlm.config import DataConfig, RunConfig
@@ -146,13 +148,45 @@ def image_path(paths: Sequence[Path], rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def beside(case: Case, peer: str, way: Callable[[Path], Any], paths: Sequence[Path], turns: int) -> dict[str, Any]:
-    ways = {"ours": partial(every, case.patches, paths), "peer": partial(every, way, paths)}
-    ours, theirs = ([len(paths) / each for each in found] for found in by_turns(ways, turns).values())
+    ways = {"ours": partial(every, case.patches, paths), "peer": partial(plain, partial(every, way, paths))}
+    ours, theirs = ([len(paths) / each for each in found] for found in on_one_core(ways, turns).values())
     return row(f"{case.name}: {peer}", ours, theirs, "images/s", GOALS.get(peer, ""))
 
 
 def every(way: Callable[[Path], Any], paths: Sequence[Path]) -> list[Any]:
+    """All together, as a batch has them."""
     return [way(path) for path in paths]
+
+
+def plain(way: Way) -> None:
+    """With what models.images sets in Pillow as Pillow has it."""
+    Image.core.set_blocks_max(0)
+    ImageFile.MAXBLOCK = 2**16
+    way()
+
+
+def on_one_core(ways: Mapping[str, Way], rounds: int) -> dict[str, list[float]]:
+    """As by_turns, of the core's time, each in a process of its own: memory that one keeps does not serve the other."""
+    context, lines = get_context("fork"), {}
+    for name, way in ways.items():
+        lines[name], theirs = context.Pipe()
+        context.Process(target=serve, args=(way, theirs), daemon=True).start()
+        theirs.close()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for name in in_turn(ways, rounds):
+        lines[name].send(True)
+        seconds[name].append(lines[name].recv())
+    for line in lines.values():
+        line.send(False)
+    return {name: found[1:] for name, found in seconds.items()}
+
+
+def serve(way: Way, line: Connection) -> None:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    while line.recv():
+        start = time.process_time()
+        way()
+        line.send(time.process_time() - start)
 
 
 def cropped(path: Path) -> Image.Image:

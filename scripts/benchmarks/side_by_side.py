@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,13 +34,17 @@ def flags(description: str | None, rounds: int | None = 5) -> argparse.ArgumentP
 def by_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each way in each round; every second round goes backwards, and one before them warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for name in in_turn(ways, rounds):
+        start = time.perf_counter()
+        ways[name]()
+        seconds[name].append(time.perf_counter() - start)
+    return {name: found[1:] for name, found in seconds.items()}
+
+
+def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """Whose turn it is: every second round goes backwards, and one before them warms up."""
     for number in range(-1, rounds):
-        for name in list(ways)[:: -1 if number % 2 else 1]:
-            start = time.perf_counter()
-            ways[name]()
-            if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+        yield from list(names)[:: -1 if number % 2 else 1]
 
 
 def row(name: str, ours: Figures, peer: Figures | None, unit: str, goal: str = "") -> dict[str, Any]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import report, row
+from side_by_side import in_turn, report, row
 from trainers import Job, Turns, bare, hugging_face, ours, trainer_flags, trainer_settings
 
 STEPS = 1  # of a turn
@@ -98,10 +98,9 @@ def take_turns(job: Job, sides: Mapping[str, Side], rounds: int) -> dict[str, To
         processes[-1].start()
         theirs.close()
     told: dict[str, Told] = {name: [] for name in sides}
-    for number in range(-1, rounds):
-        for name in list(sides)[:: -1 if number % 2 else 1]:
-            lines[name].send("go on")
-            told[name].append(lines[name].recv())
+    for name in in_turn(sides, rounds):
+        lines[name].send("go on")
+        told[name].append(lines[name].recv())
     for name in sides:
         lines[name].send("end")
     for process in processes:
