@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_vlm import layout as layouts
 from nemo_vlm import logs, options, typed
 from nemo_vlm.command_line import given_keys
-from nemo_vlm.config import DataConfig, RunConfig, TrainerConfig
+from nemo_vlm.config import RunConfig, TrainerConfig
 from nemo_vlm.config.peft import check_given
 from nemo_vlm.config.plan import PlanConfig
+from nemo_vlm.data import presence
 from nemo_vlm.errors import ConfigError, Stopped
 from nemo_vlm.inference.settings import EvaluateConfig, GenerateConfig, NevaInferenceConfig
 from nemo_vlm.models.base import family, starts
@@ -39,12 +38,6 @@ if TYPE_CHECKING:
     from nemo_vlm.training.module import Plan
 
 Task = Callable[[dict[str, Any]], None]
-WANTED = {  # by model.data.data_impl
-    "json": "a JSON or JSONL of conversations, or choose data=digits_vqa or docstring_questions",
-    "energon": "a folder of tars of scripts/prepare_wds.py or of Megatron-Energon",
-    "mmap": "the prefix of a .bin and .idx, or choose data=docstrings",
-    "sft_idxmap": "the prefix of a .bin and .idx of scripts/prepare_sft_idxmap.py",
-}
 LAST = 20  # steps whose mean loss is told at the end
 log = logging.getLogger("nemo_vlm")
 
@@ -52,7 +45,7 @@ log = logging.getLogger("nemo_vlm")
 def train(tree: dict[str, Any]) -> None:
     """Train a model and write its .nemo archive."""
     run = read(tree)
-    find_data(run.data)
+    presence.check(run.data)
     plan, tokenizer = prepare(run)
 
     from nemo_vlm.training.exp_manager import archive_version
@@ -184,7 +177,7 @@ def show(tree: dict[str, Any]) -> None:
     config = split_off(tree)
     with logs.only_warnings(config.json):
         run = read(tree)
-        find_data(run.data)
+        presence.check(run.data)
         layout = layouts.resolve(run, machine.num_gpus(run.trainer.accelerator), os.environ)
         run, tokenizer, datasets = open_data(run)
         show_data.show(config, run, layout, datasets.train, tokenizer)
@@ -264,33 +257,6 @@ def read(tree: Mapping[str, Any]) -> RunConfig:
     return run
 
 
-def find_data(data: DataConfig) -> None:
-    """Ahead of everything that takes seconds to import; what is in the files is seen when they are opened.
-
-    Raises:
-        ConfigError: no data are given, or a file or folder of records is missing that no demo writes.
-    """
-    if not data.files:
-        raise ConfigError(f"model.data.data_path=null: give {WANTED[data.data_impl]}")
-    for key, paths in (("data_path", data.files), ("validation_path", data.validation_files)):
-        for path in paths if data.has_records else ():
-            try:
-                os.stat(path)
-            except OSError as error:
-                if Path(path) not in demo_files(data):
-                    raise ConfigError(f"model.data.{key}={path}: cannot be read ({error.strerror})") from None
-
-
-def demo_files(data: DataConfig) -> list[Path]:
-    """What the demo data set that is wanted, if one is, writes where it is missing."""
-    first, names = Path(data.files[0]), () if data.prepare is None else demo(data).FILES
-    return [first.parent / name for name in names] if first.name in names else []
-
-
-def demo(data: DataConfig) -> Any:
-    return importlib.import_module(f"nemo_vlm.data.{data.prepare}")
-
-
 def prepare(run: RunConfig) -> tuple[Plan, Any]:
     """Everything else that can be known before a rank starts: layout resolved, machine checked, data found.
 
@@ -332,8 +298,7 @@ def open_data(run: RunConfig) -> tuple[RunConfig, Any, Datasets]:
     from nemo_vlm.sources import chat_templates, starting
     from nemo_vlm.sources.tokenizers import load_tokenizer
 
-    if demo_files(run.data):
-        demo(run.data).write(Path(run.data.files[0]).parent)
+    presence.write_demo(run.data)
     tokenizer = load_tokenizer(run.tokenizer)
     run, grown = starting.with_tokenizer(run, tokenizer)
     left_out = chat_templates.leave_out_foreign(tokenizer, run.model, run.data)

@@ -222,6 +222,14 @@ def test_missing_data_are_told_before_torch_is_imported(key: str, path: str, fol
     assert imports and not any(each.endswith(" torch") for each in imports)
 
 
+def test_missing_tokens_are_told_before_torch_is_imported(folder: Path) -> None:
+    result = run("-X", "importtime", str(ROOT / "examples/gpt_pretrain.py"), "model.data.data_path=away/a", cwd=folder)
+    assert result.returncode == 2
+    *imports, line = result.stderr.splitlines()
+    assert line == "model.data.data_path=away/a: away/a.bin: cannot be read (No such file or directory)"
+    assert imports and not any(each.endswith(" torch") for each in imports)
+
+
 @pytest.mark.parametrize("flags", [["--cfg", "job"], ["--help"]])
 def test_printing_the_settings_imports_no_torch(flags: list[str], folder: Path) -> None:
     result = run("-X", "importtime", str(TRAIN), *flags, cwd=folder)

@@ -18,10 +18,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from test_cli import ROOT
 from test_families import make_layout, run_of
 
-from nemo_vlm import experiment
 from nemo_vlm.batch import IGNORE_INDEX, Batch, Sample
 from nemo_vlm.config import DataConfig, RunConfig, StepConfig
-from nemo_vlm.data import docstring_questions, prepare_sft
+from nemo_vlm.data import docstring_questions, prepare_sft, presence
 from nemo_vlm.data.idxmap import PackedDocuments
 from nemo_vlm.data.loader import Share, training_loader
 from nemo_vlm.data.opening import open_datasets, open_tokenized
@@ -421,7 +420,7 @@ def test_the_demo_writes_no_corpus_beside_other_data(tmp_path: Path) -> None:
 )
 def test_what_is_missing_is_named(impl: str, says: str) -> None:
     with pytest.raises(ConfigError, match=f"^model.data.data_path=null: give .*{says}"):
-        experiment.find_data(DataConfig(data_impl=impl))
+        presence.check(DataConfig(data_impl=impl))
 
 
 # Learnt by heart

@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from nemo_vlm.data.preparation import tokenize
-from nemo_vlm.data.tokenization import Tokenization
 from nemo_vlm.data.tokenizer import train_chat_tokenizer
 from nemo_vlm.files import made_once
 
@@ -91,6 +89,9 @@ def write(folder: Path, sources: Path = STDLIB) -> None:
 
 
 def _write(folder: Path, sources: Path) -> None:
+    from nemo_vlm.data.preparation import tokenize  # which imports Megatron
+    from nemo_vlm.data.tokenization import Tokenization
+
     found = list(extract(sources))
     random.Random(0).shuffle(found)  # so that any share of them has something of all
     with open(folder / TEXTS, "w", encoding="utf-8") as file:

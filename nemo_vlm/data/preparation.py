@@ -14,7 +14,8 @@ from nemo_vlm.data.pool import mapped
 from nemo_vlm.data.skipped import Skipped
 from nemo_vlm.data.tokenization import EMPTY, Ids, Piece, Tokenization
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.mcore.indexed import Builder, dtype_for, output_prefix, suffixed, written_together
+from nemo_vlm.formats.mmididx import suffixed
+from nemo_vlm.mcore.indexed import Builder, dtype_for, output_prefix, written_together
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import json
 import logging
 import math
@@ -23,6 +22,7 @@ from nemo_vlm import checkpoints
 from nemo_vlm import layout as layouts
 from nemo_vlm.config import ExpManagerConfig, LanguageConfig, RunConfig
 from nemo_vlm.config.plan import PlanConfig
+from nemo_vlm.data import presence
 from nemo_vlm.data.tokenizer import tokenizer_exists
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import written_whole
@@ -143,7 +143,7 @@ def demo_vocabulary(run: RunConfig) -> int | None:
     """Of the tokenizer that a demo's data bring along when they are written, if that is the run's."""
     if run.data.prepare is None or run.tokenizer.type is None or not run.data.files:
         return None
-    demo = importlib.import_module(f"nemo_vlm.data.{run.data.prepare}")
+    demo = presence.demo(run.data)
     brought = os.path.abspath(Path(run.data.files[0]).parent / demo.TOKENIZER)
     return demo.NUM_TOKENS if os.path.abspath(run.tokenizer.type) == brought else None
 
