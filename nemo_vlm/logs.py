@@ -27,7 +27,7 @@ UNHELPFUL_WARNINGS = (  # true of every run here, and of no use to its user
 
 def set_up_logging() -> None:
     """Our own lines, from the first rank of each node; of the libraries' warnings the helpful ones."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = (os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0") == "0"
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO if first else logging.ERROR)
     logging.getLogger("megatron").setLevel(logging.WARNING)
     for message in UNHELPFUL_WARNINGS:

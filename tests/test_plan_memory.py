@@ -38,6 +38,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, settings of planned_r
     "qwen3_vl": (1, dict(name="qwen3_vl", data=PHOTO)),
     "gpt_vpp2": (2, dict(name="gpt", parallel=VPP2)),
     "gpt_fsdp": (2, dict(name="gpt", parallel={"fsdp": True}, step=FULL)),
+    "gpt_fsdp_vocabulary": (2, dict(name="gpt", parallel={"fsdp": True}, model={"vocab_size": 8192})),
     "qwen2_vl_tp2_sp": (2, dict(name="qwen2_vl", data=PHOTO, parallel=TP2_SP)),
     "qwen3_vl_ep2": (2, dict(name="qwen3_vl", data=PHOTO, parallel={"expert_model_parallel_size": 2})),
 }

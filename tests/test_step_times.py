@@ -17,6 +17,7 @@ from nemo_vlm.config import RunConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import groups
+from nemo_vlm.planning.hardware import peak_tflops
 from nemo_vlm.training.build import make_engine
 from nemo_vlm.training.exp_manager import COLUMNS
 from nemo_vlm.training.profiling import FIRST, LAST, Profile
@@ -90,6 +91,20 @@ def test_the_peak_that_mfu_is_taken_against(monkeypatch) -> None:
     assert mfu_peak(TrainerConfig()) == (None, unknown)
     with pytest.raises(ConfigError, match="trainer.peak_tflops=0: must be more than 0, or null"):
         TrainerConfig(peak_tflops=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA A100-PCIE-40GB", 312.0),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA L40S", None),
+    ],
+)
+def test_peaks_are_of_the_card_at_hand(device: str, peak: float | None) -> None:
+    assert peak_tflops(device) == peak
 
 
 def trained(jobs: list[tuple[RunConfig, Layout]], folder: Path | None) -> list[list[tuple[float, float]]]:

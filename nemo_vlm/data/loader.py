@@ -240,8 +240,6 @@ def loader(dataset: Samples, sampler: Sampler | list[Groups], layout: Layout, ru
         sampler=sampler,
         batch_size=None,
         num_workers=run.data.num_workers,
-        # Whole steps of each worker: with one alone, each step that takes its worker longer than others is waited for
-        prefetch_factor=2 if run.data.num_workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own: the run's random numbers do not depend on when a loader starts
     )

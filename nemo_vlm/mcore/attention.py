@@ -46,7 +46,7 @@ class CoreAttention(torch.nn.Module):
         # split, not slices: the backward of n slices fills n tensors of the full length
         samples = zip(*(part.split(packed_seq_params.lengths, 2) for part in parts), strict=True)
         out = torch.cat([self.attend(*sample).transpose(1, 2) for sample in samples], 1)
-        return out.squeeze(0).flatten(1)  # an index's backward pass fills another tensor
+        return out.squeeze(0).flatten(1)  # not [0], whose backward pass fills a tensor with zeros
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Query [b, heads, s, d], key and value [b, groups, s, d] -> as query."""

@@ -141,6 +141,6 @@ def attend_before(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     repeats = query.shape[2] // key.shape[2]  # the kernels that take a mask take no groups
     key, value = key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2)
     n, s = len(query), len(key)
-    mask = torch.ones(n, s, dtype=torch.bool, device=query.device).tril(s - n)  # is_causal means the first positions
+    mask = torch.ones(n, s, dtype=torch.bool, device=query.device).tril(s - n)  # is_causal: the first n of all
     query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).permute(2, 0, 1, 3)

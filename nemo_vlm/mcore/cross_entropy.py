@@ -147,7 +147,7 @@ class OutputLayer(ColumnParallelLinear):
 class LinearCrossEntropy(torch.autograd.Function):
     """Losses [n] float32 of hidden states [n, h], this rank's part of the weight [part, h] and labels [n].
 
-    What is differentiated depends on the losses by the weights [n], but for one factor; where they are None, it cannot.
+    The gradient of what is differentiated by the losses is the weights [n] times one factor; None: no backward pass.
     """
 
     @staticmethod
@@ -203,7 +203,7 @@ def cross_entropy(logits: Tensor, softmax: Tensor, labels: Tensor, vocabulary: V
     logits[:, max(vocabulary.visible, 0) :] = torch.finfo(logits.dtype).min
     place, here = vocabulary.find(labels)
     chosen, highest = logits.gather(1, place)[:, 0].float() * here, logits.amax(-1).float()
-    torch.softmax(logits, -1, torch.float32, out=softmax)
+    torch.softmax(softmax.copy_(logits), -1, out=softmax)  # a dtype instead of the copy would take memory for another
     log_sum = highest - softmax.amax(-1).log()
     if vocabulary.group.size() == 1:
         return log_sum - chosen, torch.ones_like(log_sum)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 class DecoderLayer(TransformerLayer):
-    """Megatron's layer. The positions come as the mask of a cross-attention, which it has not: Megatron hands that to
-    each layer, and through recomputation.
+    """Megatron's layer. The positions come as context_mask, which is meant for cross-attention, of which it has none:
+    Megatron hands that to each layer, and through recomputation.
     """
 
     def _forward_attention(

@@ -19,8 +19,8 @@ from nemo_vlm.mcore.decoder_layer import DecoderLayer
 class DeepStackLayer(DecoderLayer):
     """A layer that adds the first features to its output.
 
-    They come as the context of a cross-attention, which it has not: Megatron hands that from layer to layer, and
-    through recomputation.
+    They come as context, which is meant for cross-attention, of which it has none: Megatron hands that from layer to
+    layer, and through recomputation.
     """
 
     def forward(

@@ -116,7 +116,7 @@ class FullySharded:
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """A backward pass would give back the gathered weights that the forward pass keeps."""
+        """Frees gathered weights behind it, as a backward pass would."""
         try:
             yield
         finally:

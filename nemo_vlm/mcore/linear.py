@@ -1,6 +1,6 @@
-"""Megatron's linear layers, of which the product is left where nothing is differentiated, or a CPU has nothing to send.
+"""Megatron's linear layers, reduced to the plain product where no gradient is taken, or a CPU rank holds all of one.
 
-What they prepare for that costs more than the products of small tensors do.
+What they prepare for the rest costs more than the products of small tensors do.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def trained(linear: ColumnParallelLinear | RowParallelLinear, hidden: Tensor) ->
 
 
 def alone(linear: ColumnParallelLinear | RowParallelLinear) -> bool:
-    """Whether it is whole on this rank, and on a CPU, which Megatron's steps around a small product cost more time."""
+    """Whether it is whole on this rank, and on a CPU, where Megatron's steps around a product take longer than it."""
     return linear.weight.device.type == "cpu" and linear.tp_group.size() == 1
 
 

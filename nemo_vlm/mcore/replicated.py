@@ -215,7 +215,7 @@ def add_to_buffers(module: DistributedDataParallel) -> None:
 
 
 def keep_unzeroed(module: DistributedDataParallel) -> list[nn.Parameter]:
-    """Spare a step a pass over its gradients: the first of a weight takes the place of the last step's.
+    """Spare a step a pass over its gradients: a weight's first one overwrites the last step's.
 
     So where mcore.linear.Product makes all of a weight's gradient: nothing else may read such a weight while gradients
     are taken. Megatron zeroes a buffer as a whole; here its `reset` zeroes the other parameters alone.

@@ -105,7 +105,7 @@ class KeptFeatures:
         for place, owner in enumerate(groups.owners_in_batch([one.known for one in images.kept])):
             if owner is not None:
                 mine = found[place]
-                found[place] = groups.from_owner(self.empty(sizes[place]) if mine is None else mine.clone(), owner)
+                found[place] = groups.from_owner(self.empty(sizes[place]) if mine is None else mine, owner)
         return found
 
     def empty(self, patches: int) -> Tensor:
@@ -122,7 +122,7 @@ class KeptFeatures:
         for place in computed:
             made = features[place]
             assert made is not None
-            self.writer.write(images.kept[place].key, made.cpu().clone(), grids[place].clone())
+            self.writer.write(images.kept[place].key, made.to("cpu", copy=True), grids[place].clone())
 
 
 def by_media(images: Images) -> tuple[Tensor, ...]:

@@ -156,7 +156,7 @@ def cut(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
 
 
 def cropped(image: Image.Image, whole: Size, size: int) -> Image.Image:
-    """The middle square of an image that is resized; columns of a wide one that are outside go halfway, see padded."""
+    """The middle square of a resized image; a wide one loses its outer columns between both passes, see padded."""
     if image.width < image.height:
         top = (whole[1] - size) // 2
         return cut(resize(image, whole), (0, top, size, top + size))

@@ -290,9 +290,23 @@ def buffers(shapes: Shapes) -> float:
     if layout.sequence_parallel:
         found += shapes.tokens * shapes.run.model.hidden_size * shapes.size
     if layout.fsdp is not None:
-        layer = layer_weights(shapes)
-        found += layer * (2 * shapes.size * (layout.fsdp != "grad") + FP32_BYTES * shapes.trains(LANGUAGE))
+        found += gathered_units(shapes)
     return found
+
+
+def gathered_units(shapes: Shapes) -> float:
+    """Bytes of the units that FSDP holds whole at a time (fsdp.shard), and of their gradients in fp32.
+
+    A layer's weights are there twice, the next being gathered beside it; tied embeddings are from the first layer to
+    the last, and others a unit of their own.
+    """
+    model, layout = shapes.run.model, shapes.layout
+    gathered, reduced = shapes.size * (layout.fsdp != "grad"), FP32_BYTES * shapes.trains(LANGUAGE)
+    layer = layer_weights(shapes) * (2 * gathered + reduced)
+    embedding = padded_vocab_size(model, layout.tensor) / layout.tensor * model.hidden_size
+    if model.share_embeddings_and_output_weights:
+        return layer + embedding * gathered
+    return max(layer, embedding * (gathered + reduced))
 
 
 def layer_weights(shapes: Shapes) -> float:

@@ -51,6 +51,9 @@ HARDWARE = {
 }
 
 
+SLOWER = ("h100 pcie", "h100 nvl", "h200 nvl")  # than the module of that name
+
+
 def named(name: str) -> Hardware:
     """Raises ConfigError for one that is not in the table."""
     if name.lower() not in HARDWARE:
@@ -60,4 +63,7 @@ def named(name: str) -> Hardware:
 
 def peak_tflops(device_name: str) -> float | None:
     """Dense bf16 peak of a device as its driver calls it; None for one that is not in the table."""
-    return next((one.bf16_tflops for name, one in HARDWARE.items() if name in device_name.lower()), None)
+    called = device_name.lower()
+    if any(card in called for card in SLOWER):
+        return None
+    return next((one.bf16_tflops for name, one in HARDWARE.items() if name in called), None)

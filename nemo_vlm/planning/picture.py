@@ -11,6 +11,7 @@ from typing import Any
 from nemo_vlm.files import written_whole
 from nemo_vlm.planning.communication import Case
 from nemo_vlm.planning.hardware import GIB
+from nemo_vlm.planning.report import sizes
 from nemo_vlm.planning.rules import RESERVE
 from nemo_vlm.planning.schedule import Piece, Stages, simulate
 
@@ -54,8 +55,6 @@ def draw(plan: dict[str, Any], case: Case, stages: Stages, path: Path) -> None:
 
 
 def headline(plan: dict[str, Any]) -> str:
-    from nemo_vlm.planning.report import sizes
-
     time = plan["step_time"]
     each = time["tokens_per_sec"] / plan["world_size"]
     return (
@@ -73,6 +72,8 @@ def shown(stages: Stages, micro_batches: int) -> int:
 
 def draw_schedule(axis: Any, stages: Stages, micro_batches: int, bubble: float) -> None:
     """A row a stage, a bar a pass, numbered by micro-batch; what stays grey waits."""
+    from matplotlib.patches import Patch
+
     few = shown(stages, micro_batches)
     pieces = simulate(stages, few)
     end, ranks = max(piece.end for piece in pieces), min(stages.ranks, MOST_RANKS)
@@ -84,8 +85,6 @@ def draw_schedule(axis: Any, stages: Stages, micro_batches: int, bubble: float) 
     left_out = f", {ranks} of {stages.ranks} stages" if ranks < stages.ranks else ""
     waits = f"over the whole step a stage waits {100 * bubble:.1f} %"
     axis.set_title(f"schedule: {first} micro-batches{left_out}; {waits}", loc="left", fontsize=10)
-    from matplotlib.patches import Patch
-
     named = {"forward": FORWARD[0], "backward": BACKWARD[0], "waits": WAITS}
     later = " (darker: later virtual stages)" if len(stages.forward) > stages.ranks else ""
     handles = [Patch(color=color, label=name + later * (name == "waits")) for name, color in named.items()]

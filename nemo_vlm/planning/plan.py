@@ -219,7 +219,9 @@ def copied(run: RunConfig, layout: Layout, holdings: list[Holding]) -> list[str]
     whole = layout.fsdp is not None and not run.parallel.fsdp_sharded_checkpoint
     most *= layout.shards * layout.tensor if whole else 1
     taken = f"takes up to {most / machine.GIB:.3f} GiB of the host's memory for {'the first' if whole else 'each'} rank"
-    return [f"{key}=true: a copy of what is saved {taken}, to the end of the run"]
+    return [
+        f"{key}=true: a copy of what is saved {taken}, {'while it is written' if whole else 'to the end of the run'}"
+    ]
 
 
 def describe_layout(layout: Layout) -> dict[str, Any]:
@@ -235,9 +237,9 @@ def in_a_step(planned: Planned) -> list[dict[str, Any]]:
     if not planned.trains:
         return [{"activations": None, "buffers": None, "by_part": {}}] * planned.layout.pipeline
     case, found = case_of(planned), []
+    buffers = buffer_bytes(case.run, case.layout, case.work)
     for stage in range(planned.layout.pipeline):
         parts = activation_bytes(case.run, case.layout, stage, case.work)
-        buffers = buffer_bytes(case.run, case.layout, case.work)
         found.append({"activations": sum(parts.values()), "buffers": buffers, "by_part": parts})
     return found
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nemo_vlm.planning import communication as sent
+from nemo_vlm.planning import communication
 from nemo_vlm.planning.communication import Case
 from nemo_vlm.planning.flops import ffn_weights, forward_flops, passes
 from nemo_vlm.planning.footprints import engine, picked, shapes_of
@@ -110,8 +110,10 @@ def decoder_products(case: Case) -> float:
     heads, groups, size = model.num_attention_heads, model.num_query_groups, model.kv_channels
     width = heads * size / tensor  # type: ignore[operator]
     keys = 2 * max(groups / tensor, 1) * size  # type: ignore[operator]
-    around = product(case, tokens, model.hidden_size, width + keys) + product(case, tokens, width, model.hidden_size)
-    return around + ffn_products(case)
+    projections = product(case, tokens, model.hidden_size, width + keys) + product(
+        case, tokens, width, model.hidden_size
+    )
+    return projections + ffn_products(case)
 
 
 def ffn_products(case: Case) -> float:
@@ -169,18 +171,18 @@ def decoder_layer(case: Case) -> Pass:
     work = forward_flops(model, 0, case.work.squared_lengths, 0, 0)["attention"]
     core = attend(case, work / model.num_layers / layout.tensor / layout.context)
     matmul, plain = decoder_products(case), decoder_traffic(case)
-    volumes = sent.of_layer(case)
+    volumes = communication.of_layer(case)
     tensor, ring, expert = (
         Pass(*(send(num_bytes, speed, count) for num_bytes in volumes[kind]))
         for kind, speed, count in (
-            ("tensor", sent.tensor_speed(case), 4),
-            ("context", sent.context_speed(case), layout.context - 1),
-            ("expert", sent.expert_speed(case), 2),
+            ("tensor", communication.tensor_speed(case), 4),
+            ("context", communication.context_speed(case), layout.context - 1),
+            ("expert", communication.expert_speed(case), 2),
         )
     )
     share = 0.2 if step.ub_tp_comm_overlap else 1.0
     weights = passes(model, case.run.peft.lora is not None)["decoder"] - 2  # whether their gradients are computed
-    forward_ring, backward_ring = around(case, ring, core)
+    forward_ring, backward_ring = exposed_ring(case, ring, core)
     waits = tensor.forward * share + forward_ring + expert.forward
     forward = max(matmul + plain + core, LAUNCH) + waits
     beside = max(tensor.backward * share - weights * matmul / 2, tensor.backward * share / 2)
@@ -191,7 +193,7 @@ def decoder_layer(case: Case) -> Pass:
     return Pass(forward, backward)
 
 
-def around(case: Case, ring: Pass, core: float) -> tuple[float, float]:
+def exposed_ring(case: Case, ring: Pass, core: float) -> tuple[float, float]:
     """Seconds that context parallelism adds to a layer's passes.
 
     Keys and values go round beside attention, but each step on its way starts by itself; those that are gathered, by
@@ -212,14 +214,16 @@ def tower(case: Case) -> Pass:
     whole = forward_flops(model, 0, 0, work.patches, work.squared_frames)
     linear = forward_flops(model, 0, 0, work.patches, 0)
     hidden, ffn, depth = vision.hidden_size, vision.ffn_hidden_size, vision.num_layers  # type: ignore[attr-defined]
-    split = sent.tower_split(case)
+    split = communication.tower_split(case)
     values = depth * work.patches * (HIDDEN_TRAFFIC * hidden + FFN_TRAFFIC * ffn / split)
     plain = traffic(case, case.size * values)
     core = attend(case, (whole["vision"] - linear["vision"]) / split)
     matmul, projector = linear["vision"] / split / rate(case), linear["projector"] / split / rate(case)
     count = passes(model, case.run.peft.lora is not None)
     trained, through = count["vision"] == 3, count["projector"] - 1
-    sums = Pass(*(send(num_bytes, sent.tensor_speed(case), 2 * depth) for num_bytes in sent.tower(case)))
+    sums = Pass(
+        *(send(num_bytes, communication.tensor_speed(case), 2 * depth) for num_bytes in communication.tower(case))
+    )
     forward = max(matmul + core + plain, depth * LAUNCH) + sums.forward
     backward = trained * max(2 * matmul + 2.5 * core + 2 * plain, 2 * depth * LAUNCH) + sums.backward
     if trained:
@@ -255,7 +259,7 @@ def spared(case: Case) -> Pass:
 def stage_times(case: Case) -> Stages:
     """Seconds of each stage for a micro-batch, with its messages where they do not run beside the computation."""
     layout, layer = case.layout, decoder_layer(case)
-    message = send(sent.boundary(case), sent.pipeline_speed(case)) if layout.virtual == 1 else 0.0
+    message = send(communication.boundary(case), communication.pipeline_speed(case)) if layout.virtual == 1 else 0.0
     by_layers = {
         layers: layer.times(layers).plus(Pass(message, message + layer.forward * case.recomputed(layers)))
         for layers in set(layout.stage_layers)
@@ -268,11 +272,11 @@ def stage_times(case: Case) -> Stages:
 
 def with_fsdp(case: Case, stages: Stages, count: Count) -> Stages:
     """A pass is as long as what is gathered and scattered for it, where that is longer; where not, it is slowed."""
-    (gradients, weights, copies), layout = sent.of_fsdp(case, count), case.layout
-    speed, units = sent.shard_speed(case), case.run.model.num_layers
+    (gradients, weights, copies), layout = communication.of_fsdp(case, count), case.layout
+    speed, units = communication.shard_speed(case), case.run.model.num_layers
     hops = units * HOP * (layout.shards - 1)
     first = weights / (1 if layout.fsdp == "grad" else 2)
-    back = send(gradients + weights - first, speed, 2 * units) + send(copies, sent.copy_speed(case), units)
+    back = send(gradients + weights - first, speed, 2 * units) + send(copies, communication.copy_speed(case), units)
     needed = (send(first, speed, units) + hops, back + 2 * hops)
     pairs = zip((stages.forward[0], stages.backward[0]), needed, strict=True)
     forward, backward = (max(pair) + SLOWED * min(pair) for pair in pairs)
@@ -286,13 +290,13 @@ def update_times(case: Case, stages: Stages, count: Count) -> tuple[float, float
         trained = count.trained + count.trained_experts
         return 0.0, traffic(case, STATE_TRAFFIC * trained / layout.shards)
     gradients, weights = (
-        send(others, sent.replica_speed(case)) + send(experts, sent.expert_data_speed(case))
-        for others, experts in sent.of_update(case, count)
+        send(others, communication.replica_speed(case)) + send(experts, communication.expert_data_speed(case))
+        for others, experts in communication.of_update(case, count)
     )
     beside_gradients, beside_weights = case.overlap
     waits = max(gradients - beside_gradients * max(stages.backward), 0.0)
     waits += max(weights - beside_weights * max(stages.forward), 0.0)
-    waits += send(sent.tied(case), sent.pipeline_speed(case))
+    waits += send(communication.tied(case), communication.pipeline_speed(case))
     sharing = (layout.replicas, layout.expert_data)
     if not case.run.optim.shards(layout, case.run.trainer.precision):
         sharing = (1, 1)

@@ -54,7 +54,8 @@ class Profile(Callback):
             self.profiler.step()
         if self.steps == FIRST - 1 and torch.cuda.is_available():
             torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
-        module.times.restart()  # writing is part of no step
+        if self.steps <= LAST:
+            module.times.restart()  # writing is part of no step
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.steps < FIRST:

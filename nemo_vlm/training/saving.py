@@ -19,7 +19,7 @@ from nemo_vlm.formats.store import Folder
 from nemo_vlm.formats.torch_dist import TorchDist
 from nemo_vlm.formats.torch_dist_writer import Piece
 from nemo_vlm.layout import Layout
-from nemo_vlm.mcore import groups, rng, weights
+from nemo_vlm.mcore import cpu, groups, rng, weights
 from nemo_vlm.mcore.engine import Engine
 from nemo_vlm.training import staging
 from nemo_vlm.typed import model_tree, plain
@@ -35,8 +35,9 @@ class Saver:
         self.config: CheckpointConfig = run.exp_manager.checkpoint_callback_params
         self.folder = checkpoints.folder_of(run.exp_manager)
         self.first = torch.distributed.get_rank() == 0
+        self.gathers = layout.fsdp is not None and not run.parallel.fsdp_sharded_checkpoint
         self.group = groups.background_group() if self.config.async_save else None
-        self.thread = ThreadPoolExecutor(1, "checkpoint", staging.prepare_thread)
+        self.thread = ThreadPoolExecutor(1, "checkpoint", staging.prepare_thread, (cpu.device(),))
         self.staging = staging.Staging()
         self.pending: Future | None = None
         self.last_step: int | None = None
@@ -49,7 +50,9 @@ class Saver:
         position = replace(deepcopy(position), optimizer=engine.optimizer_state(), layout=plain(self.layout))
         parts = [part for part in self.parts(engine) if part.primary and part.data.numel()]
         self.last_step = position.global_step
-        if self.config.async_save:
+        if self.config.async_save and self.gathers:  # which makes copies
+            self.pending = self.thread.submit(self.write, parts, path, position)
+        elif self.config.async_save:
             engine.reader = self.thread.submit(self.staging.copy, parts, staging.now())
             self.pending = self.thread.submit(self.write_copies, engine.reader, path, position)
         else:
@@ -66,7 +69,7 @@ class Saver:
         parts = engine.saved_parts()
         if self.config.save_optimizer:
             parts += engine.optimizer_parts()
-        if self.layout.fsdp and not self.run.parallel.fsdp_sharded_checkpoint:
+        if self.gathers:
             parts = gathered(parts)
         return parts + ([rng.rng_part(torch.distributed.get_rank())] if self.config.save_rng else [])
 

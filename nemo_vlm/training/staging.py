@@ -6,12 +6,12 @@ where copying takes longer than the forward and the backward pass.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from nemo_vlm.mcore import cpu
 from nemo_vlm.mcore.weights import Bounds, Part
 
 
@@ -46,11 +46,11 @@ class Staging:
         return replace(part, data=room)
 
 
-def prepare_thread() -> None:
-    """A new thread would use the first GPU, whatever its rank, and as many cores as the training."""
+def prepare_thread(device: torch.device) -> None:
+    """A new thread would use the first GPU, whatever its rank's, and as many cores as the training."""
     torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device != cpu.CPU:
+        torch.cuda.set_device(device.index)
 
 
 def now() -> torch.cuda.Event | None:

@@ -93,7 +93,7 @@ def measure(name: str, source: Source, exported: Path, count: int, rounds: int) 
         sample = prompt(restored, exported.parent / "noise.png", source.family != "gpt")
         for size in (1, 8):
             samples = [sample] * size
-            speeds = take_turns(
+            speeds = compared(
                 lambda samples=samples: ours(restored, samples, count),
                 lambda samples=samples: by_transformers(theirs, source, samples, count),
                 rounds,
@@ -109,7 +109,7 @@ def prompt(restored: Restored, picture: Path, sees: bool) -> Sample:
     return sample_of(restored.processor.tokens(text, media), media, restored)
 
 
-def take_turns(ours: Callable, theirs: Callable, rounds: int) -> tuple[list[float], list[float]]:
+def compared(ours: Callable, theirs: Callable, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds of each in each round; both must find the same tokens."""
     found: dict[str, list[list[int]]] = {}
     ways = {"ours": lambda: found.update(ours=ours()), "theirs": lambda: found.update(theirs=theirs())}

@@ -114,6 +114,7 @@ CASES = {
     "gpt, recomputed": Case("gpt", step=FULL),
     "gpt, tp2": Case("gpt", 2, TP),
     "gpt, fsdp": Case("gpt", 2, dict(fsdp=True)),
+    "gpt, fsdp, a larger vocabulary": Case("gpt", 2, dict(fsdp=True), model=dict(vocab_size=16384)),
     "gpt, cp2": Case("gpt", 2, dict(context_parallel_size=2)),
     "gpt, pp2 vpp2": Case("gpt", 2, VPP),
     "llava": Case("llava"),
