@@ -156,6 +156,7 @@ def test_llava_7b_over_two_nodes() -> None:
         "num_micro_batches": 1,
         "samples_per_rank": 8,
         "data_parallel_size": 4,
+        "packing": False,
     }
 
 

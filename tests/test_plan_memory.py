@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from distributed import run_ranks
@@ -17,6 +19,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from nemo_vlm.config import DataConfig, LanguageConfig, LoraConfig, ParallelConfig, PeftConfig, RunConfig, StepConfig
 from nemo_vlm.config.plan import PlanConfig
+from nemo_vlm.data import packing
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import groups
@@ -24,7 +27,7 @@ from nemo_vlm.planning import machine
 from nemo_vlm.planning import plan as planning
 from nemo_vlm.planning.activations import activation_bytes, buffer_bytes
 from nemo_vlm.planning.measured import TensorBytes
-from nemo_vlm.planning.workload import Workload, of_batch, workload
+from nemo_vlm.planning.workload import Workload, num_micro_batches, of_batch, workload
 from nemo_vlm.training.rehearsal import batches_of, rehearse
 
 PHOTO = {"max_pixels": 100_000}
@@ -113,6 +116,19 @@ def test_a_rank_holds_what_was_planned(key: str, measured: dict[str, list[Counte
 def test_an_estimate_is_what_its_batches_are(key: str) -> None:
     run, layout = RUNS[key]
     assert {of_batch(batch, run.model) for batch in batches_of(run, layout)} == {workload(run, layout)}
+
+
+@pytest.mark.parametrize(
+    ("samples", "ranks", "pipeline", "virtual"), [(128, 1, 4, 1), (128, 2, 1, 1), (40, 8, 1, 1), (30, 2, 4, 2)]
+)
+def test_packs_are_counted_as_the_loader_makes_them(samples: int, ranks: int, pipeline: int, virtual: int) -> None:
+    run, layout = RUNS["llava"]
+    sizes = dict(pipeline=pipeline, virtual=virtual, micro_batch_size=1, num_micro_batches=samples // ranks)
+    layout, together = replace(layout, **sizes), pipeline if virtual > 1 else 1
+    work, full = (workload(run, layout, 100, 0, fullest) for fullest in (False, True))
+    packs = packing.plan(numpy.full((samples, 1), 100), [800], ranks * together)
+    assert num_micro_batches(run, layout, work) * ranks == len(packs)
+    assert full.tokens == 800 and work.samples == math.ceil(samples / len(packs))
 
 
 def test_estimates_follow_what_is_given() -> None:

@@ -32,6 +32,7 @@ from nemo_vlm.planning import communication, hardware, rules, search
 from nemo_vlm.planning import plan as planning
 from nemo_vlm.planning.activations import activation_bytes, buffer_bytes
 from nemo_vlm.planning.communication import Case
+from nemo_vlm.planning.expected import expected
 from nemo_vlm.planning.flops import forward_flops, passes, step_flops
 from nemo_vlm.planning.memory import hold
 from nemo_vlm.planning.parameters import Count, count, counter
@@ -112,7 +113,8 @@ def gpt(**changes: Any) -> RunConfig:
 def case(layout: Layout, run: RunConfig | None = None, **work: int) -> Case:
     found = dict(samples=2, rows=2, positions=128, tokens=128, squared_lengths=2 * 64**2, trained_tokens=100) | work
     run = run or gpt()
-    return Case(replace(run, trainer=replace(run.trainer, precision="bf16")), layout, Workload(**found), H100)
+    work = Workload(**found)
+    return Case(replace(run, trainer=replace(run.trainer, precision="bf16")), layout, work, work, H100)
 
 
 def laid_out(**sizes: Any) -> Layout:
@@ -332,7 +334,7 @@ def test_what_a_search_replaces_is_told() -> None:
 def by_brute_force(run: RunConfig, room: float) -> list[tuple[float, RunConfig]]:
     """Every layout, micro-batch and recomputation that fits, with each stage built."""
     found, parameters = [], counter(run)
-    for plain in search.cases(run, PlanConfig(), H100):
+    for plain in search.cases(run, PlanConfig()):
         for number in range(len(search.RECOMPUTED)):
             one = search.candidate(plain, parameters, number).case
             stages = range(one.layout.pipeline)
@@ -355,7 +357,7 @@ def test_a_search_starts_from_nothing() -> None:
         pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2, pipeline_layers=(1, 1, 1, 1)
     )
     found = [
-        [one.run.parallel for one in search.cases(run, PlanConfig(), H100)]
+        [one.run.parallel for one in search.cases(run, PlanConfig())]
         for run in (plain, replace(plain, parallel=parallel))
     ]
     assert found[0] == found[1]
@@ -414,6 +416,19 @@ def test_the_searched_layout_is_a_file_of_the_group(tmp_path: Path) -> None:
     with Image.open(file) as picture:
         colors = {color for _, color in picture.convert("RGB").getcolors(1 << 20)}
     assert {(0x9E, 0xCA, 0xE1), (0xFD, 0xD0, 0xA2), (0xEE, 0x66, 0x77)} <= colors  # forward, backward, activations
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_step_is_what_its_parts_are(fsdp: bool) -> None:
+    """Of one stage: its passes, and what is told beside them; and what messages make of it."""
+    run = replace(gpt(), parallel=ParallelConfig(fsdp=fsdp))
+    layout = laid_out(fsdp="full" if fsdp else None)
+    one, held = case(layout, run), Count(10**9, 10**9, 0, 0)
+    told = expected(one, [held], 0)
+    time, passes = told["step_time"], sum(sum(way) for way in told["stage_seconds"].values())
+    found = step_time(one, held)
+    assert time["seconds"] == pytest.approx(3 * passes + found.exposed + time["optimizer"])
+    assert 0 < time["waits_for_messages"] < time["seconds"] - time["optimizer"]
 
 
 def test_rules_of_thumb() -> None:

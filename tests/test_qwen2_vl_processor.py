@@ -23,7 +23,7 @@ from tiny_hf import qwen2_vl_tokenizer
 from nemo_vlm import options
 from nemo_vlm.batch import IGNORE_INDEX, Sample, collate, join
 from nemo_vlm.config import DataConfig, ParallelConfig
-from nemo_vlm.config.dynamic import DynamicVisionConfig
+from nemo_vlm.config.dynamic import MAX_RATIO, DynamicVisionConfig, smart_resize
 from nemo_vlm.data.media import Frames
 from nemo_vlm.data.tokenizer import QWEN2, QWEN2_VL
 from nemo_vlm.errors import ConfigError, SampleError
@@ -32,7 +32,6 @@ from nemo_vlm.models import video as videos
 from nemo_vlm.models.base import family
 from nemo_vlm.models.chat import chat_template
 from nemo_vlm.models.conversation import chat_text
-from nemo_vlm.models.dynamic import MAX_RATIO, smart_resize
 from nemo_vlm.models.dynamic_processor import IMAGES, TOKENS, VIDEOS
 from nemo_vlm.models.messages import tagged
 from nemo_vlm.models.qwen2_vl.config import Config
@@ -111,6 +110,13 @@ def test_images_are_upright(tmp_path: Path, suffix: str) -> None:
         found = views.pixels([path])
         assert torch.equal(found.normalised().pixel_values, expected["pixel_values"])
         assert features(views, path) == found.image_grid_thw.prod() // 4
+
+
+@pytest.mark.parametrize("pixels", [None, 100_000, 2_000_000])
+def test_the_typical_image_is_a_photograph_that_is_seen(tmp_path: Path, pixels: int | None) -> None:
+    data = DataConfig(min_pixels=pixels and pixels - 1000, max_pixels=pixels)
+    found = views_of(Config(), data).pixels([saved(tmp_path, noise(640, 480))])
+    assert Config().typical_views(data) == [tuple(grid) for grid in found.grids]
 
 
 def test_a_narrow_image_is_left_out(tmp_path: Path) -> None:

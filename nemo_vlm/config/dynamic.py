@@ -10,9 +10,36 @@ from typing import Any, Literal, Protocol
 from nemo_vlm.config.checks import demand, fill
 from nemo_vlm.config.model import LanguageConfig, tower_flops
 from nemo_vlm.config.multimodal import MediaConfig, TowerConfig
-from nemo_vlm.errors import ConfigError
+from nemo_vlm.errors import ConfigError, SampleError
 
 PHOTOGRAPH = (640, 480)  # pixels
+MAX_RATIO = 200  # of an image's sides
+
+
+def smart_resize(
+    width: int, height: int, factor: int, min_pixels: int, max_pixels: int, frames: int = 1, depth: int = 1
+) -> tuple[int, int]:
+    """(width, height), multiples of `factor` near an image's own proportions; smart_resize of Qwen2VLImageProcessor,
+    and of Qwen3VLVideoProcessor, whose limits are those of all frames together.
+
+    Args:
+        frames: which the limits are for.
+        depth: frames of a patch; to whole patches their number is rounded where it is compared with the limits.
+    Raises:
+        SampleError: narrow_image: one side is more than 200 times the other.
+    """
+    if max(width, height) / min(width, height) > MAX_RATIO:
+        long = f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other"
+        raise SampleError("narrow_image", long)
+    near = [round(side / factor) * factor for side in (width, height)]
+    pixels, nearest = frames * width * height, round(frames / depth) * depth * near[0] * near[1]
+    if nearest > max_pixels:
+        scale = math.sqrt(pixels / max_pixels)
+        near = [max(factor, math.floor(side / scale / factor) * factor) for side in (width, height)]
+    elif nearest < min_pixels:
+        scale = math.sqrt(min_pixels / pixels)
+        near = [math.ceil(side * scale / factor) * factor for side in (width, height)]
+    return near[0], near[1]
 
 
 @dataclass(frozen=True)
@@ -104,10 +131,9 @@ class DynamicMediaConfig(MediaConfig):
 
     def typical_grid(self, min_pixels: int, max_pixels: int) -> tuple[int, int, int]:
         """Patches in time, height and width of a photograph as COCO's, resized between those limits."""
-        vision, pixels = self.vision_encoder, math.prod(PHOTOGRAPH)
-        scale = math.sqrt(min(max(pixels, min_pixels), max_pixels) / pixels) / vision.patch_dim
-        block = vision.spatial_merge_size
-        width, height = (max(int(side * scale / block), 1) * block for side in PHOTOGRAPH)
+        vision = self.vision_encoder
+        factor = vision.patch_dim * vision.spatial_merge_size
+        width, height = (side // vision.patch_dim for side in smart_resize(*PHOTOGRAPH, factor, min_pixels, max_pixels))
         return 1, height, width
 
     def visual_tokens(self, grids: Iterable[tuple[int, int, int]]) -> int:

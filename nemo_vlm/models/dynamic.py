@@ -15,42 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from nemo_vlm.batch import RGB, Images, join
+from nemo_vlm.config.dynamic import smart_resize
 from nemo_vlm.data.media import Source
-from nemo_vlm.errors import SampleError
 from nemo_vlm.models.images import Picture, decoding, image_size, line_of, named, resize, write_patches
 from nemo_vlm.models.tokens import PlaceholderRun, Runs
 from nemo_vlm.models.video import Reader, Video, use
 
-MAX_RATIO = 200  # of an image's sides
 SLACK = 1.05  # a frame's largest size is so much above its smallest at least, whatever a video's budget
 
 Grid = tuple[int, int, int]
-
-
-def smart_resize(
-    width: int, height: int, factor: int, min_pixels: int, max_pixels: int, frames: int = 1, depth: int = 1
-) -> tuple[int, int]:
-    """(width, height), multiples of `factor` near an image's own proportions; smart_resize of Qwen2VLImageProcessor,
-    and of Qwen3VLVideoProcessor, whose limits are those of all frames together.
-
-    Args:
-        frames: which the limits are for.
-        depth: frames of a patch; to whole patches their number is rounded where it is compared with the limits.
-    Raises:
-        SampleError: narrow_image: one side is more than 200 times the other.
-    """
-    if max(width, height) / min(width, height) > MAX_RATIO:
-        long = f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other"
-        raise SampleError("narrow_image", long)
-    near = [round(side / factor) * factor for side in (width, height)]
-    pixels, nearest = frames * width * height, round(frames / depth) * depth * near[0] * near[1]
-    if nearest > max_pixels:
-        scale = math.sqrt(pixels / max_pixels)
-        near = [max(factor, math.floor(side / scale / factor) * factor) for side in (width, height)]
-    elif nearest < min_pixels:
-        scale = math.sqrt(min_pixels / pixels)
-        near = [math.ceil(side * scale / factor) * factor for side in (width, height)]
-    return near[0], near[1]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from nemo_vlm.config import RunConfig
 from nemo_vlm.layout import Layout
 from nemo_vlm.planning.footprints import Part, buffers, chunk_parts, shapes_of
 from nemo_vlm.planning.schedule import FEW, order
-from nemo_vlm.planning.workload import Workload, workload
+from nemo_vlm.planning.workload import Workload, num_micro_batches, workload
 
 WORKING = "working"  # what is made and given back within one module's pass
 
@@ -25,18 +25,19 @@ def activation_bytes(run: RunConfig, layout: Layout, stage: int, work: Workload 
 
     Args:
         stage: the rank's place in its pipeline.
-        work: of a micro-batch; None: estimated.
+        work: of the fullest micro-batch; None: estimated.
     """
-    shapes = shapes_of(run, layout, work or workload(run, layout))
+    work = work or workload(run, layout, fullest=True)
+    shapes = shapes_of(run, layout, work)
     chunks = [chunk_parts(shapes, stage, chunk) for chunk in range(layout.virtual)]
-    few = min(layout.num_micro_batches, FEW * layout.pipeline)
+    few = min(num_micro_batches(run, layout, work), FEW * layout.pipeline)
     events = order(stage, layout.pipeline, layout.virtual, few)
     return dict(peak(events, chunks))
 
 
 def buffer_bytes(run: RunConfig, layout: Layout, work: Workload | None = None) -> int:
     """What communication takes on any rank."""
-    return round(buffers(shapes_of(run, layout, work or workload(run, layout))))
+    return round(buffers(shapes_of(run, layout, work or workload(run, layout, fullest=True))))
 
 
 def peak(events: Iterable[tuple[bool, int, int]], chunks: Sequence[Sequence[Part]]) -> Counter[str]:

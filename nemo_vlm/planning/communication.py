@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nemo_vlm.config import RunConfig
+from nemo_vlm.config.plan import PlanConfig
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore.vit import recompute_runs
 from nemo_vlm.planning.flops import passes
 from nemo_vlm.planning.footprints import engine
-from nemo_vlm.planning.hardware import Hardware
+from nemo_vlm.planning.hardware import Hardware, named
 from nemo_vlm.planning.memory import FP32_BYTES
 from nemo_vlm.planning.parameters import Count
-from nemo_vlm.planning.workload import Workload
+from nemo_vlm.planning.workload import Workload, num_micro_batches, workload
 
 Passes = tuple[float, float]  # forward and backward
 Shared = tuple[float, float]  # outside of experts, and in them
@@ -29,17 +30,29 @@ class Case:
 
     Attributes:
         work: a micro-batch of one data-parallel rank.
+        fullest: the one that takes most memory.
     """
 
     run: RunConfig
     layout: Layout
     work: Workload
+    fullest: Workload
     hardware: Hardware
 
     @property
     def size(self) -> int:
         """Bytes of a weight, and of an activation."""
         return 4 if self.run.trainer.precision == "32" else 2
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of a data-parallel rank in a step."""
+        return num_micro_batches(self.run, self.layout, self.work)
+
+    @property
+    def in_all(self) -> float:
+        """Micro-batches of all ranks in a step; of packs, not all of which are full, as many as are full."""
+        return self.layout.global_batch_size / self.work.samples
 
     @property
     def tokens(self) -> float:
@@ -60,6 +73,13 @@ class Case:
         """Whether gradients are reduced beside the backward pass, and weights gathered beside the forward pass."""
         optim = self.run.optim.settled(self.layout, self.run.trainer.precision, on_cpu=False)
         return bool(optim.overlap_grad_sync), bool(optim.overlap_param_sync)
+
+
+def case_for(run: RunConfig, layout: Layout, wanted: PlanConfig) -> Case:
+    """Raises ConfigError as workload, and for hardware that is not in the table."""
+    asked = wanted.plan_tokens, wanted.plan_images
+    work, fullest = (workload(run, layout, *asked, fullest) for fullest in (False, True))
+    return Case(run, layout, work, fullest, named(wanted.hardware))
 
 
 def ring(ranks: int) -> float:
@@ -166,7 +186,7 @@ def of_fsdp(case: Case, count: Count) -> tuple[float, float, float]:
 
 def of_step(case: Case, count: Count, stage: int) -> dict[str, float]:
     """By kind, what a rank of a stage sends in a step; what is recomputed sends once more."""
-    layout, times = case.layout, case.layout.num_micro_batches
+    layout, times = case.layout, case.num_micro_batches
     held = layout.stage_layers[stage :: layout.pipeline]
     layers, again = sum(held), sum(map(case.recomputed, held))
     sent = {kind: times * (layers * sum(way) + again * way[0]) for kind, way in of_layer(case).items()}

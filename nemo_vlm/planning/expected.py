@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from nemo_vlm.planning import communication, rules
@@ -19,14 +21,15 @@ def expected(case: Case, counts: Sequence[Count], most: float) -> dict[str, Any]
         most: bytes of the rank that holds most.
     """
     most_trained = max(counts, key=lambda count: count.trained + count.trained_experts)
-    time, batch = step_time(case, most_trained), case.layout.num_micro_batches * case.layout.data
-    flops = {part: batch * each for part, each in step_flops(case).items()}
+    time = step_time(case, most_trained)
+    flops = {part: case.in_all * each for part, each in step_flops(case).items()}
     return {
         "flops": {"total": time.flops, **flops},
         "bubble": time.bubble,
         "communication": busiest(case, counts),
-        "visual_tokens": batch * case.work.visual_tokens,
-        "step_time": in_numbers(case, time),
+        "visual_tokens": round(case.in_all * case.work.visual_tokens),
+        "step_time": in_numbers(case, time) | {"waits_for_messages": time.seconds - unhindered(case, most_trained)},
+        "stage_seconds": {"forward": list(time.stages.forward), "backward": list(time.stages.backward)},
         "rules": rules.broken(case, most, time.bubble),
     }
 
@@ -37,9 +40,16 @@ def busiest(case: Case, counts: Sequence[Count]) -> dict[str, float]:
     return {kind: max(sent[kind] for sent in stages) for kind in stages[0]}
 
 
+def unhindered(case: Case, count: Count) -> float:
+    """Seconds of a step whose messages take no time but to be sent off."""
+    hardware = replace(case.hardware, link=math.inf, network=math.inf)
+    return step_time(replace(case, hardware=hardware), count).seconds
+
+
 def in_numbers(case: Case, time: StepTime) -> dict[str, Any]:
     return {
         "seconds": time.seconds,
+        "optimizer": time.optimizer,
         "mfu": time.mfu,
         "hfu": time.hfu,
         "tokens_per_sec": time.tokens_per_sec,

@@ -11,7 +11,7 @@ from typing import Any
 from nemo_vlm.files import written_whole
 from nemo_vlm.planning.communication import Case
 from nemo_vlm.planning.hardware import GIB
-from nemo_vlm.planning.report import sizes
+from nemo_vlm.planning.report import sizes, spent
 from nemo_vlm.planning.rules import RESERVE
 from nemo_vlm.planning.schedule import Piece, Stages, simulate
 
@@ -28,24 +28,25 @@ MOST_RANKS = 16  # that are drawn; further ones are left out
 LEGIBLE = 72  # passes in a row of the picture, up to which they can be told apart and are numbered
 
 
-def draw(plan: dict[str, Any], case: Case, stages: Stages, path: Path) -> None:
+def draw(plan: dict[str, Any], case: Case, path: Path) -> None:
     """Write a PNG.
 
     Args:
         plan: as planning.plan.describe gives it.
-        stages: seconds of each stage's passes.
     Raises:
         OSError: it cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    each = plan["stage_seconds"]
+    stages = Stages(tuple(each["forward"]), tuple(each["backward"]), case.layout.pipeline)
     rows = min(stages.ranks, MOST_RANKS)
     heights = (1.2 + 0.32 * rows, 3.6)
     figure = Figure(figsize=(13, sum(heights) + 1), dpi=120, layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=heights)
     figure.suptitle(headline(plan), fontsize=11)
-    draw_schedule(above, stages, case.layout.num_micro_batches, plan["bubble"])
+    draw_schedule(above, stages, case.num_micro_batches, plan["bubble"])
     draw_memory(below, plan["stages"], case)
     picture = BytesIO()
     FigureCanvasAgg(figure).print_png(picture)  # figure.savefig would lay it out twice
@@ -60,28 +61,34 @@ def headline(plan: dict[str, Any]) -> str:
     return (
         f"{plan['name']}: {plan['total_parameters'] / 1e9:.1f} B parameters on {plan['world_size']} x "
         f"{time['hardware'].upper()}: {sizes(plan['layout'])}\n"
-        f"{time['seconds']:.3g} s a step, {each:,.0f} tokens/s a GPU, MFU {100 * time['mfu']:.1f} %"
+        f"{time['seconds']:.3g} s a step, {each:,.0f} tokens/s a GPU, MFU {100 * time['mfu']:.1f} %; "
+        f"of the step {spent(time)}"
     )
 
 
 def shown(stages: Stages, micro_batches: int) -> int:
-    """Micro-batches that are drawn: whole groups of the pipeline's ranks, as many as can be told apart."""
+    """Micro-batches that begin in the picture: whole groups of the pipeline's ranks, as many as can be told apart."""
     passes = 2 * len(stages.forward)  # of a group, in a row
     return min(micro_batches, max(LEGIBLE // passes, 2) * stages.ranks)
 
 
 def draw_schedule(axis: Any, stages: Stages, micro_batches: int, bubble: float) -> None:
-    """A row a stage, a bar a pass, numbered by micro-batch; what stays grey waits."""
+    """A row a stage, a bar a pass, numbered by micro-batch; what stays grey waits.
+
+    Where not all is shown, it ends with the first stage's last forward pass: up to there further micro-batches change
+    nothing.
+    """
     from matplotlib.patches import Patch
 
     few = shown(stages, micro_batches)
-    pieces = simulate(stages, few)
-    end, ranks = max(piece.end for piece in pieces), min(stages.ranks, MOST_RANKS)
+    pieces, ranks = simulate(stages, few), min(stages.ranks, MOST_RANKS)
+    cut = few < micro_batches
+    end = max(piece.end for piece in pieces if not cut or (piece.rank == 0 and not piece.backward))
     draw_boxes(axis, [(0, rank - 0.42, end, 0.84) for rank in range(ranks)], facecolors=WAITS)
-    draw_passes(axis, [piece for piece in pieces if piece.rank < ranks], end)
+    draw_passes(axis, [piece for piece in pieces if piece.rank < ranks and piece.start < end], end)
     axis.set(xlim=(0, end), ylim=(ranks - 0.4, -0.6), xlabel="seconds")
     axis.set_yticks(range(ranks), [f"stage {rank}" for rank in range(ranks)])
-    first = f"the first {few} of {micro_batches}" if few < micro_batches else f"all {few}"
+    first = f"the beginning, {few} of {micro_batches}" if cut else f"all {few}"
     left_out = f", {ranks} of {stages.ranks} stages" if ranks < stages.ranks else ""
     waits = f"over the whole step a stage waits {100 * bubble:.1f} %"
     axis.set_title(f"schedule: {first} micro-batches{left_out}; {waits}", loc="left", fontsize=10)
@@ -105,7 +112,8 @@ def draw_passes(axis: Any, pieces: Sequence[Piece], whole: float) -> None:
     draw_boxes(axis, places, facecolors=shades, edgecolor="white", linewidth=0.4)
     for piece, color in zip(pieces, shades, strict=True):
         if piece.end - piece.start > whole / 120:
-            ink, middle = "black" if color in (FORWARD[0], *BACKWARD[:2]) else "white", (piece.start + piece.end) / 2
+            ink = "black" if color in (FORWARD[0], *BACKWARD[:2]) else "white"
+            middle = (piece.start + min(piece.end, whole)) / 2
             look: dict[str, Any] = dict(ha="center", va="center", fontsize=7, color=ink, in_layout=False)
             axis.text(middle, piece.rank, str(piece.micro_batch + 1), **look)
 

@@ -31,15 +31,13 @@ from nemo_vlm.mcore.ranks import first_replica, rank_groups
 from nemo_vlm.mcore.weights import Bounds
 from nemo_vlm.planning import machine
 from nemo_vlm.planning.activations import activation_bytes, buffer_bytes
-from nemo_vlm.planning.communication import Case
+from nemo_vlm.planning.communication import Case, case_for
 from nemo_vlm.planning.expected import expected
-from nemo_vlm.planning.hardware import named
 from nemo_vlm.planning.memory import EXPERTS, Holding, alike, hold, moved, with_others
 from nemo_vlm.planning.parameters import of_holding
 from nemo_vlm.planning.picture import draw
 from nemo_vlm.planning.report import report
-from nemo_vlm.planning.timing import stage_times
-from nemo_vlm.planning.workload import in_words, workload
+from nemo_vlm.planning.workload import in_words
 from nemo_vlm.sources.starting import with_tokenizer
 from nemo_vlm.sources.tokenizers import load_tokenizer
 from nemo_vlm.typed import plain
@@ -80,9 +78,8 @@ def show(planned: Planned) -> None:
         write(plan, Path(wanted.plan_file))
         log.info("wrote %s", wanted.plan_file)
     if wanted.plan_picture is not None:
-        case = case_of(planned)
         try:
-            draw(plan, case, stage_times(case), Path(wanted.plan_picture))
+            draw(plan, case_of(planned), Path(wanted.plan_picture))
         except OSError as error:
             raise ConfigError(f"plan_picture={wanted.plan_picture}: cannot be written ({error.strerror})") from None
         log.info("drew %s", wanted.plan_picture)
@@ -176,13 +173,7 @@ def describe(planned: Planned) -> dict[str, Any]:
         "world_size": layout.world_size,
         "layout": describe_layout(layout),
         "groups": rank_groups(layout),
-        "batch": {
-            "micro_batch_size": layout.micro_batch_size,
-            "global_batch_size": layout.global_batch_size,
-            "num_micro_batches": layout.num_micro_batches,
-            "samples_per_rank": layout.samples_per_rank,
-            "data_parallel_size": layout.data,
-        },
+        "batch": describe_batch(planned),
         "stages": stages,
         "total_parameters": sum(by_part.values()),
         "total_parameters_by_part": dict(by_part),
@@ -192,9 +183,19 @@ def describe(planned: Planned) -> dict[str, Any]:
 
 
 def case_of(planned: Planned) -> Case:
-    wanted, run, layout = planned.wanted, planned.run, planned.layout
-    work = workload(run, layout, wanted.plan_tokens, wanted.plan_images)
-    return Case(run, layout, work, named(wanted.hardware))
+    return case_for(planned.run, planned.layout, planned.wanted)
+
+
+def describe_batch(planned: Planned) -> dict[str, Any]:
+    layout, packing = planned.layout, planned.trains and planned.run.data.packing
+    return {
+        "micro_batch_size": layout.micro_batch_size,
+        "global_batch_size": layout.global_batch_size,
+        "num_micro_batches": case_of(planned).num_micro_batches if packing else layout.num_micro_batches,
+        "samples_per_rank": layout.samples_per_rank,
+        "data_parallel_size": layout.data,
+        "packing": packing,
+    }
 
 
 def outlook(planned: Planned, holdings: list[Holding], stages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def outlook(planned: Planned, holdings: list[Holding], stages: list[dict[str, An
     counts = [of_holding(run, layout, holding) for holding in holdings[:: layout.ranks_of_copy]]
     most = max(sum(filter(None, entry["bytes"].values())) for entry in stages)
     asked = planned.wanted.plan_images is None and run.model.typical_views(run.data)
-    counted = in_words(case.work, bool(asked and not case.work.visual_tokens))
+    counted = in_words(case.work, run.data.packing, bool(asked and not case.work.visual_tokens))
     notes = [*planned.notes, *copied(run, layout, holdings), counted]
     return expected(case, counts, most) | {"notes": notes}
 
@@ -237,9 +238,9 @@ def in_a_step(planned: Planned) -> list[dict[str, Any]]:
     if not planned.trains:
         return [{"activations": None, "buffers": None, "by_part": {}}] * planned.layout.pipeline
     case, found = case_of(planned), []
-    buffers = buffer_bytes(case.run, case.layout, case.work)
+    buffers = buffer_bytes(case.run, case.layout, case.fullest)
     for stage in range(planned.layout.pipeline):
-        parts = activation_bytes(case.run, case.layout, stage, case.work)
+        parts = activation_bytes(case.run, case.layout, stage, case.fullest)
         found.append({"activations": sum(parts.values()), "buffers": buffers, "by_part": parts})
     return found
 

@@ -23,10 +23,12 @@ def report(plan: dict[str, Any]) -> Iterator[str]:
     yield f"layers of each stage: {', '.join(map(str, layout['stage_layers']))}"
     groups = (f"{name} {shortened(ranks[0])}" for name, ranks in plan["groups"].items())
     yield f"groups, the first of each kind: {'; '.join(groups)}"
-    yield (
-        f"global batch {batch['global_batch_size']} = micro-batch {batch['micro_batch_size']} x micro-batches "
-        f"{batch['num_micro_batches']} x data-parallel ranks {batch['data_parallel_size']}"
-    )
+    count, ranks, samples = (batch[key] for key in ("num_micro_batches", "data_parallel_size", "global_batch_size"))
+    if batch["packing"]:
+        yield f"global batch {samples}, packed into some {count} micro-batches x data-parallel ranks {ranks}"
+    else:
+        size = batch["micro_batch_size"]
+        yield f"global batch {samples} = micro-batch {size} x micro-batches {count} x data-parallel ranks {ranks}"
     if "step_time" in plan:
         yield from outlook(plan)
     yield from plan["notes"]
@@ -50,9 +52,17 @@ def outlook(plan: dict[str, Any]) -> Iterator[str]:
         f"expected on {time['hardware']}: {time['seconds']:.3f} s a step, {each:,.0f} tokens/s a GPU, "
         f"MFU {100 * time['mfu']:.1f} % (HFU {100 * time['hfu']:.1f} %), bubble {100 * plan['bubble']:.1f} %"
     )
-    yield f"a step computes {total / 1e15:,.2f} PFLOP: {shares}" + f"; sees {seen:,} visual tokens" * bool(seen)
+    computed = f"{total / 1e15:,.2f} PFLOP" if total >= 1e13 else f"{total / 1e12:,.3f} TFLOP"
+    yield f"a step computes {computed}: {shares}" + f"; sees {seen:,} visual tokens" * bool(seen)
     yield f"a rank sends in it {sent or 'nothing'}"
+    yield f"of the step {spent(time)}"
     yield from (f"against a rule: {rule}" for rule in plan["rules"])
+
+
+def spent(time: dict[str, Any]) -> str:
+    """What a step's time goes to beside its passes; messages make these longer too."""
+    messages, update = (100 * time[key] / time["seconds"] for key in ("waits_for_messages", "optimizer"))
+    return f"{messages:.1f} % are messages that nothing hides, {update:.1f} % the optimizer"
 
 
 def sizes(layout: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ def broken(case: Case, most: float, bubble: float) -> list[str]:
         most: bytes of the rank that holds most.
         bubble: share of the pipeline's time in which a rank waits.
     """
-    return [*of_memory(case, most), *of_nodes(case.layout), *of_pipeline(case.layout, bubble), *of_products(case)]
+    return [*of_memory(case, most), *of_nodes(case.layout), *of_pipeline(case, bubble), *of_products(case)]
 
 
 def of_memory(case: Case, most: float) -> Iterator[str]:
@@ -44,9 +44,10 @@ def of_nodes(layout: Layout) -> Iterator[str]:
             yield f"{name} parallelism: its groups cross nodes of {node} ranks"
 
 
-def of_pipeline(layout: Layout, bubble: float) -> Iterator[str]:
-    if layout.num_micro_batches < layout.pipeline:
-        yield f"pipeline: {layout.num_micro_batches} micro-batches do not fill {layout.pipeline} stages"
+def of_pipeline(case: Case, bubble: float) -> Iterator[str]:
+    count, stages = case.num_micro_batches, case.layout.pipeline
+    if count < stages:
+        yield f"pipeline: {count} micro-batches do not fill {stages} stages"
     elif bubble > LONGEST_BUBBLE:
         yield f"pipeline: ranks wait {100 * bubble:.0f} % of the time; more micro-batches or virtual stages would help"
 

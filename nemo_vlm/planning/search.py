@@ -24,14 +24,13 @@ from nemo_vlm.config.plan import PlanConfig
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.files import written_whole
 from nemo_vlm.planning.activations import activation_bytes, buffer_bytes
-from nemo_vlm.planning.communication import Case
+from nemo_vlm.planning.communication import Case, case_for
 from nemo_vlm.planning.hardware import GIB, Hardware, named
 from nemo_vlm.planning.parameters import Parameters, counter
 from nemo_vlm.planning.report import aligned
 from nemo_vlm.planning.rules import RESERVE
 from nemo_vlm.planning.schedule import Stages, estimated_length, length
 from nemo_vlm.planning.timing import StepTime, step_flops, step_time
-from nemo_vlm.planning.workload import workload
 
 FIRST = "first_pipeline_num_layers"
 SEARCHED = (  # of ParallelConfig
@@ -105,7 +104,7 @@ def replaced(given: Collection[str]) -> list[str]:
 def ranked(run: RunConfig, wanted: PlanConfig) -> list[Candidate]:
     """The fastest that fit, the best first."""
     hardware, parameters = named(wanted.hardware), counter(run)
-    allowed = [candidate(case, parameters, 0) for case in cases(run, wanted, hardware)]
+    allowed = [candidate(case, parameters, 0) for case in cases(run, wanted)]
     if not allowed:
         raise ConfigError(
             f"search=true: no layout of {ranks(run)} ranks suits the model and "
@@ -146,19 +145,19 @@ def heaviest(case: Case, parameters: Counter, room: float) -> float:
         room: where one stage needs more, the others are not asked.
     """
     layout, most = case.layout, 0.0
-    buffers = buffer_bytes(case.run, layout, case.work)
+    buffers = buffer_bytes(case.run, layout, case.fullest)
     for stage in {0, min(1, layout.pipeline - 1), layout.pipeline - 1}:
         kept = parameters(layout.tensor).memory(case.run, layout, stage).total
-        most = max(most, kept + buffers + sum(activation_bytes(case.run, layout, stage, case.work).values()))
+        most = max(most, kept + buffers + sum(activation_bytes(case.run, layout, stage, case.fullest).values()))
         if most > room:
             break
     return most
 
 
-def cases(run: RunConfig, wanted: PlanConfig, hardware: Hardware) -> Iterator[Case]:
+def cases(run: RunConfig, wanted: PlanConfig) -> Iterator[Case]:
     """The run in every layout and micro-batch that the rules allow."""
     one = layouts.one_process(run.model)
-    alone = Case(run, one, workload(run, one, wanted.plan_tokens, wanted.plan_images), hardware)
+    alone = case_for(run, one, wanted)
     tried, sizes = list(layouts_of(run, tower_layers(alone))), (1,) if run.data.packing else MICRO_BATCHES
     shown = sys.stderr.isatty()
     for parallel in track(tried, "layouts", disable=not shown, console=Console(stderr=True), transient=True):
@@ -168,8 +167,7 @@ def cases(run: RunConfig, wanted: PlanConfig, hardware: Hardware) -> Iterator[Ca
             sized = replace(choice, step=replace(plain_step(choice), micro_batch_size=size))
             with contextlib.suppress(ConfigError):
                 layout = layouts.resolve(sized, 0, {})
-                work = workload(sized, layout, wanted.plan_tokens, wanted.plan_images)
-                yield Case(sized, layout, work, hardware)
+                yield case_for(sized, layout, wanted)
 
 
 def allowed_sizes(run: RunConfig, sizes: Sequence[int]) -> Sequence[int]:

@@ -311,12 +311,12 @@ def step_time(case: Case, count: Count, schedule: Callable[[Stages, int], float]
         schedule: seconds of the pipeline's schedule; schedule.estimated_length is quicker.
     """
     layout, work = case.layout, case.work
-    stages, times = stage_times(case), layout.num_micro_batches
+    stages, times = stage_times(case), case.num_micro_batches
     if layout.fsdp is not None:
         stages = with_fsdp(case, stages, count)
     computing = schedule(stages, times)
     exposed, optimizer = update_times(case, stages, count)
-    seconds, batch = computing + exposed + optimizer, times * layout.data
+    seconds, batch = computing + exposed + optimizer, case.in_all
     flops = batch * sum(step_flops(case).values())
     peak = layout.world_size * 1e12 * case.hardware.bf16_tflops
     return StepTime(

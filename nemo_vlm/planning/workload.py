@@ -67,14 +67,19 @@ def of_batch(batch: Batch, model: LanguageConfig) -> Workload:
 
 
 def workload(
-    run: RunConfig, layout: Layout, tokens_per_sample: int | None = None, images_per_sample: int | None = None
+    run: RunConfig,
+    layout: Layout,
+    tokens_per_sample: int | None = None,
+    images_per_sample: int | None = None,
+    fullest: bool = False,
 ) -> Workload:
-    """An estimate without the data: what memory must be there for.
+    """An estimate without the data.
 
     Every row is as long as model.encoder_seq_length allows, or as it is given; each sample of a model that sees has one
-    image, or what of it has room; all that is no image is trained on. A pack is full of as many samples as have room
-    with TEXT_TOKENS of text.
+    image, or what of it has room; all that is no image is trained on. Samples of a pack have TEXT_TOKENS of text.
 
+    Args:
+        fullest: of packs one that is full, which memory must be there for; else a rank's samples, shared out evenly.
     Raises:
         ConfigError: more tokens or images are given than a sample can have.
     """
@@ -88,6 +93,8 @@ def workload(
         if (most := run.data.max_visual_tokens_per_micro_batch) is not None and visual:
             samples = max(min(samples, most // visual), 1)
         each = tokens_per_sample or capacity // samples
+        if not fullest:
+            samples = -(-layout.samples_per_rank // num_packs(layout, samples))
     else:
         samples = rows = layout.micro_batch_size
         each = tokens_per_sample or capacity
@@ -104,6 +111,16 @@ def workload(
         patches=samples * sum(frames),
         squared_frames=samples * sum(frame**2 for frame in frames),
     )
+
+
+def num_micro_batches(run: RunConfig, layout: Layout, work: Workload) -> int:
+    """Of a data-parallel rank in a step; of packs as many as its samples fill."""
+    return num_packs(layout, work.samples) if run.data.packing else layout.num_micro_batches
+
+
+def num_packs(layout: Layout, samples: int) -> int:
+    """Of so many samples, as data.loader.Packs makes them."""
+    return round_up(-(-layout.samples_per_rank // samples), layout.pipeline if layout.virtual > 1 else 1)
 
 
 def check_sizes(run: RunConfig, tokens: int | None, images: int | None) -> None:
@@ -125,7 +142,7 @@ def check_sizes(run: RunConfig, tokens: int | None, images: int | None) -> None:
         raise ConfigError(f"plan_tokens={tokens}: an image is {visual} tokens; plan_images=0 plans text alone")
 
 
-def in_words(work: Workload, lacks_image: bool) -> str:
+def in_words(work: Workload, packing: bool, lacks_image: bool) -> str:
     """A note for the plan.
 
     Args:
@@ -137,5 +154,5 @@ def in_words(work: Workload, lacks_image: bool) -> str:
     samples = "1 sample" if work.samples == 1 else f"{work.samples} samples"
     return (
         f"a micro-batch is counted as {samples} of {work.tokens // work.samples:,} tokens{seen} "
-        "(plan_tokens and plan_images say otherwise)"
+        f"(plan_tokens and plan_images say otherwise{'; memory is of a full pack' if packing else ''})"
     )

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from nemo_vlm import heartbeat
 from nemo_vlm.files import partial_of, written_whole
+from nemo_vlm.mcore import groups
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class Profile(Callback):
             self.profiler.step()
         if self.steps == FIRST - 1 and torch.cuda.is_available():
             torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
+        if self.steps == LAST:
+            groups.barrier()  # no rank's next step waits for another's files
         if self.steps <= LAST:
             module.times.restart()  # writing is part of no step
 

@@ -13,7 +13,7 @@ from nemo_vlm.data.loader import pad_multiple
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore.engine import Engine
 from nemo_vlm.planning.measured import TensorBytes
-from nemo_vlm.planning.workload import workload
+from nemo_vlm.planning.workload import num_micro_batches, workload
 from nemo_vlm.training.build import build_engine
 
 BATCH = "batch"
@@ -56,11 +56,11 @@ def tracked(engine: Engine) -> TensorBytes:
 
 def batches_of(run: RunConfig, layout: Layout) -> list[Batch]:
     """Micro-batches of this rank, each as planning.workload has it."""
-    work, multiple = workload(run, layout), pad_multiple(run, layout, packed=False)
+    work, multiple = workload(run, layout, fullest=True), pad_multiple(run, layout, packed=False)
     put_together, count = pack if work.packed else collate, work.tokens // work.samples
     grids = run.model.typical_views(run.data)
     samples = [sample_of(run, grids, count, torch.Generator().manual_seed(seed)) for seed in range(work.samples)]
-    return [put_together(samples, multiple) for _ in range(layout.num_micro_batches)]
+    return [put_together(samples, multiple) for _ in range(num_micro_batches(run, layout, work))]
 
 
 def sample_of(run: RunConfig, grids: list[tuple[int, int, int]], length: int, generator: torch.Generator) -> Sample:

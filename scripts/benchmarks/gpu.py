@@ -212,7 +212,7 @@ def planned(run: RunConfig, batch: Batch, on: hardware.Hardware | None) -> tuple
     """Tokens a second of a step of that batch, if the hardware is one that is known, and the most bytes it needs."""
     layout, work, speed = one_process(run.model, len(batch.tokens)), of_batch(batch, run.model), None
     if on is not None:
-        speed = step_time(Case(run, layout, work, on), count(run, 1).of_stage(layout, 0)).tokens_per_sec
+        speed = step_time(Case(run, layout, work, work, on), count(run, 1).of_stage(layout, 0)).tokens_per_sec
     activations = sum(activation_bytes(run, layout, 0, work).values())
     return speed, hold(run, layout, 0).memory.total + buffer_bytes(run, layout, work) + activations
 

@@ -312,7 +312,7 @@ def planned(published: Published) -> float:
     work = workload(run, layout, None, published.images)
     if published.packed is not None:
         work = replace(work, squared_lengths=work.tokens * published.packed)
-    case = Case(run, layout, work, hardware.named(published.hardware))
+    case = Case(run, layout, work, work, hardware.named(published.hardware))
     return step_time(case, count(run, layout.tensor).heaviest(layout)).tokens_per_sec / layout.world_size
 
 

@@ -8,7 +8,8 @@ from functools import cache
 
 import numpy
 
-from nemo_vlm.models.dynamic import DynamicViews, PatchFormat, smart_resize
+from nemo_vlm.config.dynamic import smart_resize
+from nemo_vlm.models.dynamic import DynamicViews, PatchFormat
 from nemo_vlm.models.tokens import PlaceholderRun, Runs
 from nemo_vlm.models.video import Reader
 
