@@ -182,7 +182,10 @@ def one_line(error: Exception) -> str:
     missing = re.search(r"Could not find '(.*)/([^']+)'(?: Available options in '.*': (.*))?", text)
     if missing:
         group, name, options = missing.groups()
-        return f"{group}={name}: no such choice; there are {', '.join((options or '').split())}"
+        known = ", ".join((options or "").split())
+        return f"{group}={name}: no such choice; there are {known}; --config-dir=FOLDER adds those of FOLDER/{group}"
+    if no_setting := re.search(r"Error parsing override '(.*?)' missing EQUAL", text):
+        return f"{no_setting[1]}: settings are KEY=VALUE, as model=llava_7b"
     return text.replace("Check that it's in your config search path.", "").strip()
 
 

@@ -137,7 +137,8 @@ def check_padding(run: RunConfig) -> None:
     multiple = token_multiple(tensor, splits_sequence(run), context, run.step.fp8)
     if pad_to != "batch":
         longest = -(-limit // multiple) * multiple
-        right = f"batch, or no less than model.encoder_seq_length={limit} and a multiple of {multiple}"
+        right = f"batch, or no less than model.encoder_seq_length={limit}"
+        right += f" and a multiple of {multiple}" * (multiple > 1)
         right += " with model.fp8=true" * run.step.fp8
         demand(pad_to >= limit and pad_to % multiple == 0, "model.data.pad_to", pad_to, right)
         right = f"batch or {longest} with model.data.packing=true, since no pack is longer"

@@ -164,7 +164,11 @@ def test_archives_of_every_layout_hold_the_same_model_and_answer(trained, folder
             "model.micro_batch_size=7 model.global_batch_size=16",
             "model.global_batch_size=16: does not divide by model.micro_batch_size=7",
         ),
-        ("parallel=tp3000", f"parallel=tp3000: no such choice; there are {', '.join(LAYOUTS)}"),
+        (
+            "parallel=tp3000",
+            f"parallel=tp3000: no such choice; there are {', '.join(LAYOUTS)}; --config-dir=FOLDER adds",
+        ),
+        ("llava_7b", "llava_7b: settings are KEY=VALUE, as model=llava_7b"),
         ("model=null", "Config group override must be a string or a list"),
         ("model.micro_batch_size=0 --config-name neva_finetune", "model.micro_batch_size=0: must be 1 or more"),
         ("trainer.precision=bf17", "trainer.precision=bf17: must be one of 32, bf16, bf16-mixed"),

@@ -413,7 +413,7 @@ def test_the_demo_writes_no_corpus_beside_other_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("impl", "says"),
     [
-        ("json", "a JSON or JSONL of conv.*data=digits_vqa or docs"),
+        ("json", "a JSON or JSONL of conv.*digits_vqa .LLaVA."),
         ("mmap", "data=docstrings$"),
         ("sft_idxmap", "idxmap.py$"),
     ],

@@ -12,7 +12,8 @@ from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats import mmididx
 
 WANTED = {  # by model.data.data_impl
-    "json": "a JSON or JSONL of conversations, or choose data=digits_vqa or docstring_questions",
+    "json": "a JSON or JSONL of conversations, or choose a demo's by data=: digits_vqa (LLaVA), digit_pairs or "
+    "digit_captions (Qwen), docstring_questions (text)",
     "energon": "a folder of tars of scripts/prepare_wds.py or of Megatron-Energon",
     "mmap": "the prefix of a .bin and .idx, or choose data=docstrings",
     "sft_idxmap": "the prefix of a .bin and .idx of scripts/prepare_sft_idxmap.py",

@@ -24,11 +24,13 @@ log = logging.getLogger(__name__)
 
 FILE = "skipped_samples.jsonl"
 TRAINING, VALIDATION = "training", "validation"
+SMALLER = (
+    "or show less of images and videos (model.data.num_frames; in the Qwen families max_pixels, video_max_pixels, "
+    "video_total_pixels too)"
+)
 REMEDIES = {  # where a setting is one
-    "too_long": "raise model.encoder_seq_length, or show images and videos smaller (model.data.max_pixels, "
-    "video_max_pixels or video_total_pixels, num_frames)",
-    "too_many_visual_tokens": "raise the limit, or show images and videos smaller (model.data.max_pixels, "
-    "video_max_pixels or video_total_pixels, num_frames)",
+    "too_long": f"raise model.encoder_seq_length, {SMALLER}",
+    "too_many_visual_tokens": f"raise model.data.max_visual_tokens or max_visual_tokens_per_micro_batch, {SMALLER}",
 }
 OF_VALIDATION = json.dumps({"split": VALIDATION})[:-1]  # how such a line begins
 
