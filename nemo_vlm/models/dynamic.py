@@ -4,7 +4,6 @@ patches, within limits of pixels, and cut in the order of the blocks that become
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from torch import Tensor
 from nemo_vlm.batch import RGB, Images, join
 from nemo_vlm.config.dynamic import smart_resize
 from nemo_vlm.data.media import Source
-from nemo_vlm.models.images import Picture, decoding, image_size, line_of, named, resize, write_patches
+from nemo_vlm.models.images import Picture, as_tensors, decoding, image_size, line_of, named, resize, write_patches
 from nemo_vlm.models.tokens import PlaceholderRun, Runs
 from nemo_vlm.models.video import Reader, Video, use
 
@@ -72,8 +71,7 @@ class PatchFormat:
             time, place = divmod(number, depth)
             end = depth if number == len(frames) - 1 else place + 1
             write_patches(frame, pixels[time, ..., place:end, :])
-        patches = torch.from_numpy(pixels.view(numpy.uint8)).view(math.prod(grid), -1)
-        return Images(patches, torch.tensor([grid]), self.mean, self.std, copies)
+        return Images(*as_tensors(pixels, [grid]), self.mean, self.std, copies)
 
     def frames(self, images: Images) -> list[list[Image.Image]]:
         """The frames of each view again; those that only fill up its last patches are left out."""

@@ -96,8 +96,7 @@ class ImageTransform:
             whole = cut(view, (0, 0, columns * patch_size, rows * patch_size))
             start, end = end, end + rows * columns
             write_patches(whole, pixels[start:end].reshape(rows, columns, 1, 1, 1, patch_size))
-        patches = torch.from_numpy(pixels.view(numpy.uint8)).flatten(1)
-        return Images(patches, torch.tensor(grids), self.mean, self.std)
+        return Images(*as_tensors(pixels, grids), self.mean, self.std)
 
     def view_sizes(self, width: int, height: int) -> list[tuple[int, int]]:
         """(height, width) of the views of an image, in pixels."""
@@ -206,6 +205,12 @@ def write_patches(image: Image.Image, lines: numpy.ndarray) -> None:
         some = lines[first : first + together]
         whole = numpy.frombuffer(piece, lines.dtype).reshape(len(some), block, edge, columns, block)
         some[...] = whole.transpose(0, 3, 1, 4, 2)[..., None, :]
+
+
+def as_tensors(lines: numpy.ndarray, grids: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+    """Patches of all that numbers, uint8, and the grids; a view by torch costs more than one by numpy."""
+    patches = lines.view(numpy.uint8).reshape(sum(map(math.prod, grids)), -1)
+    return torch.from_numpy(patches), torch.from_numpy(numpy.array(grids))
 
 
 def raw_pieces(image: Image.Image, size: int) -> Iterator[bytes]:

@@ -32,10 +32,11 @@ from nemo_vlm.typed import defaults, read_run
 
 LAYERS, HIDDEN, EXPERT, HEADS, VOCABULARY = 4, 512, 512, 8, 8192
 SAMPLES, LENGTH, LR, CLIP = 4, 512, 1e-4, 1.0  # of a step
+ROUNDS = 15  # each is one step, and steps on a shared machine differ
 
 
 def main() -> None:
-    parser = flags(__doc__)
+    parser = flags(__doc__, ROUNDS)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--topk", type=int, default=2)
     options = parser.parse_args()
