@@ -165,12 +165,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         softmax = logits if logits.dtype is torch.float32 else torch.empty_like(logits, dtype=torch.float32)
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
-            chunk, count = hidden[rows], len(hidden[rows])
-            torch.mm(chunk, weight.T, out=logits[:count])
-            losses[rows], share = cross_entropy(logits[:count], softmax[:count], labels[rows], vocabulary)
+            chunk, scores = hidden[rows], logits[: len(hidden[rows])]
+            likely = scores if softmax is logits else softmax[: len(scores)]  # to copy a tensor onto itself is no work
+            torch.mm(chunk, weight.T, out=scores)
+            losses[rows], share = cross_entropy(scores, likely, labels[rows], vocabulary)
             if weights is None:
                 continue
-            slopes = logits[:count].copy_(gradient(softmax[:count], labels[rows], weights[rows], share, vocabulary))
+            slopes = scores.copy_(gradient(likely, labels[rows], weights[rows], share, vocabulary))
             if of_hidden:
                 torch.mm(slopes, weight, out=ctx.hidden_grad[rows])
             if of_weight:
