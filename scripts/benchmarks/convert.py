@@ -30,7 +30,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from side_by_side import flags, report, row
+from side_by_side import flags, in_turn, report, row
 from torch import Tensor
 
 from nemo_vlm.conversion.jobs import Run, export_huggingface, import_huggingface
@@ -121,9 +121,8 @@ def measure(
         ways = {"cp": partial(copy, source, scratch / "copy")}
         ways["ours"] = command if full else partial(fork, forks, way, source, target)
         found: dict[str, list[Measured]] = {side: [] for side in ways}
-        for number in range(rounds):
-            for side in list(ways)[:: -1 if number % 2 else 1]:
-                found[side].append(ways[side]())
+        for side in in_turn(ways, rounds, first=0):
+            found[side].append(ways[side]())
         if not full:
             usual = median(measured.seconds for measured in found["cp"])
             yield row(f"{way.name}, whole command", size / 1e6 / command().seconds, size / 1e6 / usual, "MB/s")

@@ -40,7 +40,7 @@ import torch
 import transformers
 from megatron.energon import DefaultTaskEncoder, SampleDecoder, VQASample, WorkerConfig, get_loader, get_val_dataset
 from PIL import Image, ImageFile, ImageOps
-from side_by_side import by_turns, flags, in_turn, report, row
+from side_by_side import by_turns, flags, in_processes, report, row
 from sklearn.datasets import load_sample_images
 
 from nemo_vlm.config import DataConfig, RunConfig
@@ -173,18 +173,8 @@ def plain(way: Way) -> None:
 
 def on_one_core(ways: Mapping[str, Way], rounds: int) -> dict[str, list[float]]:
     """As by_turns, of the core's time, each in a process of its own: memory that one keeps does not serve the other."""
-    context, lines = get_context("fork"), {}
-    for name, way in ways.items():
-        lines[name], theirs = context.Pipe()
-        context.Process(target=serve, args=(way, theirs), daemon=True).start()
-        theirs.close()  # so that one that dies is noticed
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for name in in_turn(ways, rounds):
-        lines[name].send(True)
-        seconds[name].append(lines[name].recv())
-    for line in lines.values():
-        line.send(False)
-    return {name: found[1:] for name, found in seconds.items()}
+    told = in_processes({name: partial(serve, way) for name, way in ways.items()}, rounds, "fork")
+    return {name: seconds[1:] for name, seconds in told.items()}
 
 
 def serve(way: Way, line: Connection) -> None:

@@ -36,13 +36,13 @@ from nemo_vlm.batch import IGNORE_INDEX, Sample
 from nemo_vlm.data import packing
 
 LENGTHS = Path(__file__).with_name("llava665k_lengths.json")
-VOCABULARY, SCALE, SAMPLES, TURN = 2000, 8, 1664, 48
+VOCABULARY, SCALE, SAMPLES, TURN, ROUNDS = 2000, 8, 1664, 48, 31
 TOGETHER = 8192 // SCALE  # tokens of a pack at most: about what their batch of 8 has with padding
 LIMIT, STEP, STEPS = 4096, 128, 200  # of filling: tokens of a pack, samples of a step, steps
 
 
 def main() -> None:
-    options = trainer_flags(__doc__).parse_args()
+    options = trainer_flags(__doc__, ROUNDS).parse_args()
     report(chain(filled(), raced(options.rounds, options.threads)), options.json, trainer_settings(options.threads))
 
 

@@ -12,6 +12,8 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,9 +43,34 @@ def by_turns(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, li
     return {name: found[1:] for name, found in seconds.items()}
 
 
-def in_turn(names: Iterable[str], rounds: int) -> Iterator[str]:
-    """Whose turn it is: every second round goes backwards, and one before them warms up."""
-    for number in range(-1, rounds):
+def in_processes(sides: Mapping[str, Callable[[Connection], None]], rounds: int, start: str) -> dict[str, list[Any]]:
+    """What each side tells of its turns, of the one that warms up too; each is a process of its own.
+
+    Args:
+        sides: called with its end of a line, where a side waits for true, takes a turn and sends what it tells of it;
+            false is the end.
+        start: of processes, as multiprocessing calls it.
+    """
+    context, lines, processes = get_context(start), {}, []
+    for name, side in sides.items():
+        lines[name], theirs = context.Pipe()
+        processes.append(context.Process(target=side, args=(theirs,), daemon=True))  # type: ignore[attr-defined]
+        processes[-1].start()
+        theirs.close()  # so that one that dies is noticed
+    told: dict[str, list[Any]] = {name: [] for name in sides}
+    for name in in_turn(sides, rounds):
+        lines[name].send(True)
+        told[name].append(lines[name].recv())
+    for line in lines.values():
+        line.send(False)
+    for process in processes:
+        process.join()
+    return told
+
+
+def in_turn(names: Iterable[str], rounds: int, first: int = -1) -> Iterator[str]:
+    """Whose turn it is: every second round goes backwards, and one before them warms up, unless `first` is 0."""
+    for number in range(first, rounds):
         yield from list(names)[:: -1 if number % 2 else 1]
 
 

@@ -21,12 +21,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import get_context
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import in_turn, report, row
+from side_by_side import in_processes, report, row
 from trainers import Job, Turns, bare, hugging_face, ours, trainer_flags, trainer_settings
 
 STEPS = 1  # of a turn
@@ -90,25 +91,11 @@ def decoder(vocabulary: int) -> dict[str, Any]:
 
 def take_turns(job: Job, sides: Mapping[str, Side], rounds: int) -> dict[str, Told]:
     """What each side tells of its turns, that of the round that warms up at the front."""
-    context, lines, processes = get_context("spawn"), {}, []
     os.environ["OMP_NUM_THREADS"] = str(job.threads)
-    for name, side in sides.items():
-        lines[name], theirs = context.Pipe()
-        processes.append(context.Process(target=begin, args=(side, job, theirs), daemon=True))
-        processes[-1].start()
-        theirs.close()
-    told: dict[str, Told] = {name: [] for name in sides}
-    for name in in_turn(sides, rounds):
-        lines[name].send("go on")
-        told[name].append(lines[name].recv())
-    for name in sides:
-        lines[name].send("end")
-    for process in processes:
-        process.join()
-    return told
+    return in_processes({name: partial(begin, side, job) for name, side in sides.items()}, rounds, "spawn")
 
 
-def begin(side: Side, job: Job, line: Any) -> None:
+def begin(side: Side, job: Job, line: Connection) -> None:
     torch.set_num_threads(job.threads)
     side(job, Turns(line, job))
 

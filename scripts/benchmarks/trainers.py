@@ -22,8 +22,8 @@ LR, CLIP = 1e-4, 1.0
 ROUNDS = 17  # short ones: on a shared machine what disturbs one is gone in the next
 
 
-def trainer_flags(description: str | None) -> argparse.ArgumentParser:
-    parser = flags(description, ROUNDS)
+def trainer_flags(description: str | None, rounds: int = ROUNDS) -> argparse.ArgumentParser:
+    parser = flags(description, rounds)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
     return parser
 
