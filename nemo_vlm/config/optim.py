@@ -112,6 +112,10 @@ class OptimConfig:
             return self.distributed is not False
         return layout.replicas > 1 and not (self.offloads and precision == "32")
 
+    def sharing(self, layout: Layout, precision: str) -> tuple[int, int]:
+        """Ranks that share the state of the same weights: outside of experts, and in them. FSDP's shards aside."""
+        return (layout.replicas, layout.expert_data) if self.shards(layout, precision) else (1, 1)
+
     def settled(self, layout: Layout, precision: str, on_cpu: bool) -> OptimConfig:
         """With what is left open decided: on a CPU nothing runs beside the reductions, so overlap would only cost."""
         sharded = self.shards(layout, precision)

@@ -49,6 +49,11 @@ class VisionShape:
     patch_bias: bool = False  # SigLIP's and Qwen3-VL's patch convolution has a bias
     pooling_head: bool = False  # SigLIP's, behind all that runs here
 
+    def split(self, tensor: int) -> int:
+        """Of so many tensor-parallel ranks, those that share it; 1 where it does not divide: each holds it whole."""
+        divides = self.num_attention_heads % tensor == 0 and self.ffn_hidden_size % tensor == 0
+        return tensor if divides else 1
+
 
 class VisionTransformer(MegatronModule):
     """Images to the hidden states of one layer, or of several; parts are named as in Megatron's CLIPViTModel.
@@ -61,7 +66,7 @@ class VisionTransformer(MegatronModule):
 
     def __init__(self, shape: VisionShape, depth: int, build: BuildContext) -> None:
         tp = build.layout.tensor
-        split = shape.num_attention_heads % tp == 0 and shape.ffn_hidden_size % tp == 0
+        split = shape.split(tp) == tp
         config = vision_config(shape, build, split)
         super().__init__(config)
         self.depth, self.step = depth, build.step

@@ -14,7 +14,7 @@ from nemo_vlm.config.plan import PlanConfig
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore.vit import recompute_runs
 from nemo_vlm.planning.flops import passes
-from nemo_vlm.planning.footprints import engine
+from nemo_vlm.planning.footprints import engine, tower_shape
 from nemo_vlm.planning.hardware import Hardware, named
 from nemo_vlm.planning.memory import FP32_BYTES
 from nemo_vlm.planning.parameters import Count
@@ -136,17 +136,10 @@ def tower(case: Case) -> Passes:
     if media is None or not work.patches:
         return 0.0, 0.0
     vision, times = media.vision_encoder, passes(case.run.model, case.run.peft.lora is not None)
-    share = 2 * ring(case.layout.tensor) * case.size
-    layers = share * 2 * vision.depth * work.patches * vision.hidden_size * (tower_split(case) > 1)  # type: ignore[attr-defined]
+    share, whole = 2 * ring(case.layout.tensor) * case.size, tower_shape(case.run).split(case.layout.tensor) == 1
+    layers = 0.0 if whole else share * 2 * vision.depth * work.patches * vision.hidden_size  # type: ignore[attr-defined]
     out = share * work.visual_tokens * case.run.model.hidden_size * (1 + case.run.model.deepstack_layers)
     return layers + out, layers * (times["vision"] == 3) + out * (times["projector"] > 1)
-
-
-def tower_split(case: Case) -> int:
-    """Tensor-parallel ranks that share the tower; where its heads or FFN do not divide, each has it whole."""
-    vision, tensor = case.run.model.media.vision_encoder, case.layout.tensor  # type: ignore[union-attr]
-    divides = vision.num_attention_heads % tensor == 0 and vision.ffn_hidden_size % tensor == 0  # type: ignore[attr-defined]
-    return tensor if divides else 1
 
 
 def boundary(case: Case) -> float:

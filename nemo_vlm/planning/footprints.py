@@ -82,6 +82,10 @@ def engine(run: RunConfig) -> bool:
     return run.trainer.accelerator not in ("cpu", "npu") and run.step.transformer_impl != "local"
 
 
+def tower_shape(run: RunConfig) -> VisionShape:
+    return family(run.family, "model").vision_shape(run.model.media.vision_encoder)  # type: ignore[union-attr]
+
+
 def shapes_of(run: RunConfig, layout: Layout, work: Workload) -> Shapes:
     tokens = -(-work.positions // layout.context)
     split = -(-tokens // layout.tensor) if layout.sequence_parallel else tokens
@@ -241,7 +245,7 @@ def seeing(shapes: Shapes) -> list[Part]:
     """The vision tower and the projector. What is frozen, above nothing that trains, keeps nothing."""
     model: Any = shapes.run.model
     vision = model.mm_cfg.vision_encoder
-    shape = family(shapes.run.family, "model").vision_shape(vision)
+    shape = tower_shape(shapes.run)
     flows, work = shapes.trains(TOWER), shapes.work
     tokens = work.patches + work.views * shape.class_token
     layer = tower_layer(shapes, shape, tokens)
@@ -257,9 +261,7 @@ def seeing(shapes: Shapes) -> list[Part]:
 
 def tower_layer(shapes: Shapes, shape: VisionShape, tokens: int) -> Part:
     """Two sums, the norms behind them, attention and an FFN of two matrices, all with biases."""
-    tensor, width, ffn = shapes.layout.tensor, shape.hidden_size, shape.ffn_hidden_size
-    if shape.num_attention_heads % tensor or ffn % tensor:
-        tensor = 1
+    tensor, width, ffn = shape.split(shapes.layout.tensor), shape.hidden_size, shape.ffn_hidden_size
     rotated = 2 * width * FP32_BYTES / shapes.size if shape.merge_size and shapes.engine else 0.0
     activated = 3 if shape.activation == "quick_gelu" else 2
     numbers = 4 * width + (4 * width + rotated + activated * ffn) / tensor

@@ -192,7 +192,7 @@ def replicated_bytes(run: RunConfig, layout: Layout, held: int, others: int, exp
     """The same of so many elements held, and trained outside of experts and in them."""
     size = DTYPES[run.trainer.precision].itemsize
     state = ADAM_BYTES if size == FP32_BYTES else ADAM_BYTES + FP32_BYTES
-    sharing = (layout.replicas, layout.expert_data) if run.optim.shards(layout, run.trainer.precision) else (1, 1)
+    sharing = run.optim.sharing(layout, run.trainer.precision)
     optimizer = sum(-(-state * count // ranks) for count, ranks in zip((others, experts), sharing, strict=True))
     return RankMemory(size * held, FP32_BYTES * (others + experts), optimizer)
 

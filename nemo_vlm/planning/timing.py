@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from nemo_vlm.planning import communication
 from nemo_vlm.planning.communication import Case
 from nemo_vlm.planning.flops import ffn_weights, forward_flops, passes
-from nemo_vlm.planning.footprints import engine, picked, shapes_of
+from nemo_vlm.planning.footprints import engine, picked, shapes_of, tower_shape
 from nemo_vlm.planning.parameters import Count
 from nemo_vlm.planning.schedule import Stages, bubble, length
 
@@ -214,7 +214,7 @@ def tower(case: Case) -> Pass:
     whole = forward_flops(model, 0, 0, work.patches, work.squared_frames)
     linear = forward_flops(model, 0, 0, work.patches, 0)
     hidden, ffn, depth = vision.hidden_size, vision.ffn_hidden_size, vision.num_layers  # type: ignore[attr-defined]
-    split = communication.tower_split(case)
+    split = tower_shape(case.run).split(case.layout.tensor)
     values = depth * work.patches * (HIDDEN_TRAFFIC * hidden + FFN_TRAFFIC * ffn / split)
     plain = traffic(case, case.size * values)
     core = attend(case, (whole["vision"] - linear["vision"]) / split)
@@ -297,10 +297,8 @@ def update_times(case: Case, stages: Stages, count: Count) -> tuple[float, float
     waits = max(gradients - beside_gradients * max(stages.backward), 0.0)
     waits += max(weights - beside_weights * max(stages.forward), 0.0)
     waits += send(communication.tied(case), communication.pipeline_speed(case))
-    sharing = (layout.replicas, layout.expert_data)
-    if not case.run.optim.shards(layout, case.run.trainer.precision):
-        sharing = (1, 1)
-    return waits, traffic(case, STATE_TRAFFIC * (count.trained / sharing[0] + count.trained_experts / sharing[1]))
+    of_others, of_experts = case.run.optim.sharing(layout, case.run.trainer.precision)
+    return waits, traffic(case, STATE_TRAFFIC * (count.trained / of_others + count.trained_experts / of_experts))
 
 
 def step_time(case: Case, count: Count, schedule: Callable[[Stages, int], float] = length) -> StepTime:
