@@ -30,7 +30,7 @@ from nemo_vlm import typed
 from nemo_vlm.command_line import beside, given_keys, is_override, quoted
 from nemo_vlm.config import ExpManagerConfig, SamplesConfig, TrainerConfig
 from nemo_vlm.config.plan import KEYS, PlanConfig
-from nemo_vlm.errors import Failure, Stopped, explain
+from nemo_vlm.errors import ConfigError, Failure, Stopped, explain
 from nemo_vlm.experiment import BESIDE, Task, plan
 from nemo_vlm.inference.settings import EvaluateConfig, GenerateConfig, NevaInferenceConfig
 from nemo_vlm.logs import set_up_logging
@@ -39,6 +39,13 @@ from nemo_vlm.parallel import rank
 from nemo_vlm.typed import defaults, plain_defaults, unknown_key
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
+TRAINS = {  # whose data and tokenizer the examples' own recipes have
+    "gpt_finetune": "gpt",
+    "gpt_pretrain": "gpt",
+    "neva_finetune": "llava",
+    "qwen2_vl_finetune": "qwen2_vl",
+    "qwen3_vl_finetune": "qwen3_vl",
+}
 log = logging.getLogger("nemo_vlm")
 
 
@@ -69,6 +76,7 @@ def launch(task: Task, config_name: str) -> None:
         job = jobs.name()
         try:
             tree: Any = OmegaConf.to_container(cfg, resolve=True)
+            check_family(tree)
             show_traceback |= bool(tree.pop("debug"))
             chosen = task_or_plan(task, tree)
             set_up_logging()
@@ -97,6 +105,16 @@ def task_or_plan(task: Task, tree: dict[str, Any]) -> Task:
     if not dry_run:
         wanted.refuse_without_plan(given_keys())
     return partial(plan, task, wanted) if dry_run else task
+
+
+def check_family(tree: dict[str, Any]) -> None:
+    """Raises ConfigError: a model of another family than the recipe's, which another example trains."""
+    job, asked = HydraConfig.get(), tree.get("model", {}).get("family")
+    trained, others = TRAINS.get(job.job.config_name or ""), [name for name in TRAINS if TRAINS[name] == asked]
+    if trained not in (None, asked) and others:
+        right = " or ".join(f"examples/{name}.py" for name in others)
+        given = f"model={job.runtime.choices['model']} (model.family={asked})"
+        raise ConfigError(f"{given}: {job.job.config_name} trains {trained}; take {right}")
 
 
 def become_one_run(tree: dict[str, Any], script: str) -> None:

@@ -168,6 +168,10 @@ def test_archives_of_every_layout_hold_the_same_model_and_answer(trained, folder
             "parallel=tp3000",
             f"parallel=tp3000: no such choice; there are {', '.join(LAYOUTS)}; --config-dir=FOLDER adds",
         ),
+        (
+            "model=qwen2_vl_tiny",
+            "model=qwen2_vl_tiny (model.family=qwen2_vl): neva_finetune trains llava; take examples/qwen2",
+        ),
         ("llava_7b", "llava_7b: settings are KEY=VALUE, as model=llava_7b"),
         ("model=null", "Config group override must be a string or a list"),
         ("model.micro_batch_size=0 --config-name neva_finetune", "model.micro_batch_size=0: must be 1 or more"),
