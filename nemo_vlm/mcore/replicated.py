@@ -18,7 +18,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MixedPrecisionOptimizer
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
@@ -140,7 +140,10 @@ class Replicated:
         for each in self.optimizers:
             scale_grads(each.optimizer, scale)
         with cpu.without_redirection():
-            self.optimizer.step_with_ready_grads()
+            *others, last = self.optimizer.chained_optimizers
+            for each in others:
+                step_alone(each)
+            last.step_with_ready_grads()
         return norm
 
     @contextlib.contextmanager
@@ -244,6 +247,13 @@ def scale_grads(optimizer: torch.optim.Optimizer, scale: float) -> None:
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if grads:
         torch._foreach_mul_(grads, scale)
+
+
+def step_alone(optimizer: Any) -> None:
+    """A sharded optimizer's step without its end, which gathers all of the model's weights, experts' or not."""
+    sharded = isinstance(optimizer, DistributedOptimizer)
+    step = MixedPrecisionOptimizer.step_with_ready_grads if sharded else type(optimizer).step_with_ready_grads
+    step(optimizer)
 
 
 def wait_for_patches(module: DistributedDataParallel) -> None:

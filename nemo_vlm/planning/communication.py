@@ -14,7 +14,7 @@ from nemo_vlm.config.plan import PlanConfig
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore.vit import recompute_runs
 from nemo_vlm.planning.flops import passes
-from nemo_vlm.planning.footprints import engine, tower_shape
+from nemo_vlm.planning.footprints import engine, picked, shapes_of, tower_shape
 from nemo_vlm.planning.hardware import Hardware, named
 from nemo_vlm.planning.memory import FP32_BYTES
 from nemo_vlm.planning.parameters import Count
@@ -130,7 +130,8 @@ def expert(case: Case) -> Passes:
 def tower(case: Case) -> Passes:
     """Of a micro-batch in the vision tower and the projectors, which know no sequence parallelism: as `tensor`.
 
-    Two sums a layer and one a projector (DeepStack has more) each way; the tower's backward ones where it trains.
+    Two sums a layer and one a projector (DeepStack has more) each way, backward of what it takes; the tower's backward
+    ones where it trains.
     """
     media, work = case.run.model.media, case.work
     if media is None or not work.patches:
@@ -138,8 +139,35 @@ def tower(case: Case) -> Passes:
     vision, times = media.vision_encoder, passes(case.run.model, case.run.peft.lora is not None)
     share, whole = 2 * ring(case.layout.tensor) * case.size, tower_shape(case.run).split(case.layout.tensor) == 1
     layers = 0.0 if whole else share * 2 * vision.depth * work.patches * vision.hidden_size  # type: ignore[attr-defined]
-    out = share * work.visual_tokens * case.run.model.hidden_size * (1 + case.run.model.deepstack_layers)
-    return layers + out, layers * (times["vision"] == 3) + out * (times["projector"] > 1)
+    tokens = share * work.visual_tokens * (1 + case.run.model.deepstack_layers)
+    taken = tokens * media.projector_input_size * (times["projector"] > 1)  # type: ignore[attr-defined]
+    return layers + tokens * case.run.model.hidden_size, layers * (times["vision"] == 3) + taken
+
+
+def left_out(case: Case) -> tuple[float, bool]:
+    """The share of positions that the last layer's MLP is spared, and whether it would have run again."""
+    layers = case.layout.stage_layers[-1]
+    return 1 - picked(shapes_of(case.run, case.layout, case.work)), case.recomputed(layers) == layers
+
+
+def spared(case: Case) -> Passes:
+    """Sums of the last layer's MLP at those positions."""
+    share, again = left_out(case)
+    forward, backward = (share * way / 2 for way in tensor(case))
+    return forward * (1 + again), backward
+
+
+def ends(case: Case) -> tuple[Passes, Passes]:
+    """Of a micro-batch behind the word embeddings, and in front of the output: sums, as `tensor`.
+
+    Embeddings are summed whole; under sequence parallelism their gradients are gathered, and so are the hidden states
+    that the output takes, of which it takes the labelled ones alone.
+    """
+    one = ring(case.layout.tensor) * case.run.model.hidden_size * case.size
+    embedded, gathered = 2 * one * case.work.positions, one * case.tokens
+    if case.layout.sequence_parallel:
+        return (embedded, gathered), (gathered, gathered)
+    return (embedded, 0.0), (0.0, 2 * one * case.work.trained_tokens / case.layout.context)
 
 
 def boundary(case: Case) -> float:
@@ -185,8 +213,11 @@ def of_step(case: Case, count: Count, stage: int) -> dict[str, float]:
     sent = {kind: times * (layers * sum(way) + again * way[0]) for kind, way in of_layer(case).items()}
     if case.run.step.activations_checkpoint_granularity == "selective":
         sent["context"] += times * layers * context(case)[0]
+    first, last = ends(case)
     if stage == 0:
-        sent["tensor"] += times * sum(tower(case))
+        sent["tensor"] += times * (sum(tower(case)) + sum(first))
+    if stage == layout.pipeline - 1:
+        sent["tensor"] += times * (sum(last) - sum(spared(case)))
     forward = layout.virtual - (stage == layout.pipeline - 1)  # the last chunk of all sends nothing on
     backward = layout.virtual - (stage == 0)
     gradients, weights = map(sum, of_update(case, count))

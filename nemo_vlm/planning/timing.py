@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from nemo_vlm.planning import communication
 from nemo_vlm.planning.communication import Case
 from nemo_vlm.planning.flops import ffn_weights, forward_flops, passes
-from nemo_vlm.planning.footprints import engine, picked, shapes_of, tower_shape
+from nemo_vlm.planning.footprints import engine, tower_shape
 from nemo_vlm.planning.parameters import Count
 from nemo_vlm.planning.schedule import Stages, bubble, length
 
@@ -165,6 +165,11 @@ def send(num_bytes: float, speed: float, count: int = 1) -> float:
     return num_bytes / (speed * NETWORK_SHARE) + count * LATENCY if num_bytes else 0.0
 
 
+def tensor_messages(case: Case, sent: communication.Passes, count: int) -> Pass:
+    """So many collectives of tensor parallelism each way, of so many bytes together."""
+    return Pass(*(send(num_bytes, communication.tensor_speed(case), count) for num_bytes in sent))
+
+
 def decoder_layer(case: Case) -> Pass:
     """One layer, one micro-batch, on one rank; what it recomputes counts backward."""
     model, layout, step = case.run.model, case.layout, case.run.step
@@ -221,9 +226,7 @@ def tower(case: Case) -> Pass:
     matmul, projector = linear["vision"] / split / rate(case), linear["projector"] / split / rate(case)
     count = passes(model, case.run.peft.lora is not None)
     trained, through = count["vision"] == 3, count["projector"] - 1
-    sums = Pass(
-        *(send(num_bytes, communication.tensor_speed(case), 2 * depth) for num_bytes in communication.tower(case))
-    )
+    sums = tensor_messages(case, communication.tower(case), 2 * depth)
     forward = max(matmul + core + plain, depth * LAUNCH) + sums.forward
     backward = trained * max(2 * matmul + 2.5 * core + 2 * plain, 2 * depth * LAUNCH) + sums.backward
     if trained:
@@ -244,9 +247,8 @@ def output(case: Case) -> Pass:
 
 def left_out(case: Case) -> tuple[float, int]:
     """The share of positions that the last layer's MLP is spared, and how often its products would have been taken."""
-    layers, lora = case.layout.stage_layers[-1], case.run.peft.lora is not None
-    again = case.recomputed(layers) == layers
-    return 1 - picked(shapes_of(case.run, case.layout, case.work)), passes(case.run.model, lora)["decoder"] + again
+    share, again = communication.left_out(case)
+    return share, passes(case.run.model, case.run.peft.lora is not None)["decoder"] + again
 
 
 def spared(case: Case) -> Pass:
@@ -265,8 +267,9 @@ def stage_times(case: Case) -> Stages:
         for layers in set(layout.stage_layers)
     }
     found = [by_layers[layers] for layers in layout.stage_layers]
-    found[0] = found[0].plus(tower(case))
-    found[-1] = found[-1].plus(output(case)).plus(spared(case).times(-1))
+    first, last = (tensor_messages(case, sent, 1) for sent in communication.ends(case))
+    found[0] = found[0].plus(tower(case)).plus(first)
+    found[-1] = found[-1].plus(output(case)).plus(last).plus(spared(case).times(-1))
     return Stages(tuple(s.forward for s in found), tuple(s.backward for s in found), layout.pipeline)
 
 
