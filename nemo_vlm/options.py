@@ -5,6 +5,7 @@ itself stand in layout.
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 from nemo_vlm.config import LanguageConfig, ParallelConfig, RunConfig, StepConfig, demand
 from nemo_vlm.config.checks import show
@@ -14,6 +15,7 @@ from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import Layout, expert_tensor_size, positive, splits_sequence
 
 OF_EXPERTS = ("moe_", "expert_")  # what their settings begin with
+HEAD_MULTIPLE = 8  # numbers of a head in 16-bit kernels of attention
 FP8_MULTIPLE = 16  # every dimension of a product in 8-bit floats (Transformer Engine's assert_dim_for_fp8_exec, cuBLAS)
 
 
@@ -33,11 +35,8 @@ def check(run: RunConfig) -> None:
     if step.transformer_impl == "local":
         for setting in of_transformer_engine(step):
             raise ConfigError(f"{setting}: is Transformer Engine's; take model.transformer_impl=auto")
-    if step.attention_backend in ("flash", "fused") and run.trainer.precision == "32":
-        raise ConfigError(
-            f"model.attention_backend={step.attention_backend}: computes in 16 bits, and trainer.precision=32; "
-            "take bf16, or local"
-        )
+    if step.attention_backend in ("flash", "fused"):
+        check_fast_attention(run)
     if run.parallel.context_parallel_size > 1:
         right = "flash, fused or local with model.context_parallel_size above 1"
         demand(step.attention_backend != "unfused", "model.attention_backend", step.attention_backend, right)
@@ -112,6 +111,20 @@ def of_transformer_engine(step: StepConfig) -> list[str]:
     return found + [f"model.attention_backend={backend}"] * (backend not in ("auto", "local"))
 
 
+def check_fast_attention(run: RunConfig) -> None:
+    """What neither flash-attn nor cuDNN takes."""
+    backend = f"model.attention_backend={run.step.attention_backend}"
+    if run.trainer.precision == "32":
+        raise ConfigError(f"{backend}: computes in 16 bits, and trainer.precision=32; take bf16, or local")
+    sizes = {"model.kv_channels": run.model.kv_channels or 0}
+    if run.model.media:
+        vision: Any = run.model.media.vision_encoder
+        sizes["a head of the vision tower"] = vision.hidden_size // vision.num_attention_heads
+    for key, size in sizes.items():
+        if size % HEAD_MULTIPLE:
+            raise ConfigError(f"{backend}: {key}={size} must divide by {HEAD_MULTIPLE}; take unfused, or local")
+
+
 def check_optimizer(run: RunConfig) -> None:
     """Sharding, overlap and offload of the optimizer, each where it can be."""
     optim, sharded = run.optim, run.optim.distributed or run.optim.name in SHARDED
@@ -127,6 +140,11 @@ def check_optimizer(run: RunConfig) -> None:
         raise ConfigError(
             f"model.optim.offload={optim.offload}: with model.optim.{asked} it needs "
             "trainer.precision=bf16-mixed or 16-mixed (Megatron offloads main weights of their own)"
+        )
+    if optim.distributed is False and optim.offloads and run.trainer.precision != "32":
+        raise ConfigError(
+            f"model.optim.distributed=false: model.optim.offload={optim.offload} needs it with "
+            f"trainer.precision={run.trainer.precision} (Megatron offloads main weights that are sharded); leave it out"
         )
 
 

@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks of this machine, as every distributed test does."""
+"""Run a function on several ranks of this machine, as every distributed test does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Call `function(*args)` on every rank of a fresh gloo group, each with one thread.
+    """Call `function(*args)` on every rank of a fresh group, each with one thread.
 
     Returns:
         what each rank returned, in order of ranks.
@@ -32,7 +32,8 @@ def _rank(rank: int, world_size: int, function: Callable[..., Any], args: tuple,
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
     meet = (Path(folder) / "ranks").as_uri()  # a port that was free may be another test's by now
-    torch.distributed.init_process_group("gloo", meet, timedelta(minutes=2), world_size, rank)
+    backend = "nccl" if world_size == 1 and torch.cuda.is_available() else "gloo"  # which sums no CUDA tensors
+    torch.distributed.init_process_group(backend, meet, timedelta(minutes=2), world_size, rank)
     try:
         torch.save(function(*args), Path(folder) / str(rank))
         torch.distributed.barrier()  # a rank that leaves early breaks the groups that others are still making

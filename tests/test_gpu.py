@@ -39,9 +39,10 @@ def test_a_gpu_trains_as_the_cpu(tmp_path, transformer_impl: str) -> None:
         result = run(str(TRAIN), *steps, *where, *impl, cwd=tmp_path, forked=False)
         assert result.returncode == 0, result.stderr
         assert f"on 1 {'cuda' if accelerator == 'gpu' else 'cpu'} ranks" in result.stdout
+    close = 1e-3 if transformer_impl == "local" else 1e-2  # Transformer Engine's products of fp32 are TF32's
     for on_gpu, on_cpu in zip(metrics(tmp_path, "gpu"), metrics(tmp_path, "cpu"), strict=True):
-        assert on_gpu["reduced_train_loss"] == pytest.approx(on_cpu["reduced_train_loss"], rel=1e-3)
-        assert on_gpu["grad_norm"] == pytest.approx(on_cpu["grad_norm"], rel=1e-2)
+        assert on_gpu["reduced_train_loss"] == pytest.approx(on_cpu["reduced_train_loss"], rel=close)
+        assert on_gpu["grad_norm"] == pytest.approx(on_cpu["grad_norm"], rel=10 * close)
 
 
 def moments(settled: RunConfig, layout: Layout):
@@ -81,12 +82,16 @@ EXPERT_KERNELS: dict[str, dict[str, Any]] = {
 @pytest.mark.skipif(not HAVE_TE, reason="needs Transformer Engine")
 @pytest.mark.parametrize("kernels", EXPERT_KERNELS)
 def test_experts_train_alike_by_every_kernel(kernels: str) -> None:
-    """Transformer Engine's grouped products and permutation, against the layers of torch."""
+    """Transformer Engine's grouped products and permutation, against the layers of torch.
+
+    Its products of fp32 are TF32's: a token may go to another expert from the second step on.
+    """
     plain = run_of("qwen3_vl", TINY["qwen3_vl"])
     steps = [replace(plain.step, transformer_impl="local"), replace(plain.step, **EXPERT_KERNELS[kernels])]
     runs = [replace(plain, step=step) for step in steps]
     expected, found = (run_ranks(moments, 1, settled, make_layout(settled, 1))[0][0] for settled in runs)
-    assert_same_run(found, expected, loss=1e-3, norm=1e-2)
+    assert_same_run(found[:1], expected[:1], loss=1e-3, norm=1e-2)
+    assert_same_run(found, expected, loss=1e-2, norm=1e-1)
 
 
 def train_on(run: RunConfig, layout: Layout, samples: list[Sample]):
@@ -174,8 +179,9 @@ def in_bf16(tmp_path_factory):
 
 
 def bf16_losses(folder: Path, *settings: str) -> list[float]:
-    """Of six steps with Transformer Engine; sizes that 8-bit products take."""
+    """Of six steps with Transformer Engine; sizes that 8-bit products and every attention take."""
     sizes = ("model.hidden_size=64", "model.ffn_hidden_size=128", "model.kv_channels=16")
+    sizes += ("model.mm_cfg.vision_encoder.hidden_size=64",)
     run_settings = ("trainer.precision=bf16", "trainer.max_steps=6", "trainer.devices=1", "exp_manager.name=bf16")
     result = run(str(TRAIN), *sizes, *run_settings, "model.data.num_workers=0", *settings, cwd=folder)
     assert result.returncode == 0, result.stderr

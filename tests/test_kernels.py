@@ -56,6 +56,10 @@ APART = [
     (dict(step=FP8 | {"transformer_impl": "local"}), "model.fp8=true: is Transformer Engine's; take model.transformer"),
     (dict(step={"attention_backend": "flash", "transformer_impl": "local"}), "model.attention_backend=flash: is Trans"),
     (dict(step={"attention_backend": "fused"}, precision="32"), "model.attention_backend=fused: computes in 16 bits"),
+    (
+        dict(step={"attention_backend": "flash"}, model={"kv_channels": 12}),
+        "model.attention_backend=flash: model.kv_ch",
+    ),
     (dict(step=FP8, precision="32"), "trainer.precision=32: must be bf16 with model.fp8"),
     (dict(step=FP8, precision="16-mixed"), "trainer.precision=16-mixed: must be bf16 with model.fp8"),
     (dict(step=FP8, model={"hidden_size": 40}), "model.hidden_size=40: with model.fp8=true and tensor_model_paral"),
@@ -136,6 +140,16 @@ def test_a_machine_without_transformer_engine_says_so_before_the_run(setting: di
     told = f"model.{key}={show(value)}: needs Transformer Engine on a CUDA device; leave it out"
     with pytest.raises(ConfigError, match=f"^{told}$"):
         check_kernels(StepConfig(**setting), gpus=0, env={})
+
+
+def test_a_tower_s_heads_are_looked_at_too() -> None:
+    llava = run_of("llava", TINY["llava"], precision="bf16")
+    tower = replace(llava.model.mm_cfg.vision_encoder, hidden_size=80, num_attention_heads=4)
+    model = replace(llava.model, mm_cfg=replace(llava.model.mm_cfg, vision_encoder=tower), kv_channels=16)
+    for backend in ("auto", "unfused"):
+        options.check(replace(llava, model=model, step=replace(llava.step, attention_backend=backend)))
+    with pytest.raises(ConfigError, match="fused: a head of the vision tower=20 must divide by 8"):
+        options.check(replace(llava, model=model, step=replace(llava.step, attention_backend="fused")))
 
 
 def told(run: RunConfig):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_families import make_layout, run_of
 
 import nemo_vlm
@@ -53,6 +54,15 @@ def test_what_it_resolves_to() -> None:
     assert (found, strategy.process_group_backend, kernels(StepConfig().transformer_impl)) == ("npu", "hccl", "local")
     assert NpuAccelerator.parse_devices(2) == [0, 1]
     assert machine.device_type("auto", 2) == "cuda"  # which never takes an NPU
+
+
+def test_what_is_read_while_a_model_is_built_is_the_host_s() -> None:
+    """Lightning would make its device the default, on which random numbers and checkpoints are not drawn and read."""
+    strategy = MegatronStrategy(make_layout(on_npu(), 1), 1, 60.0, "gloo")
+    strategy.parallel_devices = [torch.device("meta")]
+    assert strategy.root_device.type == "meta"
+    with strategy.tensor_init_context():
+        assert torch.empty(1).device.type == "cpu"
 
 
 @pytest.mark.parametrize(

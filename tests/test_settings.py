@@ -9,7 +9,15 @@ import pytest
 
 from nemo_vlm.config import DataConfig, LanguageConfig, OptimConfig, ParallelConfig, StepConfig, TrainerConfig
 from nemo_vlm.errors import ConfigError
-from nemo_vlm.layout import check, check_model, num_micro_batches, ranks_per_node, resolve, stage_layers
+from nemo_vlm.layout import (
+    check,
+    check_model,
+    num_micro_batches,
+    one_process,
+    ranks_per_node,
+    resolve,
+    stage_layers,
+)
 from nemo_vlm.models.base import family
 from nemo_vlm.models.llava.config import Config
 from nemo_vlm.options import check_optimizer
@@ -181,6 +189,25 @@ def test_what_overlaps_on_gpus(optim: OptimConfig, expected: tuple[bool, bool]) 
     base["trainer"].update(devices=2)
     found = optim.settled(resolve(read_run(base, Config), 0, {}), "bf16", on_cpu=False)
     assert (found.overlap_grad_sync, found.overlap_param_sync) == expected
+
+
+@pytest.mark.parametrize(
+    ("precision", "optim", "sharded"),
+    [
+        ("bf16-mixed", OptimConfig(), False),
+        ("bf16-mixed", OptimConfig(offload=0.5), True),  # Megatron offloads main weights that are sharded
+        ("32", OptimConfig(offload=0.5), False),  # and others in fp32 alone
+    ],
+)
+def test_one_replica_shards_what_is_offloaded(precision: str, optim: OptimConfig, sharded: bool) -> None:
+    assert optim.shards(one_process(LanguageConfig()), precision) == sharded
+
+
+def test_unsharded_main_weights_are_not_offloaded() -> None:
+    base = tree(optim={"distributed": False, "offload": 0.5})
+    base["trainer"]["precision"] = "bf16"
+    with pytest.raises(ConfigError, match=r"model.optim.distributed=false: model.optim.offload=0.5 needs it"):
+        check_optimizer(read_run(base, Config))
 
 
 def test_what_tensor_parallelism_needs() -> None:

@@ -104,13 +104,14 @@ class OptimConfig:
         """Whether Megatron's distributed optimizer keeps the state; FSDP shards it itself.
 
         Args:
-            precision: of the trainer; in fp32, Megatron offloads no sharded state.
+            precision: of the trainer. Megatron offloads main weights where they are sharded, if only by one rank, and
+                weights that are their own main weights, in fp32, where they are not.
         """
         if layout.fsdp is not None:
             return False
         if self.distributed is not None or self.name in SHARDED:
             return self.distributed is not False
-        return layout.replicas > 1 and not (self.offloads and precision == "32")
+        return precision != "32" if self.offloads else layout.replicas > 1
 
     def sharing(self, layout: Layout, precision: str) -> tuple[int, int]:
         """Ranks that share the state of the same weights: outside of experts, and in them. FSDP's shards aside."""

@@ -35,7 +35,8 @@ def device() -> torch.device:
 
 
 def enable() -> None:
-    """Let Megatron-Core run on this process's CPU; idempotent."""
+    """Let Megatron-Core run on this process's device; idempotent."""
+    stand_in()
     if torch.cuda.is_available() or _mode:
         return
     redirect_cuda_calls()
@@ -99,6 +100,26 @@ class NoStream:
         return self
 
 
+def stand_in() -> None:
+    """For what Megatron takes of Transformer Engine or Apex, whether they are there or not; on every device.
+
+    Its routers ask for a kernel that is imported with the first alone; its own norm of all gradients waits for the
+    device once a parameter. torch's attention by cuDNN plans anew for each length, and lengths here differ.
+    """
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.transformer.moe import moe_utils
+
+    def norm(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
+        return torch.stack(torch._foreach_norm(lists[0])).norm()[None], None
+
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = norm
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def redirect_cuda_calls() -> None:
     # Megatron passes the current device on to torch.empty and the like, which take a device as well as a number.
     torch.cuda.current_device = lambda: CPU  # type: ignore[assignment, return-value]
@@ -122,14 +143,9 @@ def redirect_rng() -> None:
 
 
 def redirect_experts() -> None:
-    """What sends tokens to experts. Gloo gathers no parts of different sizes, and is told sizes in lists alone.
-
-    Routers name a kernel that Megatron imports with Transformer Engine alone.
-    """
+    """What sends tokens to experts. Gloo gathers no parts of different sizes, and is told sizes in lists alone."""
     from megatron.core.tensor_parallel import mappings
-    from megatron.core.transformer.moe import moe_utils
 
-    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
     gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     def gather_sizes(part: Tensor, group: Any, sizes: list[int] | None = None, *buffer: bool) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytorch_lightning as pl
@@ -34,6 +36,12 @@ class MegatronStrategy(DDPStrategy):
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         self.setup_precision_plugin()
+
+    @override
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Nothing: what is read, drawn and restored while the model is built stands in the host's memory."""
+        yield
 
     @property
     def data_parallel_rank(self) -> int:
