@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nemo_vlm.config import RunConfig
+from nemo_vlm.config import LoraConfig, PeftConfig, RunConfig
 from nemo_vlm.config.plan import PlanConfig
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore import groups
@@ -27,6 +27,7 @@ from nemo_vlm.training.rehearsal import batches_of
 SMALL = 4096  # bytes of a tensor: shapes, counts, norms and the sums of a softmax are not planned
 TP2, PP2, EP2 = ({f"{kind}_model_parallel_size": 2} for kind in ("tensor", "pipeline", "expert"))
 CP2 = {"context_parallel_size": 2}
+LORA = PeftConfig("lora", None, LoraConfig(target_modules=("all",)))
 FROZEN = "_frozen"  # of such a case the tower is
 CASES: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, settings of planned_run
     "gpt_tp2": (2, dict(name="gpt", parallel=TP2)),
@@ -39,10 +40,13 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, settings of planned_r
     "gpt_cp2": (2, dict(name="gpt", parallel=CP2)),
     "llava_tp2": (2, dict(name="llava", parallel=TP2)),
     "llava_tp2_frozen": (2, dict(name="llava", parallel=TP2, step=FULL)),
+    "llava_tp2_lora": (2, dict(name="llava", parallel=TP2, peft=LORA)),
+    "llava_tp2_sp_lora": (2, dict(name="llava", parallel=TP2_SP, peft=LORA)),
     "qwen2_vl_tp2_sp": (2, dict(name="qwen2_vl", data=PHOTO, parallel=TP2_SP)),
     "qwen3_vl_ep2": (2, dict(name="qwen3_vl", data=PHOTO, parallel=EP2)),
     "qwen2_vl_tp2_pp2": (4, dict(name="qwen2_vl", data=PHOTO, parallel=TP2 | PP2)),
     "gpt_tp2_cp2": (4, dict(name="gpt", parallel=TP2_SP | CP2)),
+    "qwen3_vl_tp2_sp": (2, dict(name="qwen3_vl", data=PHOTO, parallel=TP2_SP | {"expert_tensor_parallel_size": 1})),
     "qwen3_vl_tp2_ep2": (4, dict(name="qwen3_vl", data=PHOTO, parallel=TP2_SP | EP2)),
 }
 

@@ -28,10 +28,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from nemo_vlm.config import LoraConfig
-from nemo_vlm.config.peft import ADAPTER
+from nemo_vlm.config.peft import ADAPTER, BY_COLUMNS
 from nemo_vlm.mcore.weights import Part, generator
-
-BY_COLUMNS = ("linear_qkv", "linear_fc1")  # the others are split by rows
 
 
 def install(model: nn.Module, lora: LoraConfig) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nemo_vlm.config import RunConfig
+from nemo_vlm.config.peft import BY_COLUMNS
 from nemo_vlm.config.plan import PlanConfig
 from nemo_vlm.layout import Layout
 from nemo_vlm.mcore.vit import recompute_runs
@@ -92,14 +93,22 @@ def of_layer(case: Case) -> dict[str, Passes]:
 
 
 def tensor(case: Case) -> Passes:
-    """Sums behind attention and FFN, and backward in front of them.
+    """Sums behind attention and FFN, and backward in front of them; of adapters, between their two products.
 
-    Under sequence parallelism these are a gather and a scatter each, and what was gathered is gathered again for the
-    weights' gradients. Experts' FFNs take no part in it: their tokens travel as `expert` counts.
+    Under sequence parallelism these are a gather and a scatter each, and what was gathered is gathered again where
+    there are gradients of weights. Experts' FFNs take no part in it: their tokens travel as `expert` counts.
     """
     layout, blocks = case.layout, 1 if case.run.model.num_moe_experts else 2
-    one = blocks * 2 * ring(layout.tensor) * case.tokens * case.run.model.hidden_size * case.size
-    return one, one * (1.5 if layout.sequence_parallel else 1)
+    number, columns, rows = ring(layout.tensor) * case.tokens * case.size, 0, 0
+    if lora := case.run.peft.lora:
+        columns, rows = (
+            lora.adapter_dim * len(kind) for kind in (lora.linears & BY_COLUMNS, lora.linears - BY_COLUMNS)
+        )
+    one = blocks * 2 * number * case.run.model.hidden_size
+    if layout.sequence_parallel:
+        again = passes(case.run.model, lora is not None)["decoder"] == 3
+        return one + number * (columns + rows), (1.5 if again else 1) * one + number * (columns + rows)
+    return one + 2 * number * rows, one + 2 * number * columns
 
 
 def context(case: Case) -> Passes:
@@ -166,7 +175,7 @@ def ends(case: Case) -> tuple[Passes, Passes]:
     one = ring(case.layout.tensor) * case.run.model.hidden_size * case.size
     embedded, gathered = 2 * one * case.work.positions, one * case.tokens
     if case.layout.sequence_parallel:
-        return (embedded, gathered), (gathered, gathered)
+        return (embedded, gathered * (1 + case.run.model.deepstack_layers)), (gathered, gathered)
     return (embedded, 0.0), (0.0, 2 * one * case.work.trained_tokens / case.layout.context)
 
 
