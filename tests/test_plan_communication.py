@@ -36,6 +36,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, settings of planned_r
     "gpt_dp2": (2, dict(name="gpt", precision="bf16")),
     "gpt_fsdp": (2, dict(name="gpt", parallel={"fsdp": True}, precision="bf16")),
     "gpt_fsdp_grad": (2, dict(name="gpt", parallel={"fsdp": True, "fsdp_sharding_strategy": "grad"})),
+    "llava_fsdp_frozen": (2, dict(name="llava", parallel={"fsdp": True})),
     "gpt_vpp2": (2, dict(name="gpt", parallel=VPP2)),
     "gpt_cp2": (2, dict(name="gpt", parallel=CP2)),
     "llava_tp2": (2, dict(name="llava", parallel=TP2)),

@@ -189,7 +189,7 @@ def test_hybrid_shards_stay_on_their_node() -> None:
     assert communication.shard_speed(found) == H100.link
     assert communication.copy_speed(found) == H100.network  # one of two copies on each node
     scattered, gathered, summed = communication.of_fsdp(found, Count(1000, 1000))
-    assert (scattered, gathered, summed) == (4 * 1000 * 7 / 8, 2 * 2 * 1000 * 7 / 8, 4 * 1000 / 8)
+    assert (scattered, gathered, summed) == (4 * 1000 * 7 / 8, (2 * 1000 * 7 / 8, 2 * 1000 * 7 / 8), 4 * 1000 / 8)
     assert communication.shard_speed(case(laid_out(fsdp="full"))) == 8 * H100.network
 
 

@@ -202,16 +202,17 @@ def tied(case: Case) -> float:
     return FP32_BYTES * (model.vocab_size or 0) * model.hidden_size / layout.tensor
 
 
-def of_fsdp(case: Case, count: Count) -> tuple[float, float, float]:
+def of_fsdp(case: Case, count: Count) -> tuple[float, Passes, float]:
     """Gradients scattered and weights gathered over the shards by a micro-batch, and gradients summed over the copies.
 
-    Weights are gathered forward and backward, unless they are kept.
+    Weights are gathered forward and backward, unless they are kept or no gradient reaches them.
     """
-    layout, gathers = case.layout, 1 if case.layout.fsdp == "grad" else 2
+    layout, held = case.layout, count.held + count.experts
+    again = 0 if layout.fsdp == "grad" else held - count.forward_only
     trained, share = count.trained + count.trained_experts, ring(layout.shards)
     reduced = trained * (FP32_BYTES if case.run.parallel.fsdp_grad_reduce_dtype == "32" else 2)
     copies = 2 * ring(layout.replicas // layout.shards) / layout.shards
-    return reduced * share, gathers * case.size * (count.held + count.experts) * share, reduced * copies
+    return reduced * share, (case.size * held * share, case.size * again * share), reduced * copies
 
 
 def of_step(case: Case, count: Count, stage: int) -> dict[str, float]:
@@ -232,7 +233,7 @@ def of_step(case: Case, count: Count, stage: int) -> dict[str, float]:
     gradients, weights = map(sum, of_update(case, count))
     if layout.fsdp is not None:
         scattered, gathered, summed = of_fsdp(case, count)
-        gradients, weights = times * (scattered + summed), times * gathered
+        gradients, weights = times * (scattered + summed), times * sum(gathered)
     if stage in (0, layout.pipeline - 1):
         gradients += tied(case)
     sent |= {"pipeline": times * (forward + backward) * boundary(case)}

@@ -12,9 +12,11 @@ from functools import cache
 
 from nemo_vlm.config import RunConfig, StepConfig
 from nemo_vlm.layout import Layout
+from nemo_vlm.planning.flops import passes
 from nemo_vlm.planning.memory import EXPERTS, FP32_BYTES, Holding, RankMemory, fsdp_bytes, hold, replicated_bytes
 
 FEW_EXPERTS = 2  # of a layer that is built
+TOWER = "vision_model."
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class Count:
         trained: of these.
         experts: of weights that one token does not see all of.
         trained_experts: of these.
+        forward_only: of those held, a tower's that no gradient reaches.
     """
 
     held: int
     trained: int
     experts: int = 0
     trained_experts: int = 0
+    forward_only: int = 0
 
     def plus(self, other: Count, times: int = 1) -> Count:
         return Count(
@@ -39,6 +43,7 @@ class Count:
             self.trained + times * other.trained,
             self.experts + times * other.experts,
             self.trained_experts + times * other.trained_experts,
+            self.forward_only + times * other.forward_only,
         )
 
 
@@ -129,7 +134,9 @@ def of_holding(run: RunConfig, layout: Layout, holding: Holding) -> Count:
     trained = holding.memory.gradients // FP32_BYTES * layout.shards
     trained_experts = 0 if run.peft.lora or frozen(run) or not trained else experts
     all_held = holding.num_parameters + holding.num_padding
-    return Count(all_held - experts, trained - trained_experts, experts, trained_experts)
+    tower = sum(size for (name, _), size in holding.sizes.items() if name.startswith(TOWER))
+    unreached = tower if passes(run.model, run.peft.lora is not None)["vision"] == 1 else 0
+    return Count(all_held - experts, trained - trained_experts, experts, trained_experts, unreached)
 
 
 def frozen(run: RunConfig) -> bool:

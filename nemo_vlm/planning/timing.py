@@ -275,11 +275,10 @@ def stage_times(case: Case) -> Stages:
 
 def with_fsdp(case: Case, stages: Stages, count: Count) -> Stages:
     """A pass is as long as what is gathered and scattered for it, where that is longer; where not, it is slowed."""
-    (gradients, weights, copies), layout = communication.of_fsdp(case, count), case.layout
+    (gradients, (first, again), copies), layout = communication.of_fsdp(case, count), case.layout
     speed, units = communication.shard_speed(case), case.run.model.num_layers
     hops = units * HOP * (layout.shards - 1)
-    first = weights / (1 if layout.fsdp == "grad" else 2)
-    back = send(gradients + weights - first, speed, 2 * units) + send(copies, communication.copy_speed(case), units)
+    back = send(gradients + again, speed, 2 * units) + send(copies, communication.copy_speed(case), units)
     needed = (send(first, speed, units) + hops, back + 2 * hops)
     pairs = zip((stages.forward[0], stages.backward[0]), needed, strict=True)
     forward, backward = (max(pair) + SLOWED * min(pair) for pair in pairs)
