@@ -8,5 +8,4 @@ RUN grep -v "^torch==" requirements/base.txt > /tmp/base.txt && pip install --no
 COPY . .
 RUN pip install --no-cache-dir --no-deps --editable .
 
-ENV CUDA_DEVICE_MAX_CONNECTIONS=1
 CMD ["bash"]

@@ -53,7 +53,7 @@ def train(tree: dict[str, Any]) -> None:
     run, layout, former = plan.run, plan.layout, archive_version(plan.run.exp_manager)
     if supervisor.needed(layout.world_size, os.environ):
         env = versions.told(run.exp_manager, os.environ)
-        supervisor.supervise(layout.ranks_per_node, layout.num_nodes, run.trainer.hang_timeout, env)
+        supervisor.supervise(layout, run.trainer.hang_timeout, env)
     else:
         with log_file.kept(run.exp_manager, os.environ):
             fit(plan, tokenizer)
@@ -161,7 +161,7 @@ def answer(task: Evaluation | Generation) -> None:
         task.make_ready(os.environ)
     layout, hang_timeout = task.model.layout, task.model.run.trainer.hang_timeout
     if supervisor.needed(layout.world_size, os.environ):
-        return supervisor.supervise(layout.ranks_per_node, layout.num_nodes, hang_timeout, os.environ)
+        return supervisor.supervise(layout, hang_timeout, os.environ)
     try:
         with rank.watched(hang_timeout):
             task.run()

@@ -23,6 +23,7 @@ from test_families import TINY, run_of
 
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import resolve
+from nemo_vlm.parallel.supervisor import common_environment
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "examples" / "neva_finetune.py"
@@ -187,6 +188,24 @@ def test_a_lost_node_is_told_by_the_other(folder: Path, start: Start) -> None:
     os.kill(rank(other, 0), signal.SIGKILL)
     assert message(run, 1).startswith("contact to another node was lost, the run is stopped; rank 0 ")
     assert "rank 1 was killed by SIGKILL" in other.communicate(timeout=MINUTE)[1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "given", "expected"),
+    [
+        ({"tensor": 2}, {}, "1"),
+        ({"tensor": 2}, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8"),
+        ({"tensor": 1}, {}, None),
+        ({"tensor": 1}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, "1"),
+        ({"tensor": 2, "fsdp": "full"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, None),
+        ({"tensor": 1, "fsdp": "full"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}, "32"),
+    ],
+)
+def test_a_gpu_has_as_many_queues_as_the_layout_wants(sizes: dict, given: dict[str, str], expected: str | None) -> None:
+    run = run_of("gpt", TINY["gpt"])
+    layout = replace(resolve(replace(run, trainer=replace(run.trainer, devices=2)), 0, {}), **sizes)
+    found = common_environment(layout, "unused", given)
+    assert found.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected and found["WORLD_SIZE"] == "2"
 
 
 @pytest.mark.parametrize(

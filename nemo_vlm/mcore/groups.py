@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -31,8 +33,12 @@ class Stage:
     chunk: int | None = None
 
 
-def initialize(layout: Layout, seed: int) -> None:
-    """Make Megatron's groups; torch.distributed must be running with `layout.world_size` ranks."""
+def initialize(layout: Layout, seed: int, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Make Megatron's groups; torch.distributed must be running with `layout.world_size` ranks.
+
+    Args:
+        timeout: of their collectives.
+    """
     cpu.enable()
     parallel_state.initialize_model_parallel(
         layout.tensor,
@@ -42,6 +48,7 @@ def initialize(layout: Layout, seed: int) -> None:
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     seed_ranks(layout, seed)
 
@@ -194,9 +201,14 @@ def background_group() -> torch.distributed.ProcessGroup:
 
 
 def without_tensor_parallel() -> ProcessGroupCollection:
-    """Groups for a part that every tensor-parallel rank holds whole: its tensor-parallel group is this rank alone."""
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    groups.tp = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
+    """Groups for a part that every tensor-parallel rank holds whole: its tensor-parallel group is this rank alone.
+
+    It sends nothing, and is gloo's: NCCL would split it off from all ranks' group, where those of other stages would
+    have to take part.
+    """
+    groups, backend = ProcessGroupCollection.use_mpu_process_groups(), None if pretending() else "gloo"
+    mine = [torch.distributed.get_rank()]
+    groups.tp = torch.distributed.new_group(mine, backend=backend, use_local_synchronization=True)
     return groups
 
 

@@ -259,6 +259,7 @@ def gather(model_parts: list[Part], placed: dict[str, Placement]) -> Iterator[tu
         for bounds, holder in placement.holders.items():
             if holder == rank:
                 torch.distributed.send(mine[name, bounds].contiguous(), 0)
+                torch.cuda.current_stream().synchronize()  # NCCL's returns before it is received, and its time runs
 
 
 def collect(name: str, placement: Placement, mine: dict, device: torch.device) -> Tensor:

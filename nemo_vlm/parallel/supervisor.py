@@ -23,9 +23,10 @@ from types import FrameType
 
 from nemo_vlm import heartbeat
 from nemo_vlm.errors import Failure, RunError, Stopped
-from nemo_vlm.layout import under_slurm
+from nemo_vlm.layout import Layout, under_slurm
 from nemo_vlm.parallel.rank import ENDING, VARIABLE, Files, Report
 
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 POLL = 0.1  # seconds
 GRACE = 2.0  # after the first failure, for the others' reports
 PATIENCE = 10.0  # the same, while all that is known is that contact was lost
@@ -34,6 +35,7 @@ LOST_CONTACT = re.compile(
     r"closed by peer|reset by peer|Connection refused|Broken pipe|Socket [Tt]imeout|pair closure|connectFullMesh"
     r"|ncclRemoteError|remote process exited|ncclSystemError|Timed out waiting|recvValue failed|DistNetworkError",
 )
+WAITING = ("torch/distributed/", "p2p_communication", "mcore/groups.py", "mcore/clock.py", "_broadcast_sigterm_tensor")
 # What is likelier the cause comes first. SIGABRT is how libraries give up, often because a peer is gone.
 KILLED, STOPPED, ERROR, ABORTED, EXITED, LOST = range(6)
 
@@ -127,7 +129,7 @@ def needed(world_size: int, env: Mapping[str, str]) -> bool:
     return world_size > 1 and "LOCAL_RANK" not in env and not under_slurm(env)
 
 
-def supervise(ranks_per_node: int, num_nodes: int, hang_timeout: float, env: Mapping[str, str]) -> None:
+def supervise(layout: Layout, hang_timeout: float, env: Mapping[str, str]) -> None:
     """Start this node's ranks and wait for their end.
 
     Raises:
@@ -137,10 +139,10 @@ def supervise(ranks_per_node: int, num_nodes: int, hang_timeout: float, env: Map
     with tempfile.TemporaryDirectory(prefix="nemo_vlm_") as folder, Signals() as signals:
         ranks: list[Rank] = []
         try:
-            environment = common_environment(ranks_per_node * num_nodes, num_nodes, folder, env)
-            for local_rank in range(ranks_per_node):
-                ranks.append(start(local_rank, ranks_per_node, Path(folder), environment))
-            failure = wait(ranks, signals, num_nodes, hang_timeout)
+            environment = common_environment(layout, folder, env)
+            for local_rank in range(layout.ranks_per_node):
+                ranks.append(start(local_rank, layout.ranks_per_node, Path(folder), environment))
+            failure = wait(ranks, signals, layout.num_nodes, hang_timeout)
             if failure is not None and sys.stderr.isatty():
                 sys.stderr.write("\n")  # below the progress bar
         finally:
@@ -151,19 +153,25 @@ def supervise(ranks_per_node: int, num_nodes: int, hang_timeout: float, env: Map
         raise Stopped
 
 
-def common_environment(world_size: int, num_nodes: int, folder: str, env: Mapping[str, str]) -> dict[str, str]:
+def common_environment(layout: Layout, folder: str, env: Mapping[str, str]) -> dict[str, str]:
     """What all ranks of this node are told; LOCAL_RANK, added for each, makes Lightning take them as started.
 
     The ranks of a single node meet on it, whatever MASTER_ADDR a script exports that was written for another machine.
+    A GPU with one queue keeps messages of tensor parallelism in front of the products that they run beside; FSDP's
+    would wait in it.
     """
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
     defaults = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
     given = {key: value for key, value in env.items() if value or key not in defaults}
-    if num_nodes == 1:
+    if layout.num_nodes == 1:
         given["MASTER_ADDR"] = defaults["MASTER_ADDR"]
-    return defaults | given | {"WORLD_SIZE": str(world_size), VARIABLE: f"{os.getpid()}:{folder}"}
+    if layout.fsdp is not None and given.get(QUEUES) == "1":
+        del given[QUEUES]
+    elif layout.fsdp is None and layout.tensor > 1:
+        defaults[QUEUES] = "1"
+    return defaults | given | {"WORLD_SIZE": str(layout.world_size), VARIABLE: f"{os.getpid()}:{folder}"}
 
 
 def start(local_rank: int, ranks_per_node: int, folder: Path, env: Mapping[str, str]) -> Rank:
@@ -255,8 +263,8 @@ def read_stack(path: Path) -> list[str]:
 
 
 def waits_for_others(frames: list[str]) -> bool:
-    """Whether a rank stands in a collective or a transfer between stages."""
-    return any("torch/distributed/" in frame or "p2p_communication" in frame for frame in frames)
+    """Whether a rank stands in a collective or a transfer between stages, or reads what one brings (NCCL's return)."""
+    return any(place in frame for frame in frames for place in WAITING)
 
 
 def end(ranks: list[Rank]) -> None:
