@@ -39,13 +39,6 @@ from nemo_vlm.parallel import rank
 from nemo_vlm.typed import defaults, plain_defaults, unknown_key
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-TRAINS = {  # whose data and tokenizer the examples' own recipes have
-    "gpt_finetune": "gpt",
-    "gpt_pretrain": "gpt",
-    "neva_finetune": "llava",
-    "qwen2_vl_finetune": "qwen2_vl",
-    "qwen3_vl_finetune": "qwen3_vl",
-}
 log = logging.getLogger("nemo_vlm")
 
 
@@ -108,13 +101,27 @@ def task_or_plan(task: Task, tree: dict[str, Any]) -> Task:
 
 
 def check_family(tree: dict[str, Any]) -> None:
-    """Raises ConfigError: a model of another family than the recipe's, which another example trains."""
+    """Raises ConfigError: a model of another family than the one that the recipe has data and a tokenizer for."""
     job, asked = HydraConfig.get(), tree.get("model", {}).get("family")
-    trained, others = TRAINS.get(job.job.config_name or ""), [name for name in TRAINS if TRAINS[name] == asked]
-    if trained not in (None, asked) and others:
-        right = " or ".join(f"examples/{name}.py" for name in others)
-        given = f"model={job.runtime.choices['model']} (model.family={asked})"
-        raise ConfigError(f"{given}: {job.job.config_name} trains {trained}; take {right}")
+    recipe = job.job.config_name or ""
+    trained = family_of(recipe)
+    if trained in (None, asked) or "data" in given_keys():
+        return
+    if others := [path.stem for path in sorted(CONF.glob("*.yaml")) if family_of(path.stem) == asked]:
+        given = f"model={job.runtime.choices.get('model')} (model.family={asked})"
+        right = f"data=NAME, or --config-name {' or '.join(others)}"
+        raise ConfigError(f"{given}: the data and the tokenizer of {recipe} are a {trained}'s; give {right}")
+
+
+def family_of(recipe: str) -> str | None:
+    """That of a recipe's own model; None of one without a model or data, and of one that is not in conf/."""
+    path = CONF / f"{recipe}.yaml"
+    entries: Any = OmegaConf.load(path).defaults if path.exists() else []
+    chosen = {key: value for entry in entries if isinstance(entry, DictConfig) for key, value in entry.items()}
+    name = chosen.get("model") if chosen.get("data") else None
+    while name not in (None, *FAMILIES):
+        name = OmegaConf.load(CONF / "model" / f"{name}.yaml").defaults[0]
+    return name
 
 
 def become_one_run(tree: dict[str, Any], script: str) -> None:

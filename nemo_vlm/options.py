@@ -116,13 +116,15 @@ def check_fast_attention(run: RunConfig) -> None:
     backend = f"model.attention_backend={run.step.attention_backend}"
     if run.trainer.precision == "32":
         raise ConfigError(f"{backend}: computes in 16 bits, and trainer.precision=32; take bf16, or local")
+    right = "local" if run.parallel.context_parallel_size > 1 else "unfused or local"
     sizes = {"model.kv_channels": run.model.kv_channels or 0}
     if run.model.media:
         vision: Any = run.model.media.vision_encoder
-        sizes["a head of the vision tower"] = vision.hidden_size // vision.num_attention_heads
+        head = "model.mm_cfg.vision_encoder.hidden_size / num_attention_heads"
+        sizes[head] = vision.hidden_size // vision.num_attention_heads
     for key, size in sizes.items():
         if size % HEAD_MULTIPLE:
-            raise ConfigError(f"{backend}: {key}={size} must divide by {HEAD_MULTIPLE}; take unfused, or local")
+            raise ConfigError(f"{backend}: {key}={size}: must be a multiple of {HEAD_MULTIPLE}; take {right}")
 
 
 def check_optimizer(run: RunConfig) -> None:
@@ -143,8 +145,8 @@ def check_optimizer(run: RunConfig) -> None:
         )
     if optim.distributed is False and optim.offloads and run.trainer.precision != "32":
         raise ConfigError(
-            f"model.optim.distributed=false: model.optim.offload={optim.offload} needs it with "
-            f"trainer.precision={run.trainer.precision} (Megatron offloads main weights that are sharded); leave it out"
+            f"model.optim.distributed=false: with model.optim.offload={optim.offload} and "
+            f"trainer.precision={run.trainer.precision} it must be true (Megatron offloads sharded main weights)"
         )
 
 

@@ -37,6 +37,13 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, settings of planned_r
     "gpt_fsdp": (2, dict(name="gpt", parallel={"fsdp": True}, precision="bf16")),
     "gpt_fsdp_grad": (2, dict(name="gpt", parallel={"fsdp": True, "fsdp_sharding_strategy": "grad"})),
     "llava_fsdp_frozen": (2, dict(name="llava", parallel={"fsdp": True})),
+    "gpt_hsdp": (4, dict(name="gpt", parallel={"fsdp": True, "fsdp_sharding_strategy": "hybrid"})),
+    "gpt_cp2_selective": (2, dict(name="gpt", parallel=CP2, step={"activations_checkpoint_granularity": "selective"})),
+    "qwen3_vl_ep2_allgather": (
+        2,
+        dict(name="qwen3_vl", data=PHOTO, parallel=EP2, step={"moe_token_dispatcher_type": "allgather"}),
+    ),
+    "gpt_tied_pp2": (2, dict(name="gpt", parallel=PP2, model={"share_embeddings_and_output_weights": True})),
     "gpt_vpp2": (2, dict(name="gpt", parallel=VPP2)),
     "gpt_cp2": (2, dict(name="gpt", parallel=CP2)),
     "llava_tp2": (2, dict(name="llava", parallel=TP2)),
@@ -134,8 +141,12 @@ def measured() -> dict[str, list[Counter[str]]]:
 @pytest.mark.parametrize("key", RUNS)
 def test_a_rank_sends_what_was_planned(key: str, measured: dict[str, list[Counter[str]]]) -> None:
     (run, layout), parts = RUNS[key], count(RUNS[key][0], RUNS[key][1].tensor)
-    case = case_for(run, layout, PlanConfig())
+    case, replicas = case_for(run, layout, PlanConfig()), max(layout.replicas, layout.expert_data)
+    shared = {"tensor": layout.tensor, "context": layout.context, "expert": layout.expert * layout.expert_tensor}
+    tied = layout.pipeline if run.model.share_embeddings_and_output_weights else 1
+    shared |= {"pipeline": layout.pipeline, "gradients": max(replicas, tied), "weights": replicas}
     for stage in range(layout.pipeline):
         planned = communication.of_step(case, parts.of_stage(layout, stage), stage)
         sent = measured[key][stage * layout.world_size // layout.pipeline]
         assert sum(planned.values()) == pytest.approx(sent.total(), rel=0.02), (planned, sent)
+        assert {kind for kind, size in planned.items() if size} <= {kind for kind, ranks in shared.items() if ranks > 1}

@@ -23,7 +23,7 @@ from test_families import TINY, run_of
 
 from nemo_vlm.errors import ConfigError
 from nemo_vlm.layout import resolve
-from nemo_vlm.parallel.supervisor import common_environment
+from nemo_vlm.parallel.supervisor import common_environment, waits_for_others
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "examples" / "neva_finetune.py"
@@ -191,11 +191,27 @@ def test_a_lost_node_is_told_by_the_other(folder: Path, start: Start) -> None:
 
 
 @pytest.mark.parametrize(
+    ("place", "waits"),
+    [
+        ("torch/distributed/distributed_c10d.py:3012 all_reduce", True),
+        ("nemo_vlm/mcore/groups.py:101 sum_over_data", True),
+        ("megatron/core/optimizer/clip_grads.py:120 get_grad_norm_fp32", True),
+        ("nemo_vlm/data/loader.py:90 __iter__", False),
+        ("nemo_vlm/mcore/engine.py:180 _run", False),
+    ],
+)
+def test_where_a_rank_waits_for_others(place: str, waits: bool) -> None:
+    assert waits_for_others([f"/somewhere/{place}", "/somewhere/nemo_vlm/mcore/engine.py:150 step"]) == waits
+
+
+@pytest.mark.parametrize(
     ("sizes", "given", "expected"),
     [
         ({"tensor": 2}, {}, "1"),
         ({"tensor": 2}, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8"),
+        ({"tensor": 2}, {"CUDA_DEVICE_MAX_CONNECTIONS": ""}, "1"),
         ({"tensor": 1}, {}, None),
+        ({"tensor": 1, "context": 2}, {}, "1"),
         ({"tensor": 1}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, "1"),
         ({"tensor": 2, "fsdp": "full"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, None),
         ({"tensor": 1, "fsdp": "full"}, {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}, "32"),

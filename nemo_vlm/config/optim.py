@@ -66,7 +66,8 @@ class OptimConfig:
     name: Literal[
         "adam", "adamw", "fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim"
     ] = "fused_adam"
-    # Megatron's distributed optimizer: its state sharded over the data-parallel ranks; null: where there are several
+    # Megatron's distributed optimizer: its state sharded over the data-parallel ranks; null: where there are several,
+    # or something of it may be offloaded in 16 bits
     distributed: bool | None = None
     # Reduce gradients while the backward pass runs, gather weights while the forward pass does, where the state is
     # sharded, which needs the first; null: on accelerators, where there are several data-parallel ranks and nothing is

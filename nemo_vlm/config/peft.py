@@ -26,7 +26,7 @@ LINEARS: dict[str, tuple[str, ...]] = {
     "mlp": ("linear_fc1", "linear_fc2"),
     "all": ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
 }
-BY_COLUMNS = {"linear_qkv", "linear_fc1"}  # how tensor parallelism splits these; the others by rows
+BY_COLUMNS = frozenset({"linear_qkv", "linear_fc1"})  # how tensor parallelism splits these; the others by rows
 ADAPTER = "_adapter"  # what an adapter's name has behind that of its linear layer
 PROJECTOR = "vision_projection"  # trains beside adapters, unless it is frozen
 

@@ -104,7 +104,7 @@ def language_config(model: LanguageConfig, build: BuildContext) -> TransformerCo
         pipeline_dtype=build.dtype,
         overlap_p2p_comm=layout.virtual > 1,  # batched messages of two ranks are mixed up between virtual stages
         batch_p2p_comm=layout.virtual == 1,
-        batch_p2p_sync=False,  # by default the device is waited for, for the sake of an older torch
+        batch_p2p_sync=False,  # the device is waited for with the shapes; once more was for an older torch
         sequence_parallel=layout.sequence_parallel,
         context_parallel_size=layout.context,
         variable_seq_lengths=layout.pipeline > 1,  # each micro-batch is padded to its own longest sample

@@ -1,8 +1,8 @@
 """Megatron-Core on a machine without CUDA.
 
 Megatron-Core 0.16 assumes CUDA in a few places: the current device, streams, literal device="cuda", type names of
-CUDA tensors, RNG state. `enable()` redirects these to the CPU. It does nothing where CUDA exists, or an NPU stands for
-it.
+CUDA tensors, RNG state. `enable()` redirects these to the CPU. Where CUDA exists, or an NPU stands for it, it mends
+only what Megatron takes of Transformer Engine or Apex without asking whether they are there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def device() -> torch.device:
 
 def enable() -> None:
     """Let Megatron-Core run on this process's device; idempotent."""
-    stand_in()
+    name_router_kernel()
+    if torch.cuda.is_available():
+        choose_gpu_kernels()
     if torch.cuda.is_available() or _mode:
         return
     redirect_cuda_calls()
@@ -100,24 +102,27 @@ class NoStream:
         return self
 
 
-def stand_in() -> None:
-    """For what Megatron takes of Transformer Engine or Apex, whether they are there or not; on every device.
+def name_router_kernel() -> None:
+    """Routers ask for a kernel that Megatron imports with Transformer Engine alone, and do without it."""
+    from megatron.core.transformer.moe import moe_utils
 
-    Its routers ask for a kernel that is imported with the first alone; its own norm of all gradients waits for the
-    device once a parameter. torch's attention by cuDNN plans anew for each length, and lengths here differ.
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
+
+
+def choose_gpu_kernels() -> None:
+    """Where neither Transformer Engine nor Apex is, Megatron's norm of all gradients waits once for each parameter.
+
+    torch's attention by cuDNN plans anew for each length, and lengths here differ.
     """
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
-    from megatron.core.transformer.moe import moe_utils
 
     def norm(chunk_size: int, overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
         return torch.stack(torch._foreach_norm(lists[0])).norm()[None], None
 
-    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = norm
-    if torch.cuda.is_available():
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def redirect_cuda_calls() -> None:

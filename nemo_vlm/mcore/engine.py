@@ -184,7 +184,7 @@ class Engine:
         """The loss function's two sums over the global batch, and Batch.counts of it."""
         reports = self._schedule(partial(self._forward, loss_function), micro_batches, forward_only)
         none = torch.zeros(2 + NUM_COUNTS, dtype=torch.float64, device=cpu.device())
-        return tuple(groups.sum_over_data(sum(reports, none)).tolist())
+        return tuple(groups.sum_over_data(sum(reports, none)))
 
     def _schedule(self, forward_step: Callable, micro_batches: list[Batch], forward_only: bool) -> list[Tensor]:
         """What the last stage has made of each micro-batch; nothing on the others."""

@@ -88,14 +88,23 @@ def first_of_context() -> bool:
     return parallel_state.get_context_parallel_rank() == 0
 
 
-def sum_over_data(values: torch.Tensor) -> torch.Tensor:
-    """Sum over the data-parallel ranks of values that the last pipeline stage holds; every rank gets the result."""
+def sum_over_data(values: torch.Tensor) -> list[float]:
+    """Sum over the data-parallel ranks of values that the last pipeline stage holds; every rank gets the result.
+
+    Read here, where the supervisor knows that ranks wait for each other: under NCCL they do so when a result is read.
+    """
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     if not last or not first_of_context() or parallel_state.get_tensor_model_parallel_rank() > 0:
         values = torch.zeros_like(values)
     summed = values.float() if values.device.type == "npu" else values  # HCCL sums no float64
     torch.distributed.all_reduce(summed)
-    return summed.to(values)
+    return summed.tolist()
+
+
+def send(tensor: torch.Tensor, rank: int) -> None:
+    """Until it is received, under NCCL too, where the timeout of what is only queued would run."""
+    torch.distributed.send(tensor, rank)
+    torch.cuda.current_stream().synchronize()
 
 
 def of_every_rank(values: Sequence[float]) -> list[list[float]]:

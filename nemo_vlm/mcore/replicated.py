@@ -142,8 +142,8 @@ class Replicated:
         with cpu.without_redirection():
             *others, last = self.optimizer.chained_optimizers
             for each in others:
-                step_alone(each)
-            last.step_with_ready_grads()
+                step_ungathered(each)
+            last.step_with_ready_grads()  # which gathers a chunk's weights together, experts' and the others'
         return norm
 
     @contextlib.contextmanager
@@ -249,11 +249,12 @@ def scale_grads(optimizer: torch.optim.Optimizer, scale: float) -> None:
         torch._foreach_mul_(grads, scale)
 
 
-def step_alone(optimizer: Any) -> None:
-    """A sharded optimizer's step without its end, which gathers all of the model's weights, experts' or not."""
-    sharded = isinstance(optimizer, DistributedOptimizer)
-    step = MixedPrecisionOptimizer.step_with_ready_grads if sharded else type(optimizer).step_with_ready_grads
-    step(optimizer)
+def step_ungathered(optimizer: Any) -> None:
+    """A sharded optimizer's step but for its end, for which Megatron has no switch: each gathers all weights anew."""
+    if isinstance(optimizer, DistributedOptimizer):
+        MixedPrecisionOptimizer.step_with_ready_grads(optimizer)
+    else:
+        optimizer.step_with_ready_grads()
 
 
 def wait_for_patches(module: DistributedDataParallel) -> None:

@@ -25,7 +25,7 @@ from nemo_vlm.errors import ConfigError
 from nemo_vlm.formats.reader import Reader, Slices, listed
 from nemo_vlm.formats.stacked import EXPERTS
 from nemo_vlm.mcore import cpu
-from nemo_vlm.mcore.groups import from_every_rank
+from nemo_vlm.mcore.groups import from_every_rank, send
 
 Bounds = tuple[tuple[int, int], ...]
 
@@ -258,8 +258,7 @@ def gather(model_parts: list[Part], placed: dict[str, Placement]) -> Iterator[tu
             continue
         for bounds, holder in placement.holders.items():
             if holder == rank:
-                torch.distributed.send(mine[name, bounds].contiguous(), 0)
-                torch.cuda.current_stream().synchronize()  # NCCL's returns before it is received, and its time runs
+                send(mine[name, bounds].contiguous(), 0)
 
 
 def collect(name: str, placement: Placement, mine: dict, device: torch.device) -> Tensor:

@@ -21,14 +21,14 @@ class MegatronStrategy(DDPStrategy):
     strategy_name = "megatron"
 
     def __init__(self, layout: Layout, seed: int, hang_timeout: float, backend: str) -> None:
-        self.timeout = timedelta(seconds=hang_timeout + 60)  # whoever finds the hang says more than gloo
-        super().__init__(process_group_backend=backend, timeout=self.timeout)
+        timeout = timedelta(seconds=hang_timeout + 60)  # whoever finds the hang says more than gloo
+        super().__init__(process_group_backend=backend, timeout=timeout)
         self.layout, self.seed = layout, seed
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        groups.initialize(self.layout, self.seed, self.timeout)
+        groups.initialize(self.layout, self.seed, self._timeout)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:

@@ -35,7 +35,14 @@ LOST_CONTACT = re.compile(
     r"closed by peer|reset by peer|Connection refused|Broken pipe|Socket [Tt]imeout|pair closure|connectFullMesh"
     r"|ncclRemoteError|remote process exited|ncclSystemError|Timed out waiting|recvValue failed|DistNetworkError",
 )
-WAITING = ("torch/distributed/", "p2p_communication", "mcore/groups.py", "mcore/clock.py", "_broadcast_sigterm_tensor")
+WAITING = (  # in frames of a rank that is in a collective, or reads what one brings: those of NCCL return at once
+    "torch/distributed/",
+    "p2p_communication",
+    "mcore/groups.py",
+    "mcore/clock.py",
+    "optimizer/clip_grads.py",
+    "_broadcast_sigterm_tensor",
+)
 # What is likelier the cause comes first. SIGABRT is how libraries give up, often because a peer is gone.
 KILLED, STOPPED, ERROR, ABORTED, EXITED, LOST = range(6)
 
@@ -157,21 +164,23 @@ def common_environment(layout: Layout, folder: str, env: Mapping[str, str]) -> d
     """What all ranks of this node are told; LOCAL_RANK, added for each, makes Lightning take them as started.
 
     The ranks of a single node meet on it, whatever MASTER_ADDR a script exports that was written for another machine.
-    A GPU with one queue keeps messages of tensor parallelism in front of the products that they run beside; FSDP's
-    would wait in it.
+    FSDP's messages would wait in a GPU's only queue, which a script may ask for.
     """
     with socket.socket() as free:
         free.bind(("", 0))
         port = str(free.getsockname()[1])
-    defaults = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+    defaults = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"} | queues(layout)
     given = {key: value for key, value in env.items() if value or key not in defaults}
     if layout.num_nodes == 1:
         given["MASTER_ADDR"] = defaults["MASTER_ADDR"]
     if layout.fsdp is not None and given.get(QUEUES) == "1":
         del given[QUEUES]
-    elif layout.fsdp is None and layout.tensor > 1:
-        defaults[QUEUES] = "1"
     return defaults | given | {"WORLD_SIZE": str(layout.world_size), VARIABLE: f"{os.getpid()}:{folder}"}
+
+
+def queues(layout: Layout) -> dict[str, str]:
+    """One queue of a GPU keeps messages in front of the products that they run beside, which Megatron counts on."""
+    return {QUEUES: "1"} if layout.fsdp is None and layout.tensor * layout.context > 1 else {}
 
 
 def start(local_rank: int, ranks_per_node: int, folder: Path, env: Mapping[str, str]) -> Rank:
@@ -263,7 +272,7 @@ def read_stack(path: Path) -> list[str]:
 
 
 def waits_for_others(frames: list[str]) -> bool:
-    """Whether a rank stands in a collective or a transfer between stages, or reads what one brings (NCCL's return)."""
+    """Whether a rank stands in a collective or a transfer between stages."""
     return any(place in frame for frame in frames for place in WAITING)
 
 

@@ -23,6 +23,7 @@ from nemo_vlm.planning.workload import Workload, num_micro_batches, workload
 
 Passes = tuple[float, float]  # forward and backward
 Shared = tuple[float, float]  # outside of experts, and in them
+ATTENTION, MLP = frozenset({"linear_qkv", "linear_proj"}), frozenset({"linear_fc1", "linear_fc2"})
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,20 @@ def tensor(case: Case) -> Passes:
     Under sequence parallelism these are a gather and a scatter each, and what was gathered is gathered again where
     there are gradients of weights. Experts' FFNs take no part in it: their tokens travel as `expert` counts.
     """
-    layout, blocks = case.layout, 1 if case.run.model.num_moe_experts else 2
+    attention, mlp = (sums(case, linears) for linears in (ATTENTION, MLP))
+    if case.run.model.num_moe_experts:
+        return attention
+    return attention[0] + mlp[0], attention[1] + mlp[1]
+
+
+def sums(case: Case, linears: frozenset[str]) -> Passes:
+    """Of a block, which is made of these linear layers, and of their adapters."""
+    layout, lora = case.layout, case.run.peft.lora
     number, columns, rows = ring(layout.tensor) * case.tokens * case.size, 0, 0
-    if lora := case.run.peft.lora:
-        columns, rows = (
-            lora.adapter_dim * len(kind) for kind in (lora.linears & BY_COLUMNS, lora.linears - BY_COLUMNS)
-        )
-    one = blocks * 2 * number * case.run.model.hidden_size
+    if lora is not None:
+        own = lora.linears & linears
+        columns, rows = (lora.adapter_dim * len(kind) for kind in (own & BY_COLUMNS, own - BY_COLUMNS))
+    one = 2 * number * case.run.model.hidden_size
     if layout.sequence_parallel:
         again = passes(case.run.model, lora is not None)["decoder"] == 3
         return one + number * (columns + rows), (1.5 if again else 1) * one + number * (columns + rows)
@@ -153,17 +161,17 @@ def tower(case: Case) -> Passes:
     return layers + tokens * case.run.model.hidden_size, layers * (times["vision"] == 3) + taken
 
 
-def left_out(case: Case) -> tuple[float, bool]:
+def unlabelled(case: Case) -> tuple[float, bool]:
     """The share of positions that the last layer's MLP is spared, and whether it would have run again."""
     layers = case.layout.stage_layers[-1]
     return 1 - picked(shapes_of(case.run, case.layout, case.work)), case.recomputed(layers) == layers
 
 
 def spared(case: Case) -> Passes:
-    """Sums of the last layer's MLP at those positions."""
-    share, again = left_out(case)
-    forward, backward = (share * way / 2 for way in tensor(case))
-    return forward * (1 + again), backward
+    """Sums of the last layer's MLP at those positions; those that would run again do so backward."""
+    share, again = unlabelled(case)
+    forward, backward = (share * way for way in sums(case, MLP))
+    return forward, backward + again * forward
 
 
 def ends(case: Case) -> tuple[Passes, Passes]:
@@ -172,10 +180,13 @@ def ends(case: Case) -> tuple[Passes, Passes]:
     Embeddings are summed whole; under sequence parallelism their gradients are gathered, and so are the hidden states
     that the output takes, of which it takes the labelled ones alone.
     """
+    times = passes(case.run.model, case.run.peft.lora is not None)
+    trains = max(times["decoder"], times["projector"], times["vision"]) == 3  # something below the layers
     one = ring(case.layout.tensor) * case.run.model.hidden_size * case.size
     embedded, gathered = 2 * one * case.work.positions, one * case.tokens
     if case.layout.sequence_parallel:
-        return (embedded, gathered * (1 + case.run.model.deepstack_layers)), (gathered, gathered)
+        wide = gathered * (1 + case.run.model.deepstack_layers)
+        return (embedded, wide * trains), (gathered, gathered)
     return (embedded, 0.0), (0.0, 2 * one * case.work.trained_tokens / case.layout.context)
 
 

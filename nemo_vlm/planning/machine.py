@@ -81,7 +81,8 @@ def check_kernels(step: StepConfig, gpus: int, env: Mapping[str, str]) -> None:
             f"model.fp8=true: this GPU has compute capability {'.'.join(map(str, found))}, 8-bit floats need "
             f"{'.'.join(map(str, FP8_CAPABILITY))}; take trainer.precision=bf16 alone"
         )
-    if step.ub_tp_comm_overlap and env.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
+    launched = "LOCAL_RANK" in env or under_slurm(env)  # where not, the supervisor says so (supervisor.queues)
+    if step.ub_tp_comm_overlap and (env.get("CUDA_DEVICE_MAX_CONNECTIONS") or ("" if launched else "1")) != "1":
         raise ConfigError(
             "model.ub_tp_comm_overlap=true: needs CUDA_DEVICE_MAX_CONNECTIONS=1 in the environment, which keeps "
             "communication in front of the products that it overlaps"

@@ -13,10 +13,10 @@ from functools import cache
 from nemo_vlm.config import RunConfig, StepConfig
 from nemo_vlm.layout import Layout
 from nemo_vlm.planning.flops import passes
+from nemo_vlm.planning.footprints import TOWER
 from nemo_vlm.planning.memory import EXPERTS, FP32_BYTES, Holding, RankMemory, fsdp_bytes, hold, replicated_bytes
 
 FEW_EXPERTS = 2  # of a layer that is built
-TOWER = "vision_model."
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def of_holding(run: RunConfig, layout: Layout, holding: Holding) -> Count:
     trained = holding.memory.gradients // FP32_BYTES * layout.shards
     trained_experts = 0 if run.peft.lora or frozen(run) or not trained else experts
     all_held = holding.num_parameters + holding.num_padding
-    tower = sum(size for (name, _), size in holding.sizes.items() if name.startswith(TOWER))
+    tower = sum(size for (name, _), size in holding.sizes.items() if name.startswith(f"{TOWER}."))
     unreached = tower if passes(run.model, run.peft.lora is not None)["vision"] == 1 else 0
     return Count(all_held - experts, trained - trained_experts, experts, trained_experts, unreached)
 

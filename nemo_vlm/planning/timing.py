@@ -247,15 +247,17 @@ def output(case: Case) -> Pass:
 
 def left_out(case: Case) -> tuple[float, int]:
     """The share of positions that the last layer's MLP is spared, and how often its products would have been taken."""
-    share, again = communication.left_out(case)
+    share, again = communication.unlabelled(case)
     return share, passes(case.run.model, case.run.peft.lora is not None)["decoder"] + again
 
 
 def spared(case: Case) -> Pass:
-    """Products of the last layer's MLP at positions without a label."""
+    """Products and messages of the last layer's MLP at positions without a label."""
     share, times = left_out(case)
-    seconds = share * ffn_products(case) if share else 0.0
-    return Pass(seconds, (times - 1) * seconds)
+    if not share:
+        return Pass(0.0, 0.0)
+    seconds = share * ffn_products(case)
+    return Pass(seconds, (times - 1) * seconds).plus(tensor_messages(case, communication.spared(case), 0))
 
 
 def stage_times(case: Case) -> Stages:
