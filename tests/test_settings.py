@@ -206,9 +206,7 @@ def test_one_replica_shards_what_is_offloaded(precision: str, optim: OptimConfig
 def test_unsharded_main_weights_are_not_offloaded() -> None:
     base = tree(optim={"distributed": False, "offload": 0.5})
     base["trainer"]["precision"] = "bf16"
-    with pytest.raises(
-        ConfigError, match=r"model.optim.distributed=false: with .*offload=0.5 .* must be true"
-    ):
+    with pytest.raises(ConfigError, match=r"model.optim.distributed=false: with .*offload=0.5 .* must be true"):
         check_optimizer(read_run(base, Config))
 
 
